@@ -1,0 +1,28 @@
+"""What a stage is told to do: a frozen pydantic model whose fields are identity or run time.
+
+Identity fields change the result and enter the node's fingerprint. Run-time fields say only where
+and how fast the work is done (workers, devices, micro-batch); they are marked with ``RUN_TIME``::
+
+    class TrainSpec(Spec):
+        steps: int
+        workers: Annotated[int, RUN_TIME] = 1
+"""
+
+from pydantic import BaseModel, ConfigDict
+
+RUN_TIME = "run time: does not change results"
+
+
+class Spec(BaseModel):
+    """Base of every stage's spec: immutable, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def run_time_fields(cls) -> set[str]:
+        """Names of the fields that do not change results."""
+        return {name for name, field in cls.model_fields.items() if RUN_TIME in field.metadata}
+
+    def identity(self) -> dict:
+        """The JSON-ready content that a fingerprint covers: every field but the run-time ones."""
+        return self.model_dump(mode="json", exclude=self.run_time_fields())
