@@ -19,10 +19,10 @@ class TrainSet(Spec):
     """How often each row stands in one epoch."""
 
 
-class FinetuneSpec(Spec):
-    """Input roles: ``model`` (a Hugging Face folder) and one ``data/<dataset>`` per train set."""
+class Recipe(Spec):
+    """How a model is fine-tuned: what a sweep sets, and all of it changes results."""
 
-    train: tuple[TrainSet, ...]
+    train: Annotated[tuple[TrainSet, ...], Field(min_length=1)]
     steps: Annotated[int, Field(ge=1)]
     """Optimiser steps."""
     batch_size: Annotated[int, Field(ge=1)]
@@ -39,6 +39,11 @@ class FinetuneSpec(Spec):
     """Weight of the load-balancing loss; must be 0 for a dense model (the planner sets it so)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 keeps fp32 master weights."""
+
+
+class FinetuneSpec(Recipe):
+    """Input roles: ``model`` (a Hugging Face folder) and one ``data/<dataset>`` per train set."""
+
     seed: int = 0
 
     workers: Annotated[int, Field(ge=1), RUN_TIME] = 1
