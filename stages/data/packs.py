@@ -11,6 +11,7 @@ devices and folders of a tar, members that are pickles by their suffix.
 import hashlib
 import io
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,8 +50,8 @@ class Pack:
     def command(self, folder: Path) -> str:
         """The command with which a user obtains the archive by hand."""
         requirement = f"{self.project}=={self.version}"
-        arguments = " ".join(self.pip_arguments())
-        return f"{sys.executable} {arguments} --dest {folder} {requirement}"
+        words = [sys.executable, *self.pip_arguments(), "--dest", str(folder), requirement]
+        return shlex.join(words)
 
 
 PACKS: dict[str, Pack] = {
