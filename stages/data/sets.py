@@ -53,6 +53,7 @@ class KnownSet:
     read: Callable[[], Rows]
     content: str
     """sha256 of what it is read from: the pinned archive or the file."""
+    labels: tuple[str, ...] = ()
 
 
 class GoldRefusal(NamedTuple):
@@ -208,6 +209,7 @@ SETS: dict[str, KnownSet] = {
             "MIT; the sentences are third-party text",
             partial(_vader, domain, by_document),
             PACKS["vader"].sha256,
+            labels=("negative", "positive"),
         )
         for name, domain, by_document in _VADER
     },

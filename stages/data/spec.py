@@ -25,10 +25,12 @@ class DataSpec(Spec):
 
     task: Task
     source: str
-    """``pack:PACK/SET``, ``hub:OWNER/NAME[:CONFIG]@REVISION#SPLIT`` or ``file:PATH`` (CSV, TSV,
-    JSONL, Parquet, Arrow)."""
+    """``pack:PACK/SET`` or ``builtin:SET`` (``stages/data/sets.py``), ``file:PATH`` (CSV, TSV,
+    JSONL, Parquet, Arrow) or ``hub:OWNER/NAME[:CONFIG]@REVISION#SPLIT`` (a label column of the
+    hub's class-label type is read as its names)."""
     content: str | None = None
-    """sha256 of a ``file:`` source, filled in by the planner, so that an edited file is stale."""
+    """sha256 of the file or pinned archive, filled in by the planner, so that an edited file is
+    stale."""
     columns: dict[str, str] = {}
     """Column of the task's schema to column of the source, where the names differ."""
     labels: dict[str, str] = {}

@@ -1,0 +1,168 @@
+"""The Arrow schema of each task's Parquet files, and how a source's table is brought into it."""
+
+import difflib
+import unicodedata
+from collections.abc import Iterable
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from stages.data.spec import OPTIONAL_COLUMNS, TASK_COLUMNS, DataSpec, Task
+from stages.errors import BadInput
+
+_TYPES = {"choices": pa.list_(pa.string()), "answer": pa.int64()}
+
+SCHEMAS: dict[Task, pa.Schema] = {
+    task: pa.schema([(name, _TYPES.get(name, pa.string())) for name in ("id", "document", *names)])
+    for task, names in TASK_COLUMNS.items()
+}
+
+# The columns whose text, joined, says whether two rows ask the same. A question without its passage
+# may be generic ("What happened next?").
+_KEY_COLUMNS: dict[Task, tuple[str, ...]] = {
+    "classification": ("text",),
+    "prompts": ("prompt",),
+    "multiple_choice": ("question", "context"),
+    "instructions": ("prompt",),
+}
+# Rows without content in one of these are of no use and are left out.
+_CONTENT_COLUMNS = frozenset({"text", "prompt", "question", "response"})
+
+
+def normalise(text: str) -> str:
+    """Unicode NFKC, case folded, white space collapsed."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def keys(table: pa.Table, task: Task) -> list[str]:
+    """Per row, the normalised text by which duplicates and overlaps are found."""
+    parts: Iterable[list[str]] = [table[name].to_pylist() for name in _KEY_COLUMNS[task]]
+    return [normalise("\n".join(row)) for row in zip(*parts, strict=True)]
+
+
+def source_columns(found: list[str], spec: DataSpec, where: str) -> dict[str, str]:
+    """Column of the task's schema to column of the source, for those that the source has.
+
+    Raises BadInput where a required or mapped column is missing.
+    """
+    chosen = {}
+    for name in SCHEMAS[spec.task].names:
+        source = spec.columns.get(name, name)
+        if source in found:
+            chosen[name] = source
+        elif name in spec.columns or name not in OPTIONAL_COLUMNS | {"id", "document"}:
+            near = difflib.get_close_matches(source, found, n=1) or ["NAME"]
+            raise BadInput(
+                f"{where}: there is no column {source!r} (there are {', '.join(found)}); "
+                f"set columns: {{{name}: {near[0]}}}"
+            )
+    return chosen
+
+
+def conform(table: pa.Table, chosen: dict[str, str], spec: DataSpec, where: str) -> pa.Table:
+    """The table in its task's schema, less ``id`` and ``document`` where the source has none.
+
+    Checks ids (given once each), labels (among the declared ones), choices and answers; raises
+    BadInput. Rows without text stay, see ``without_text``.
+    """
+    if table.num_rows == 0:
+        raise BadInput(f"{where}: holds no rows; give a source with rows")
+    schema = SCHEMAS[spec.task]
+    made = {}
+    for name in schema.names:
+        if name in chosen:
+            made[name] = _column(table[chosen[name]], name, schema.field(name).type, where)
+        elif name in OPTIONAL_COLUMNS:
+            made[name] = pa.array([""] * table.num_rows)
+    if "id" in made:
+        _check_given(made["id"], "id", where)
+        repeated = [c["values"] for c in pc.value_counts(made["id"]).to_pylist() if c["counts"] > 1]
+        if repeated:
+            raise BadInput(
+                f"{where}: id {repeated[0]!r} stands on several rows ({len(repeated)} such ids); "
+                "make ids unique or map id to another column"
+            )
+    if "document" in made:
+        _check_given(made["document"], "document", where)
+    if spec.task == "classification":
+        _check_given(made["label"], "label", where)
+        made["label"] = _labels(made["label"], spec, where)
+    if spec.task == "multiple_choice":
+        _check_choices(made["choices"], made["answer"], where)
+    return pa.table(made)
+
+
+def without_text(table: pa.Table) -> pa.ChunkedArray:
+    """Per row, whether it lacks a text, prompt, question or response (missing or white space)."""
+    lacking = pa.chunked_array([pa.array([False] * table.num_rows)])
+    for name in _CONTENT_COLUMNS & set(table.column_names):
+        lacking = pc.or_(lacking, pc.equal(pc.utf8_trim_whitespace(table[name]), ""))
+    return lacking
+
+
+def _column(column: pa.ChunkedArray, name: str, wanted: pa.DataType, where: str) -> pa.Array:
+    found = column.type
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    textual = pa.types.is_string(found) or pa.types.is_large_string(found)
+    textual = textual or pa.types.is_string_view(found) or pa.types.is_null(found)
+    if wanted == pa.string():
+        # Names may be numbers; text that is a number means that the wrong column was chosen.
+        name_like = pa.types.is_integer(found) or pa.types.is_boolean(found)
+        fits = textual or (name in ("id", "document", "label") and name_like)
+    elif wanted == pa.int64():
+        fits = pa.types.is_integer(found)
+    else:
+        fits = pa.types.is_list(found) or pa.types.is_large_list(found)
+    if fits:
+        try:
+            cast = column.cast(wanted).combine_chunks()
+        except pa.ArrowException:
+            fits = False
+    if not fits:
+        kind = {pa.string(): "text", pa.int64(): "whole numbers"}.get(wanted, "lists of texts")
+        raise BadInput(
+            f"{where}: column {name} holds {found}, not {kind}; map it to another column "
+            "(only JSONL, Parquet and Arrow hold lists and numbers)"
+        )
+    # A missing text is an empty one; a missing name or label is an error of its own.
+    return pc.fill_null(cast, "") if wanted == pa.string() else cast
+
+
+def _check_given(column: pa.Array, name: str, where: str) -> None:
+    missing = pc.sum(pc.equal(column, "")).as_py()
+    if missing:
+        raise BadInput(
+            f"{where}: {missing} of {len(column)} rows have no {name}; "
+            "fill them in or leave those rows out of the source"
+        )
+
+
+def _labels(column: pa.Array, spec: DataSpec, where: str) -> pa.Array:
+    if not spec.labels:
+        return column
+    encoded = column.dictionary_encode()
+    found = encoded.dictionary.to_pylist()
+    unknown = sorted(set(found) - set(spec.labels))
+    if unknown:
+        raise BadInput(
+            f"{where}: label {unknown[0]!r} is not among the declared ones "
+            f"({', '.join(spec.labels)}); add it to labels or leave its rows out of the source"
+        )
+    return pa.array([spec.labels[label] for label in found]).take(encoded.indices)
+
+
+def _check_choices(choices: pa.Array, answers: pa.Array, where: str) -> None:
+    for number, (options, answer) in enumerate(
+        zip(choices.to_pylist(), answers.to_pylist(), strict=True)
+    ):
+        if not options or len(options) < 2 or not all(options):
+            raise BadInput(
+                f"{where}: row {number} needs two or more choices, none of them empty; it has "
+                f"{options}; mend or remove it"
+            )
+        if answer is None or not 0 <= answer < len(options):
+            raise BadInput(
+                f"{where}: row {number} has answer {answer}, which must be the index of one of its "
+                f"{len(options)} choices (0 to {len(options) - 1}); mend or remove it"
+            )

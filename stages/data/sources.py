@@ -1,0 +1,183 @@
+"""Where data comes from: what a source's name means, whether it can work, and its table.
+
+``check`` is for the planner: it imports nothing heavy and reads local files only.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from stages.data import files
+from stages.data.schema import SCHEMAS, conform, source_columns
+from stages.data.sets import SETS, KnownSet
+from stages.data.spec import DataSpec
+from stages.errors import BadInput, StageFailed
+
+_HUB = re.compile(
+    r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>[^@#]+))?@(?P<revision>[^@#]+)#(?P<split>[^#]+)"
+)
+_SCHEMES = ("pack", "builtin", "file", "hub")
+_SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """``file:PATH``."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """``hub:OWNER/NAME[:CONFIG]@REVISION#SPLIT``."""
+
+    repository: str
+    config: str | None
+    revision: str
+    split: str
+
+
+class Loaded(NamedTuple):
+    """A source's rows in the schema of the task, what its reader left out, and its licence."""
+
+    table: pa.Table
+    dropped: dict[str, int]
+    licence: str
+
+
+def parse(source: str, where: str = "source") -> KnownSet | LocalFile | HubSet:
+    """What a source's name stands for; raises BadInput for a name that stands for nothing."""
+    scheme, _, rest = source.partition(":")
+    if scheme == "file" and rest:
+        return LocalFile(Path(rest).expanduser())
+    if scheme == "hub":
+        match = _HUB.fullmatch(rest)
+        if match is None:
+            raise BadInput(
+                f"{where}: {source!r} is not of the form hub:OWNER/NAME[:CONFIG]@REVISION#SPLIT; "
+                "give the revision and the split"
+            )
+        return HubSet(**match.groupdict())
+    if source in SETS:
+        return SETS[source]
+    if scheme in ("pack", "builtin"):
+        near = difflib.get_close_matches(source, SETS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise BadInput(
+            f"{where}: there is no data set {source!r}; {hint}known are {', '.join(SETS)}"
+        )
+    near = difflib.get_close_matches(scheme, _SCHEMES, n=1)
+    hint = f"did you mean {near[0]}:? " if near else ""
+    raise BadInput(
+        f"{where}: {source!r} must begin with one of "
+        f"{', '.join(f'{name}:' for name in _SCHEMES)}; {hint}a local file is file:PATH"
+    )
+
+
+def check(spec: DataSpec, field: str) -> str | None:
+    """Refuse a data set that cannot work, before any work starts; raises BadInput.
+
+    ``field`` is its place in the sweep, for the messages. Returns the sha256 of what the data is
+    read from (file, or pinned archive), to be stored in ``DataSpec.content``; None for a hub source
+    which its revision pins.
+    """
+    _check_cut(spec, field)
+    where = f"{field}.source"
+    source = parse(spec.source, where)
+    if isinstance(source, KnownSet):
+        if spec.task != source.task:
+            raise BadInput(
+                f"{field}.task: {spec.source} is of task {source.task}, not {spec.task}; "
+                f"set task: {source.task}"
+            )
+        if spec.columns:
+            raise BadInput(
+                f"{field}.columns: {spec.source} has the columns of its task; remove this field"
+            )
+        undeclared = sorted(set(source.labels) - set(spec.labels)) if spec.labels else []
+        if undeclared:
+            raise BadInput(
+                f"{field}.labels: {spec.source} has the labels {', '.join(source.labels)}; "
+                f"add {undeclared[0]} or remove this field"
+            )
+        return source.content
+    if isinstance(source, LocalFile):
+        _read_file(source.path, spec, where)
+        return files.digest(source.path)
+    return None
+
+
+def _check_cut(spec: DataSpec, field: str) -> None:
+    if not spec.splits:
+        raise BadInput(f"{field}.splits: names no split; set splits: {{test: 1.0}}")
+    for name in spec.splits:
+        if not _SPLIT_NAME.fullmatch(name):
+            raise BadInput(f"{field}.splits: {name!r} names a file; use letters, digits, _ and -")
+    total = sum(spec.splits.values())
+    if total > 1 + 1e-9:
+        raise BadInput(f"{field}.splits: the shares sum to {total:g}; lower them to 1 or less")
+    for name in sorted(set(spec.rows) - set(spec.splits)):
+        raise BadInput(
+            f"{field}.rows: there is no split {name!r}; name one of {', '.join(spec.splits)}"
+        )
+    known = SCHEMAS[spec.task].names
+    for name in sorted(set(spec.columns) - set(known)):
+        raise BadInput(
+            f"{field}.columns: task {spec.task} has no column {name!r}; "
+            f"name one of {', '.join(known)}"
+        )
+    if spec.labels and spec.task != "classification":
+        raise BadInput(f"{field}.labels: task {spec.task} has no labels; remove this field")
+
+
+def load(spec: DataSpec) -> Loaded:
+    """Read a source into its task's schema; raises BadInput or StageFailed."""
+    source, where = parse(spec.source), spec.source
+    if isinstance(source, KnownSet):
+        rows = source.read()
+        table = pa.Table.from_pylist(rows.rows, schema=SCHEMAS[source.task])
+        chosen = source_columns(table.column_names, spec, where)
+        return Loaded(conform(table, chosen, spec, where), rows.dropped, source.licence)
+    if isinstance(source, LocalFile):
+        table = _read_file(source.path, spec, where)
+        if spec.content is not None and files.digest(source.path) != spec.content:
+            raise StageFailed(f"{where}: the file was edited after the plan was made; run it again")
+        return Loaded(table, {}, "that of the user's file")
+    table = _read_hub(source, spec, where)
+    return Loaded(table, {}, f"see the data set's page, {source.repository}")
+
+
+def _read_file(path: Path, spec: DataSpec, where: str) -> pa.Table:
+    found = files.columns(path, where)
+    where = f"{where}: {path}"
+    chosen = source_columns(found, spec, where)
+    table = files.read(path, sorted(set(chosen.values())), where)
+    return conform(table, chosen, spec, where)
+
+
+def _read_hub(source: HubSet, spec: DataSpec, where: str) -> pa.Table:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(
+            source.repository, source.config, split=source.split, revision=source.revision
+        )
+    except Exception as error:  # of many libraries: network, authentication, formats
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise StageFailed(
+            f"{where}: could not be loaded: {reason}; check the name, the network and HF_TOKEN"
+        ) from error
+    chosen = source_columns(dataset.column_names, spec, where)
+    table = dataset.with_format("arrow")[:].select(sorted(set(chosen.values())))
+    feature = dataset.features[chosen["label"]] if "label" in chosen else None
+    if isinstance(feature, datasets.ClassLabel):
+        place = table.column_names.index(chosen["label"])
+        numbers = table[chosen["label"]].to_pylist()
+        # -1 stands for a hidden label.
+        names = [feature.names[n] if n is not None and n >= 0 else None for n in numbers]
+        table = table.set_column(place, chosen["label"], pa.array(names, pa.string()))
+    return conform(table, chosen, spec, where)

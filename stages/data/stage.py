@@ -1,0 +1,133 @@
+"""Data stage: a source becomes Parquet splits that share no document and no text.
+
+In order: rows without text are left out, then all but one of the rows with the same normalised
+text, then rows whose text occurs in a ``disjoint/`` input; what is left is split by document and
+each split is cut to its number of rows. All of it depends on the rows and the seed, not on the
+order in which the source lists them.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+
+from stages.data.card import DataCard
+from stages.data.schema import SCHEMAS, keys, without_text
+from stages.data.sources import load
+from stages.data.spec import DataSpec
+from stages.errors import BadInput, StageFailed
+
+VERSION = 1
+
+
+def run(spec: DataSpec, inputs: dict[str, Path], output: Path) -> None:
+    """Prepare a data set.
+
+    Each input role ``disjoint/<dataset>`` is the folder of another prepared data set; rows that
+    stand in any of its splits are left out. Writes ``<split>.parquet`` (``SCHEMAS``) and
+    ``card.json``.
+    """
+    try:
+        loaded = load(spec)
+    except BadInput as error:
+        raise StageFailed(str(error)) from error
+    lacking = without_text(loaded.table)
+    table = _identified(loaded.table.filter(pc.invert(lacking)), spec)
+    others = {role: folder for role, folder in inputs.items() if role.startswith("disjoint/")}
+    table, duplicates, overlap = _distinct(table, spec, others)
+    splits = _split(table, spec)
+    for split, part in splits.items():
+        if part.num_rows == 0:
+            raise StageFailed(
+                f"{spec.source}: split {split!r} gets none of the {table.num_rows} distinct rows; "
+                "raise its share or give a source with more documents"
+            )
+        pa.parquet.write_table(part, output / f"{split}.parquet", compression="zstd")
+    dropped = {"empty": pc.sum(lacking).as_py(), "duplicates": duplicates, "overlap": overlap}
+    DataCard(
+        source=spec.source,
+        task=spec.task,
+        content=spec.content,
+        licence=loaded.licence,
+        seed=spec.seed,
+        rows={split: part.num_rows for split, part in splits.items()},
+        labels={
+            split: dict(sorted(Counter(part["label"].to_pylist()).items()))
+            for split, part in splits.items()
+            if "label" in part.column_names
+        },
+        documents={
+            split: pc.count_distinct(part["document"]).as_py() for split, part in splits.items()
+        },
+        dropped={**loaded.dropped, **dropped},
+        digest={split: _digest(part) for split, part in splits.items()},
+    ).write(output)
+
+
+def _identified(table: pa.Table, spec: DataSpec) -> pa.Table:
+    """The table sorted by id; where the source has no ids they are digests of the rows."""
+    if "id" not in table.column_names:
+        rows = table.drop_columns([n for n in ("document",) if n in table.column_names])
+        ids = [_hash(json.dumps(row, sort_keys=True))[:16] for row in rows.to_pylist()]
+        table = table.append_column("id", pa.array(ids, pa.string()))
+    if "document" not in table.column_names:
+        table = table.append_column("document", table["id"])
+    return table.select(SCHEMAS[spec.task].names).cast(SCHEMAS[spec.task]).sort_by("id")
+
+
+def _distinct(
+    table: pa.Table, spec: DataSpec, others: dict[str, Path]
+) -> tuple[pa.Table, int, int]:
+    """The first row of each normalised text, less those in other data sets; and both counts."""
+    taken = set()
+    for folder in others.values():
+        task = DataCard.read(folder).task
+        for path in sorted(folder.glob("*.parquet")):
+            taken.update(keys(pa.parquet.read_table(path), task))
+    seen, kept, duplicates, overlap = set(), [], 0, 0
+    for place, key in enumerate(keys(table, spec.task)):
+        if key in seen:
+            duplicates += 1
+            continue
+        seen.add(key)
+        if key in taken:
+            overlap += 1
+        else:
+            kept.append(place)
+    return table.take(pa.array(kept, pa.int64())), duplicates, overlap
+
+
+def _split(table: pa.Table, spec: DataSpec) -> dict[str, pa.Table]:
+    """Cut the seed's permutation of the documents at the shares, then draw rows of each split."""
+    documents = sorted(
+        set(table["document"].to_pylist()), key=lambda name: _hash(f"{spec.seed}/document/{name}")
+    )
+    splits, start, share = {}, 0, 0.0
+    # By name: a fingerprint does not see the order in which a sweep lists its splits.
+    for split in sorted(spec.splits):
+        share += spec.splits[split]
+        end = round(share * len(documents))
+        chosen = pa.array(documents[start:end], pa.string())
+        splits[split] = _draw(table.filter(pc.is_in(table["document"], chosen)), split, spec)
+        start = end
+    return splits
+
+
+def _draw(table: pa.Table, split: str, spec: DataSpec) -> pa.Table:
+    limit = spec.rows.get(split, table.num_rows)
+    ids = table["id"].to_pylist()
+    order = sorted(range(len(ids)), key=lambda place: _hash(f"{spec.seed}/row/{ids[place]}"))
+    return table.take(pa.array(sorted(order[:limit]), pa.int64()))
+
+
+def _digest(table: pa.Table) -> str:
+    lines = (json.dumps(row, sort_keys=True, ensure_ascii=False) for row in table.to_pylist())
+    return _hash("\n".join(lines))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
