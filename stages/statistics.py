@@ -1,0 +1,340 @@
+"""Intervals and paired tests over score rows.
+
+A metric is a function of sums of per-row statistics (``stages/evaluate/base.py``), so everything
+here works on one (documents, k) array of sums per model: a bootstrap over documents is a matrix
+product with multinomial weights, and a paired permutation swaps the two models' rows.
+
+Rows of one document (snippets of one review, questions on one passage) are not independent.
+Documents, not rows, are therefore what is resampled and what is swapped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from stages.errors import StageFailed
+from stages.evaluate.base import Metric
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+POWER = 0.80
+MDD_FACTOR = float(stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER))
+"""Smallest detectable difference in standard errors, 2.80 (Bloom 1995, Evaluation Review 19:547:
+"Minimum detectable effects", two-sided test)."""
+
+MCNEMAR = "exact McNemar"
+EXACT_SWAP = "exact swap of documents"
+SWAP = "swap of documents"
+BOOTSTRAP = "bootstrap of documents and seeds"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval; ``n`` rows in ``documents`` independent documents."""
+
+    value: float
+    ci_low: float
+    ci_high: float
+    n: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same examples; the difference is the first minus the second."""
+
+    first: Estimate
+    second: Estimate
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    test: str
+    effect_size: float
+    """Cohen's d_z: mean over standard deviation of the rows' differences (NaN unless the metric
+    is the mean of a column)."""
+    minimum_detectable: float
+    """Smallest true difference that a sample like this one finds with 80 % power at p < 0.05."""
+    n: int
+    documents: int
+    seeds: int
+    identical: bool
+    """The two models score the same on every document: the interval is then the rule of three."""
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """One metric's statistics of several runs of the same examples, summed by document."""
+
+    sums: np.ndarray  # (runs, documents, k)
+    rows: np.ndarray  # (runs, n, k), rows without any statistic left out
+    document: np.ndarray  # (n,), index of each row's document
+
+    @property
+    def n(self) -> int:
+        return self.rows.shape[1]
+
+    @property
+    def documents(self) -> int:
+        return self.sums.shape[1]
+
+
+def summarise(
+    scores: pd.DataFrame, metrics: Sequence[Metric], *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, dict[str, float | int]]:
+    """Every metric of one model's scores: value, ci_low, ci_high, n, documents by metric name.
+
+    The interval is Wilson's where the metric is the mean of 0/1 scores and each document has one
+    row, otherwise the percentile bootstrap over documents.
+    """
+    return {
+        metric.name: vars(estimate([scores], metric, resamples=resamples, seed=seed))
+        for metric in metrics
+    }
+
+
+def estimate(
+    runs: Sequence[pd.DataFrame], metric: Metric, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Estimate:
+    """One metric of one model, the mean over its runs (seeds), with its 95 % interval."""
+    data = _document_sums(runs, metric)
+    return _estimate(data, metric, _bootstrap(data, metric, resamples, seed), seed)
+
+
+def paired(
+    first: Sequence[pd.DataFrame],
+    second: Sequence[pd.DataFrame],
+    metric: Metric,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Paired:
+    """Compare two models on the same examples, ``first`` minus ``second``, seed by seed.
+
+    The lists hold one score table per seed, in the same order. The interval is a percentile
+    bootstrap over documents and, where there are several seeds, over pairs of seeds too.
+
+    The p-value of one seed comes from swapping the two models' answers document by document. For
+    means of integer scores that distribution is computed exactly; where each document has one 0/1
+    row it is the exact McNemar test (binomial on the discordant pairs). Swapping documents cannot
+    see that another seed would have given another model, so with several seeds the p-value comes
+    from the same bootstrap as the interval.
+
+    Raises:
+        StageFailed: the two did not answer the same examples.
+    """
+    runs = len(first)
+    both = _document_sums([*first, *second], metric)
+    values = metric.value(both.sums.sum(axis=1))  # (2 * runs,)
+    difference = float((values[:runs] - values[runs:]).mean())
+    boot = _bootstrap(both, metric, resamples, seed)  # (resamples, 2 * runs)
+    differences = _over_seeds(boot[:, :runs] - boot[:, runs:], seed)
+    ci_low, ci_high = _percentiles(differences)
+    deltas = _row_differences(both, metric, runs)
+    identical = bool(np.array_equal(both.sums[:runs], both.sums[runs:]))
+    if identical:
+        ci_low, ci_high = _rule_of_three(deltas, both.documents)
+
+    if runs > 1:
+        test, p_value = BOOTSTRAP, _bootstrap_p(differences)
+    else:
+        test, p_value = _swap_test(both, metric, deltas, resamples, seed)
+
+    spread = deltas.std(ddof=1) if deltas is not None and both.n > 1 else np.nan
+    return Paired(
+        first=_estimate(_part(both, 0, runs), metric, boot[:, :runs], seed),
+        second=_estimate(_part(both, runs, 2 * runs), metric, boot[:, runs:], seed),
+        difference=difference,
+        ci_low=ci_low,
+        ci_high=ci_high,
+        p_value=p_value,
+        test=test,
+        effect_size=float(deltas.mean() / spread) if spread > 0 else np.nan,
+        minimum_detectable=np.nan if identical else MDD_FACTOR * float(np.nanstd(differences)),
+        n=both.n,
+        documents=both.documents,
+        seeds=runs,
+        identical=identical,
+    )
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Holm's step-down adjusted p-values (Holm 1979); NaN entries are no test and stay NaN."""
+    p = np.asarray(p_values, dtype=float)
+    adjusted = np.full(p.shape, np.nan)
+    tested = np.flatnonzero(~np.isnan(p))
+    order = tested[np.argsort(p[tested], kind="stable")]
+    factors = len(order) - np.arange(len(order))
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * factors), 1.0)
+    return adjusted
+
+
+def _document_sums(runs: Sequence[pd.DataFrame], metric: Metric) -> _Sums:
+    """Statistics of the runs over the same rows in the same order, and their sums by document."""
+    reference = runs[0].set_index("example_id", verify_integrity=True)
+    frames = [reference]
+    for run in runs[1:]:
+        other = run.set_index("example_id", verify_integrity=True)
+        unmatched = reference.index.symmetric_difference(other.index)
+        if len(unmatched):
+            named = ", ".join(map(str, unmatched[:3]))
+            raise StageFailed(
+                f"{metric.name}: the two score tables differ in {len(unmatched)} example ids "
+                f"({named}{', …' if len(unmatched) > 3 else ''}); evaluate both on the same data"
+            )
+        frames.append(other.loc[reference.index])
+    rows = np.stack([np.asarray(metric.statistics(f), dtype=float) for f in frames])
+    counted = (rows != 0).any(axis=(0, 2))
+    document, names = pd.factorize(reference["document"].to_numpy()[counted])
+    rows = rows[:, counted]
+    sums = np.zeros((len(runs), len(names), rows.shape[2]))
+    for totals, run in zip(sums, rows, strict=True):
+        np.add.at(totals, document, run)
+    return _Sums(sums, rows, document)
+
+
+def _part(data: _Sums, start: int, stop: int) -> _Sums:
+    return _Sums(data.sums[start:stop], data.rows[start:stop], data.document)
+
+
+@lru_cache(maxsize=2)
+def _weights(documents: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each document is drawn: (resamples, documents), rows summing to documents - 1.
+
+    Drawing one fewer than there are makes the bootstrap variance of a mean the unbiased one
+    (McCarthy and Snowden 1985), which matters for two or three seeds. Single precision holds the
+    counts exactly and halves the memory.
+    """
+    rng = np.random.default_rng([seed, documents])
+    drawn = rng.integers(documents, size=(resamples, documents - 1))
+    drawn += np.arange(resamples)[:, None] * documents
+    counts = np.bincount(drawn.ravel(), minlength=resamples * documents)
+    return counts.reshape(resamples, documents).astype(np.float32)
+
+
+def _bootstrap(data: _Sums, metric: Metric, resamples: int, seed: int) -> np.ndarray:
+    """The metric of every run under the same resampled documents: (resamples, runs)."""
+    runs, documents, k = data.sums.shape
+    if documents < 2:
+        return np.full((resamples, runs), np.nan)
+    flat = data.sums.transpose(1, 0, 2).reshape(documents, runs * k).astype(np.float32)
+    totals = _weights(documents, resamples, seed) @ flat
+    return metric.value(totals.reshape(resamples, runs, k).astype(float))
+
+
+def _over_seeds(values: np.ndarray, seed: int) -> np.ndarray:
+    """Means of (resamples, runs) values over resampled runs: (resamples,)."""
+    resamples, runs = values.shape
+    if runs == 1:
+        return values[:, 0]
+    drawn = np.random.default_rng([seed, 1]).integers(runs, size=(resamples, runs - 1))
+    return np.take_along_axis(values, drawn, axis=1).mean(axis=1)
+
+
+def _percentiles(values: np.ndarray) -> tuple[float, float]:
+    if np.isnan(values).all():
+        return np.nan, np.nan
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.nanquantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _estimate(data: _Sums, metric: Metric, boot: np.ndarray, seed: int) -> Estimate:
+    """A model's level: Wilson for independent 0/1 rows of one run, otherwise the bootstrap."""
+    value = float(metric.value(data.sums.sum(axis=1)).mean())
+    single = metric.column is not None and len(data.sums) == 1
+    binary = single and np.isin(data.rows, (0, 1)).all() and not np.isnan(value)
+    if binary and data.documents == data.n:
+        successes, trials = data.sums[0].sum(axis=0)
+        low, high = _wilson(successes, trials)
+    elif binary and value in (0.0, 1.0):
+        # A resample of equal documents has no spread; each of them then counts as one trial.
+        low, high = _wilson(value * data.documents, data.documents)
+    else:
+        low, high = _percentiles(_over_seeds(boot, seed))
+    return Estimate(value, float(low), float(high), data.n, data.documents)
+
+
+def _wilson(successes: float, trials: float) -> tuple[float, float]:
+    return stats.binomtest(int(successes), int(trials)).proportion_ci(CONFIDENCE, "wilson")
+
+
+def _row_differences(both: _Sums, metric: Metric, runs: int) -> np.ndarray | None:
+    """Per row, the mean over seeds of first minus second (n,); none unless a mean of a column
+    that has a score for the same rows in all runs."""
+    if metric.column is None or not (both.rows[..., 1] == 1).all():
+        return None
+    scores = both.rows[..., 0]
+    return (scores[:runs] - scores[runs:]).mean(axis=0)
+
+
+def _rule_of_three(deltas: np.ndarray | None, documents: int) -> tuple[float, float]:
+    """Interval of a 0/1 difference when no document shows one.
+
+    At most 1 - 0.05 ** (1 / documents), about 3 / documents, of all documents can then differ
+    (95 % bound), and the difference of the means is no larger than that share.
+    """
+    if deltas is None:
+        return np.nan, np.nan
+    bound = float(1 - (1 - CONFIDENCE) ** (1 / documents))
+    return -bound, bound
+
+
+def _bootstrap_p(differences: np.ndarray) -> float:
+    """Two-sided p-value from the bootstrap distribution of a difference: twice the smaller tail
+    beyond zero, counting the observed sample once."""
+    if np.isnan(differences).all():
+        return np.nan
+    valid = differences[~np.isnan(differences)]
+    tail = min((valid <= 0).sum(), (valid >= 0).sum())
+    return float(min(2 * (1 + tail) / (1 + len(valid)), 1.0))
+
+
+def _swap_test(
+    both: _Sums, metric: Metric, deltas: np.ndarray | None, resamples: int, seed: int
+) -> tuple[str, float]:
+    """Name and two-sided p-value of the paired permutation test over documents (one seed)."""
+    if both.documents == 0:
+        return SWAP, np.nan
+    if deltas is not None and np.array_equal(deltas, deltas.round()):
+        totals = np.bincount(both.document, deltas, minlength=both.documents).round().astype(int)
+        singletons = both.documents == both.n and np.isin(both.rows, (0, 1)).all()
+        return (MCNEMAR if singletons else EXACT_SWAP), _exact_swap_p(totals)
+    first, second = both.sums
+    change = second - first
+    moved = _swaps(both.documents, resamples, seed) @ change  # (resamples, k)
+    null = metric.value(first.sum(axis=0) + moved) - metric.value(second.sum(axis=0) - moved)
+    observed = float(metric.value(first.sum(axis=0)) - metric.value(second.sum(axis=0)))
+    if np.isnan(observed):
+        return SWAP, np.nan
+    # The tolerance keeps permutations that equal the observed one up to rounding.
+    extreme = (np.abs(null) >= abs(observed) - 1e-12).sum()
+    return SWAP, float((1 + extreme) / (1 + resamples))
+
+
+@lru_cache(maxsize=1)
+def _swaps(documents: int, resamples: int, seed: int) -> np.ndarray:
+    """1 where a document's two answers change places: (resamples, documents)."""
+    drawn = np.random.default_rng([seed, 2]).integers(2, size=(resamples, documents), dtype=np.int8)
+    return drawn.astype(float)
+
+
+def _exact_swap_p(totals: np.ndarray) -> float:
+    """P(|sum of ±totals| >= |observed sum|) with independent fair signs, totals being integers.
+
+    The documents with the same absolute total v contribute v * (2 * Binomial(count, 1/2) - count);
+    the distribution of the sum is the convolution over the distinct v.
+    """
+    distribution = np.ones(1)
+    sizes, counts = np.unique(np.abs(totals[totals != 0]), return_counts=True)
+    for size, count in zip(sizes, counts, strict=True):
+        steps = np.zeros(2 * size * count + 1)
+        steps[:: 2 * size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        distribution = np.convolve(distribution, steps)
+    middle = len(distribution) // 2
+    extreme = np.abs(np.arange(len(distribution)) - middle) >= abs(int(totals.sum()))
+    return float(min(distribution[extreme].sum(), 1.0))

@@ -1,0 +1,212 @@
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from stages.errors import StageFailed
+from stages.evaluate.base import Metric, mean_of
+from stages.statistics import (
+    BOOTSTRAP,
+    EXACT_SWAP,
+    MCNEMAR,
+    MDD_FACTOR,
+    SWAP,
+    _exact_swap_p,
+    estimate,
+    holm,
+    paired,
+    summarise,
+)
+
+CORRECT = mean_of("correct")
+
+
+def scores(values, documents=None, column="correct"):
+    n = len(values)
+    return pd.DataFrame(
+        {
+            "example_id": [f"e{i}" for i in range(n)],
+            "document": range(n) if documents is None else documents,
+            "subset": "all",
+            column: np.asarray(values, dtype=float),
+        }
+    )
+
+
+def f1_metric():
+    """F1 of the positive class from (true positive, false positive, false negative) counts."""
+
+    def statistics(s):
+        p, g = s["prediction"].to_numpy(), s["gold"].to_numpy()
+        return np.stack([p & g, p & ~g, ~p & g], axis=1).astype(float)
+
+    def value(t):
+        return 2 * t[..., 0] / (2 * t[..., 0] + t[..., 1] + t[..., 2])
+
+    return Metric("f1", statistics, value)
+
+
+def test_wilson_interval_by_hand():
+    # 8 of 10: centre (0.8 + z²/20) / (1 + z²/10), half width by Wilson's formula.
+    z = stats.norm.ppf(0.975)
+    centre = (0.8 + z**2 / 20) / (1 + z**2 / 10)
+    half = z / (1 + z**2 / 10) * np.sqrt(0.8 * 0.2 / 10 + z**2 / 400)
+    got = estimate([scores([1] * 8 + [0] * 2)], CORRECT)
+    assert (got.value, got.n, got.documents) == (0.8, 10, 10)
+    assert (got.ci_low, got.ci_high) == pytest.approx((centre - half, centre + half), abs=1e-12)
+
+
+def test_missing_scores_and_other_subsets_are_left_out_of_n():
+    table = scores([1, 0, np.nan, 1, 1])
+    table["subset"] = ["a", "a", "a", "b", "b"]
+    got = summarise(table, [CORRECT, mean_of("correct", "a_only", "a")])
+    assert (got["correct"]["value"], got["correct"]["n"]) == (0.75, 4)
+    assert (got["a_only"]["value"], got["a_only"]["n"]) == (0.5, 2)
+
+
+def test_bootstrap_of_a_mean_matches_the_standard_error():
+    x = np.random.default_rng(0).normal(3, 2, size=400)
+    got = estimate([scores(x)], CORRECT, resamples=20_000)
+    error = x.std(ddof=1) / np.sqrt(400)
+    low, high = x.mean() - 1.96 * error, x.mean() + 1.96 * error
+    assert (got.ci_low, got.ci_high) == pytest.approx((low, high), abs=0.05 * error)
+
+
+def test_documents_of_several_rows_match_the_cluster_robust_standard_error():
+    rng = np.random.default_rng(1)
+    documents = np.repeat(np.arange(100), 8)
+    x = (rng.random(800) < np.repeat(rng.beta(1, 1, 100), 8)).astype(float)
+    clustered = estimate([scores(x, documents)], CORRECT, resamples=20_000)
+    residuals = np.bincount(documents, x - x.mean())
+    error = np.sqrt(100 / 99 * (residuals**2).sum()) / 800
+    width = clustered.ci_high - clustered.ci_low
+    assert width == pytest.approx(2 * 1.96 * error, rel=0.03)
+    independent = estimate([scores(x)], CORRECT)
+    assert width > 1.5 * (independent.ci_high - independent.ci_low)
+
+
+def test_all_correct_in_few_documents_does_not_give_an_interval_of_width_zero():
+    got = estimate([scores([1] * 12, np.repeat([0, 1, 2, 3], 3))], CORRECT)
+    # Wilson with 4 of 4: low end n / (n + z²).
+    assert (got.ci_low, got.ci_high) == pytest.approx((4 / (4 + 1.959964**2), 1), abs=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_paired_interval_covers_the_truth_as_often_as_it_says(share):
+    """300 samples of 120 pairs whose true difference is ``share`` * 0.5."""
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(300):
+        second = rng.random(120) < 0.3
+        first = second | ((rng.random(120) < share) & (rng.random(120) < 0.5 / 0.7))
+        got = paired([scores(first)], [scores(second)], CORRECT, resamples=500)
+        covered += got.ci_low <= share * 0.5 <= got.ci_high
+    # Binomial(300, 0.95) has a standard deviation of 3.8.
+    assert 300 * 0.95 - 15 <= covered <= 300 * 0.95 + 12
+
+
+def test_mcnemar_by_hand():
+    # 9 examples only the first has right, 2 only the second: 2 * P(Bin(11, 1/2) <= 2).
+    first = [1] * 9 + [0] * 2 + [1] * 30 + [0] * 9
+    second = [0] * 9 + [1] * 2 + [1] * 30 + [0] * 9
+    got = paired([scores(first)], [scores(second)], CORRECT)
+    assert got.test == MCNEMAR
+    assert got.p_value == pytest.approx(2 * (1 + 11 + 55) / 2**11, abs=1e-12)
+    assert got.p_value == pytest.approx(stats.binomtest(9, 11).pvalue, abs=1e-12)
+    assert got.difference == pytest.approx(7 / 50)
+    delta = np.subtract(first, second)
+    assert got.effect_size == pytest.approx(delta.mean() / delta.std(ddof=1))
+    error = delta.std(ddof=1) / np.sqrt(50)
+    assert got.minimum_detectable == pytest.approx(MDD_FACTOR * error, rel=0.05)
+    assert MDD_FACTOR == pytest.approx(2.8016, abs=1e-4)
+
+
+def test_exact_swap_equals_the_enumeration_of_all_sign_flips():
+    totals = np.array([3, -1, 2, 2, 0, 1, -1, 4])
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 8)).reshape(8, -1)
+    sums = np.abs(totals @ signs)
+    assert _exact_swap_p(totals) == pytest.approx((sums >= totals.sum()).mean(), abs=1e-12)
+
+
+def test_documents_of_several_rows_are_swapped_whole():
+    # 12 documents of 5 rows in which the first wins all 5: McNemar over rows would say 2^-59,
+    # the 12 independent documents can say no more than 2 * 2^-12.
+    first, second = scores([1] * 60, np.repeat(range(12), 5)), scores([0] * 60)
+    second["document"] = first["document"]
+    got = paired([first], [second], CORRECT)
+    assert (got.test, got.documents, got.n) == (EXACT_SWAP, 12, 60)
+    assert got.p_value == pytest.approx(2 * 2**-12)
+
+
+def test_random_swaps_agree_with_the_exact_test():
+    rng = np.random.default_rng(3)
+    first, second = rng.random(200) < 0.62, rng.random(200) < 0.5
+    exact = paired([scores(first)], [scores(second)], CORRECT)
+    # The same metric without the promise that it is a mean takes the random permutations.
+    general = Metric("correct", CORRECT.statistics, CORRECT.value)
+    drawn = paired([scores(first)], [scores(second)], general, resamples=20_000)
+    assert (exact.test, drawn.test) == (MCNEMAR, SWAP)
+    p = exact.p_value
+    assert 0.001 < p < 0.2
+    assert drawn.p_value == pytest.approx(p, abs=4 * np.sqrt(p / 20_000))
+
+
+def test_a_metric_that_is_no_mean_is_resampled_through_its_sums():
+    rng = np.random.default_rng(4)
+    table = scores(np.zeros(300))
+    table["gold"] = rng.random(300) < 0.4
+    table["prediction"] = np.where(rng.random(300) < 0.8, table["gold"], ~table["gold"])
+    other = table.assign(prediction=rng.random(300) < 0.5)
+    metric = f1_metric()
+    got = paired([table], [other], metric)
+    tp = (table["gold"] & table["prediction"]).sum()
+    by_hand = 2 * tp / (table["gold"].sum() + table["prediction"].sum())
+    assert got.first.value == pytest.approx(by_hand)
+    reference = []
+    for _ in range(2000):
+        i = rng.integers(300, size=300)
+        sums = metric.statistics(table).astype(float)[i].sum(0)
+        reference.append(metric.value(sums) - metric.value(metric.statistics(other)[i].sum(0)))
+    low, high = np.quantile(reference, [0.025, 0.975])
+    assert (got.ci_low, got.ci_high) == pytest.approx((low, high), abs=0.015)
+    assert got.p_value < 0.01 and np.isnan(got.effect_size)
+
+
+def test_several_seeds_widen_the_interval_by_the_variance_between_seeds():
+    rng = np.random.default_rng(5)
+    base = rng.random(2000)
+    first = [scores(base < level) for level in (0.50, 0.56, 0.62)]
+    second = [scores(base < 0.50) for _ in range(3)]
+    got = paired(first, second, CORRECT, resamples=4000)
+    deltas = [f["correct"].mean() - s["correct"].mean() for f, s in zip(first, second, strict=True)]
+    assert (got.test, got.seeds) == (BOOTSTRAP, 3)
+    assert got.difference == pytest.approx(np.mean(deltas))
+    between = np.std(deltas, ddof=1) / np.sqrt(3)
+    assert got.minimum_detectable / MDD_FACTOR == pytest.approx(between, rel=0.1)
+    one = paired(first[1:2], second[1:2], CORRECT)
+    assert got.ci_high - got.ci_low > 2 * (one.ci_high - one.ci_low)
+
+
+def test_identical_answers_get_the_rule_of_three():
+    same = scores([1, 0] * 50)
+    got = paired([same], [same], CORRECT)
+    assert (got.difference, got.p_value, got.identical) == (0.0, 1.0, True)
+    assert got.ci_high == -got.ci_low == pytest.approx(1 - 0.05**0.01)
+    assert got.ci_high == pytest.approx(3 / 100, abs=1e-3)
+    assert np.isnan(got.minimum_detectable)
+
+
+def test_rows_are_matched_by_example_id_and_unmatched_ones_are_named():
+    first, second = scores([1, 1, 0, 1]), scores([0, 1, 0, 1])
+    got = paired([first], [second.iloc[::-1]], CORRECT)
+    assert got.first.value - got.second.value == got.difference == 0.25
+    assert got.effect_size == pytest.approx(0.5)  # differences 1, 0, 0, 0
+    with pytest.raises(StageFailed, match=r"differ in 1 example ids \(e2\)"):
+        paired([first], [second.drop(index=2)], CORRECT)
+
+
+def test_holm_by_hand():
+    # Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1 = 0.02, 0.03, 0.06, 0.04 -> running maximum.
+    got = holm([0.01, 0.04, np.nan, 0.03, 0.005])
+    assert got == pytest.approx([0.03, 0.06, np.nan, 0.06, 0.02], nan_ok=True)
+    assert holm([0.6, 0.7]) == pytest.approx([1.0, 1.0])
