@@ -8,6 +8,8 @@ and how fast the work is done (workers, devices, micro-batch); they are marked w
         workers: Annotated[int, RUN_TIME] = 1
 """
 
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict
 
 RUN_TIME = "run time: does not change results"
@@ -17,6 +19,9 @@ class Spec(BaseModel):
     """Base of every stage's spec: immutable, and an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    VERSION: ClassVar[int] = 1
+    """Of the stage's computation; raised when the same spec would give another result."""
 
     @classmethod
     def run_time_fields(cls) -> set[str]:

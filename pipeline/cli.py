@@ -1,0 +1,247 @@
+"""The command line, ``moe-reliability`` or ``python -m pipeline``.
+
+Exit codes: 0 all well; 1 a stage failed (what finished stays, run again to go on); 2 the input is
+wrong and nothing was done; 130 interrupted. Ray, torch and MLflow are imported only by the verbs
+that need them.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from stages.errors import BadInput, StageFailed
+
+SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.verb(options)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except StageFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; finished work is kept, run the same command to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); that is no failure.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-reliability",
+        description="How reliable Mixture-of-Experts language models are next to dense ones.",
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    places = argparse.ArgumentParser(add_help=False)
+    places.add_argument("--store", default="store", metavar="PLACE",
+                        help="artifact store: a folder, s3:// or gs:// (default: ./store)")
+    places.add_argument("--tracking-uri", metavar="URI",
+                        help="MLflow store or server (default: SQLite in the artifact store)")
+    overrides = argparse.ArgumentParser(add_help=False)
+    overrides.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                           help="override a field of the sweep, for example seeds=[0,1,2]")
+    sweep = argparse.ArgumentParser(add_help=False, parents=[places, overrides])
+    sweep.add_argument("sweep", type=Path, metavar="SWEEP", help="a sweep file")
+    cluster = argparse.ArgumentParser(add_help=False)
+    cluster.add_argument("--address", metavar="RAY",
+                         help="Ray cluster to use, or `auto` (default: start a local one; "
+                              "inside a Ray job, the job's own)")
+
+    def add(name: str, verb, parents: list, text: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, parents=parents, help=text, description=text)
+        made.set_defaults(verb=verb)
+        return made
+
+    planned = add("plan", _plan, [sweep], "print the stage graph; run nothing")
+    planned.add_argument("--all", action="store_true", help="print every node of a large plan")
+    add("run", _run, [sweep, cluster], "run what is missing, then show the comparison")
+    evaluate = add("evaluate", _evaluate, [places, overrides, cluster],
+                   "evaluate one model, without training or comparison")
+    evaluate.add_argument("model", metavar="MODEL",
+                          help="a Hugging Face folder, a hub id, or pack:NAME")
+    evaluate.add_argument("--evaluations", required=True, metavar="A,B",
+                          help="names of evaluations of the sweep, or `all`")
+    evaluate.add_argument("--sweep", type=Path, default=SWEEPS / "quickstart.yaml",
+                          help="where the evaluations and data sets are defined")
+    add("report", _report, [sweep], "rebuild tables, figures and HTML from stored scores")
+    ui = add("ui", _ui, [places], "open the MLflow UI on loopback")
+    ui.add_argument("--port", type=int, default=5000)
+    add("status", _status, [sweep], "progress of a running or finished sweep")
+    show = add("show", _show, [sweep], "the examples behind a number")
+    show.add_argument("--evaluation", required=True, metavar="NAME")
+    show.add_argument("--where", default="", metavar="A,B",
+                      help="moe_wrong, moe_right, dense_wrong, dense_right, subset=NAME")
+    show.add_argument("--recipe", help="recipe (default: the last one; `none` is untuned)")
+    show.add_argument("--pair", type=int, default=0, help="number of the pair in the sweep")
+    show.add_argument("--limit", type=int, default=10, help="most examples shown")
+    gc = add("gc", _gc, [places], "list (with --yes: delete) folders that no given sweep needs")
+    gc.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP")
+    gc.add_argument("--yes", action="store_true", help="delete them")
+    add("doctor", _doctor, [places, cluster], "versions, devices, stores, and what is missing")
+    return parser
+
+
+def _read(options: argparse.Namespace):
+    """Sweep, plan and store of a command, checked; refuses what cannot work."""
+    from pipeline.checks import check
+    from pipeline.plan import build
+    from pipeline.sweep import load
+
+    sweep = load(options.sweep, options.set)
+    contents = check(sweep, options.sweep)
+    return sweep, build(sweep, contents), _store(options)
+
+
+def _store(options: argparse.Namespace):
+    from pipeline.store import Store
+
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in options.store and (
+        not Path(options.store).is_absolute()
+    ):
+        raise BadInput(f"--store {options.store}: a job's working directory is temporary; name a "
+                       "bucket (s3://, gs://) or an absolute folder that all machines mount")
+    return Store(options.store)
+
+
+def _tracking_uri(options: argparse.Namespace, store) -> str:
+    uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    relative = uri is not None and uri.startswith("sqlite:///") and uri[10:11] != "/"
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and (
+        relative or uri is None and not store.local
+    ):
+        raise BadInput(f"--tracking-uri {uri or '(default)'}: a job's working directory is "
+                       "temporary; name an MLflow server or an absolute sqlite:////FILE")
+    if uri is None:
+        return f"sqlite:///{store.root}/mlflow.db" if store.local else "sqlite:///mlflow.db"
+    return uri
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from pipeline.display import plan_lines
+    from pipeline.plan import survey
+
+    _, plan, store = _read(options)
+    print("\n".join(plan_lines(plan, survey(plan, store), store, everything=options.all)))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pipeline.display import finish_lines
+    from pipeline.track import log
+
+    _, plan, store = _read(options)
+    uri = _tracking_uri(options, store)
+    outcomes = _execute(plan, store, options)
+    print("\n".join(finish_lines(plan, outcomes, store)))
+    print(log(plan, store, uri))
+    return _code(outcomes)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from pipeline.checks import check
+    from pipeline.display import score_lines
+    from pipeline.plan import build_evaluations
+    from pipeline.single import single_model
+
+    sweep, model = single_model(options)
+    plan = build_evaluations(sweep, model, check(sweep, options.sweep))
+    store = _store(options)
+    outcomes = _execute(plan, store, options)
+    print("\n".join(score_lines(plan, outcomes, store)))
+    return _code(outcomes)
+
+
+def _execute(plan, store, options: argparse.Namespace) -> dict:
+    """Run what is missing of a plan; starts no Ray when nothing is."""
+    from pipeline.display import Watcher
+    from pipeline.plan import survey
+
+    store.check_writable()
+    todo = {key for key, state in survey(plan, store).items() if state.status != "done"}
+    if not todo:
+        print(f"{plan.sweep.name}: {len(plan.nodes)} nodes, all done · store {store.uri}")
+        return {}
+    from pipeline.execute import check_cluster, connect, execute
+
+    with Watcher(plan, todo, store) as watcher:
+        connect(options.address)
+        check_cluster(plan, todo, store)
+        return execute(plan, todo, store, options.sweep.resolve().parent, watcher.tell)
+
+
+def _code(outcomes: dict) -> int:
+    return 1 if any(outcome.status != "done" for outcome in outcomes.values()) else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from pipeline.display import finish_lines
+    from pipeline.job import Job, run_stage
+    from pipeline.plan import survey
+
+    _, plan, store = _read(options)
+    states = survey(plan, store)
+    node = plan.compare
+    gaps = {role: f"{key} has not been run" for role, key in node.inputs.items()
+            if states[key].status != "done"}
+    if len(gaps) == len(node.inputs):
+        raise StageFailed(f"{store.uri} holds no result of this sweep; "
+                          f"run `moe-reliability run {options.sweep}` first")
+    outcome = run_stage(Job.of(node, plan, store, options.sweep.resolve().parent, gaps))
+    print("\n".join(finish_lines(plan, {node.key: outcome}, store)))
+    return 0 if outcome.status == "done" else 1
+
+
+def _ui(options: argparse.Namespace) -> int:
+    from pipeline.ui import serve
+
+    return serve(_tracking_uri(options, _store(options)), options.port)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from pipeline.display import status_lines
+    from pipeline.plan import survey
+
+    _, plan, store = _read(options)
+    print("\n".join(status_lines(plan, survey(plan, store), store)))
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from pipeline.show import examples
+
+    sweep, plan, store = _read(options)
+    print("\n".join(examples(sweep, plan, store, options)))
+    return 0
+
+
+def _gc(options: argparse.Namespace) -> int:
+    from pipeline.checks import check
+    from pipeline.gc import collect
+    from pipeline.plan import build
+    from pipeline.sweep import load
+
+    plans = []
+    for path in options.sweeps:
+        sweep = load(path)
+        plans.append(build(sweep, check(sweep, path)))
+    print("\n".join(collect(plans, _store(options), delete=options.yes)))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from pipeline.doctor import examine
+
+    lines, healthy = examine(_store(options), _tracking_uri(options, _store(options)),
+                             options.address)
+    print("\n".join(lines))
+    return 0 if healthy else 1

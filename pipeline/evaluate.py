@@ -1,0 +1,122 @@
+"""All evaluations of one checkpoint in one Ray Data pass over an actor pool.
+
+Each evaluation's requests are cut into shards whose content depends on the requests alone. An actor
+loads the model once and writes each shard's responses as soon as it has them, so a pass that was
+killed repeats at most the shards in flight, and its scores equal those of an uninterrupted one.
+"""
+
+import ray.data
+from stages.evaluate.engine import Engine
+from stages.evaluate.shards import (
+    Shard,
+    plan_shards,
+    requests_from_bytes,
+    requests_to_bytes,
+    responses_from_bytes,
+    responses_to_bytes,
+)
+from stages.evaluate.stage import requests_for, score_node
+
+from pipeline.job import Job, Outcome, committed, explain, report_progress
+from pipeline.store import Store
+
+RESPONSES = "responses"
+
+
+class Responder:
+    """An actor that holds the model and answers whole shards."""
+
+    def __init__(self, store: str, checkpoint: str, dtype: str, cpus: float, gpus: float):
+        self.store = Store(store)
+        self.engine = Engine(
+            self.store.fetch(checkpoint), dtype=dtype, device="cuda" if gpus else "cpu",
+            threads=None if gpus else max(1, int(cpus)),
+        )
+
+    def __call__(self, batch: dict) -> dict:
+        """Answer the shards of a batch, write them, and name their nodes."""
+        for path, requests in zip(batch["path"], batch["requests"], strict=True):
+            responses = self.engine.respond(requests_from_bytes(requests))
+            self.store.write_bytes(path, responses_to_bytes(responses))
+        return {"node": batch["node"]}
+
+
+def run_pass(jobs: list[Job]) -> dict[str, Outcome]:
+    """Answer the missing shards of all jobs (evaluations of one checkpoint), then score each."""
+    store = Store(jobs[0].store)
+    shards: dict[str, list[Shard]] = {}
+    outcomes: dict[str, Outcome] = {}
+    for job in jobs:
+        try:
+            shards[job.node.key] = _prepare(job, store)
+        except Exception as error:
+            outcomes[job.node.key] = Outcome("failed", explain(error, job, store))
+    jobs = [job for job in jobs if job.node.key not in outcomes]
+    try:
+        _respond(jobs, shards, store)
+    except Exception as error:
+        return outcomes | {j.node.key: Outcome("failed", explain(error, j, store)) for j in jobs}
+    for job in jobs:
+        outcomes[job.node.key] = _score(job, shards[job.node.key], store)
+    return outcomes
+
+
+def _prepare(job: Job, store: Store) -> list[Shard]:
+    inputs = {role: store.fetch(folder) for role, folder in job.inputs.items()}
+    requests = requests_for(job.node.spec.evaluation, inputs)
+    store.write_bytes(f"{job.node.folder}/requests.parquet", requests_to_bytes(requests))
+    return plan_shards(requests, job.node.spec.shard_size)
+
+
+def _respond(jobs: list[Job], shards: dict[str, list[Shard]], store: Store) -> None:
+    """Send every shard without stored responses through the actor pool."""
+    rows, waiting = [], {}
+    for job in jobs:
+        there = store.files(f"{job.node.folder}/{RESPONSES}")
+        missing = [s for s in shards[job.node.key] if f"{s.id}.parquet" not in there]
+        waiting[job.node.key] = len(missing)
+        for shard in missing:
+            rows.append({
+                "node": job.node.key,
+                "path": f"{job.node.folder}/{RESPONSES}/{shard.id}.parquet",
+                "requests": requests_to_bytes(shard.requests),
+            })
+    if not rows:
+        return
+    spec, resources = jobs[0].node.spec, jobs[0].node.resources
+    # One block per shard: a shard is the unit of work, of writing and of repetition.
+    answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        Responder,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(
+            size=min(resources.workers, len(rows)), max_tasks_in_flight_per_actor=2
+        ),
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus or None,
+        fn_constructor_kwargs={
+            "store": store.uri, "checkpoint": jobs[0].inputs["checkpoint"], "dtype": spec.dtype,
+            "cpus": resources.cpus, "gpus": resources.gpus,
+        },
+    )
+    by_key = {job.node.key: job for job in jobs}
+    for row in answered.iter_rows():
+        job = by_key[row["node"]]
+        waiting[job.node.key] -= 1
+        total = len(shards[job.node.key])
+        report_progress(store, job.node, total - waiting[job.node.key], total, "shards")
+
+
+def _score(job: Job, shards: list[Shard], store: Store) -> Outcome:
+    """Score one evaluation from its stored responses and commit it."""
+
+    def work() -> str:
+        responses = []
+        for shard in shards:
+            data = store.read_bytes(f"{job.node.folder}/{RESPONSES}/{shard.id}.parquet")
+            responses += responses_from_bytes(data)
+        inputs = {role: store.fetch(folder) for role, folder in job.inputs.items()}
+        with store.attempt(job.node.folder) as (attempt, output):
+            score_node(job.node.spec.evaluation, inputs, responses, output)
+        return attempt
+
+    return committed(job, store, work)

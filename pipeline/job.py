@@ -1,0 +1,159 @@
+"""One node as work to be done anywhere: in this process, in a Ray task, on another machine."""
+
+import importlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pipeline.plan import Node, Plan
+from pipeline.store import PROGRESS, Store
+from stages.errors import BadInput, StageFailed
+
+STAGES = {
+    "data": "stages.data.stage",
+    "model": "stages.models.stage",
+    "compare": "stages.compare.stage",
+}
+"""Stages that are one call of ``run(spec, inputs, output)``, by the module that holds it."""
+
+PROJECT = Path(__file__).resolve().parent.parent
+_PACKAGES = ("torch", "transformers", "deepspeed", "ray", "datasets", "pyarrow", "numpy", "scipy")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A node with all that its work needs to know."""
+
+    node: Node
+    inputs: dict[str, str]
+    """Role to the folder of the finished upstream node."""
+    store: str
+    sweep_folder: str
+    """Where a relative ``file:`` source starts from."""
+    gaps: dict[str, str]
+    """Role to the reason why its input is missing (comparison only)."""
+
+    @classmethod
+    def of(cls, node: Node, plan: Plan, store: Store, folder: Path,
+           gaps: dict[str, str] | None = None) -> "Job":
+        """The job of a plan's node; roles with a gap are left out of the inputs."""
+        gaps = gaps or {}
+        inputs = {r: plan.nodes[k].folder for r, k in node.inputs.items() if r not in gaps}
+        return cls(node, inputs, store.uri, str(folder), gaps)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a node's work ended."""
+
+    status: Literal["done", "failed", "blocked"]
+    message: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Event:
+    """Something to tell the person who watches."""
+
+    kind: str
+    """``start``, ``progress`` or an outcome's status."""
+    node: Node
+    outcome: Outcome | None = None
+    progress: dict = field(default_factory=dict)
+
+
+def run_stage(job: Job) -> Outcome:
+    """Do the work of a data, model or compare node and commit it."""
+    store = Store(job.store)
+
+    def work() -> str:
+        with store.attempt(job.node.folder) as (attempt, output):
+            compute(job, store, output)
+            if job.node.stage == "compare":
+                store.publish(output, report_folder(job.node.name))
+        return attempt
+
+    return committed(job, store, work)
+
+
+def report_folder(sweep: str) -> str:
+    """Where in the store the newest report of a sweep lies."""
+    return f"reports/{sweep}"
+
+
+def compute(job: Job, store: Store, output: Path) -> None:
+    """Call the stage on local folders."""
+    run = importlib.import_module(STAGES[job.node.stage]).run
+    spec = job.node.spec
+    source = getattr(spec, "source", None) or ""
+    if source.startswith("file:"):
+        # The fingerprint knows the file by its digest; only the work needs its place.
+        place = Path(job.sweep_folder) / source.removeprefix("file:")
+        spec = spec.model_copy(update={"source": f"file:{place}"})
+    inputs = {role: store.fetch(folder) for role, folder in job.inputs.items()}
+    extra = {"gaps": job.gaps} if job.node.stage == "compare" else {}
+    run(spec, inputs, output, **extra)
+
+
+def committed(job: Job, store: Store, work: Callable[[], str]) -> Outcome:
+    """Run work that returns its attempt, write the manifest, and turn failures into outcomes."""
+    node, started = job.node, time.time()
+    try:
+        attempt = work()
+    except Exception as error:
+        return Outcome("failed", explain(error, job, store), time.time() - started)
+    finished = time.time()
+    if job.gaps:
+        # A report with gaps is shown, but the node stays unfinished: the next run fills them.
+        store.delete(f"{node.folder}/{attempt}")
+        return Outcome("done", f"without {len(job.gaps)} result(s)", finished - started)
+    store.commit(node.folder, {
+        "node": node.key,
+        "fingerprint": node.fingerprint,
+        "version": node.version,
+        "identity": node.spec.identity(),
+        "run_time": json.loads(
+            node.spec.model_dump_json(include=node.spec.run_time_fields())
+        ),
+        "inputs": job.inputs,
+        "attempt": attempt,
+        "started": started,
+        "finished": finished,
+        **environment(),
+    })
+    return Outcome("done", seconds=finished - started)
+
+
+def explain(error: Exception, job: Job, store: Store) -> str:
+    """One line about a failure; the traceback of an unforeseen one goes beside the node."""
+    if isinstance(error, StageFailed | BadInput):
+        return str(error)
+    path = f"{job.node.folder}/error.txt"
+    store.write_bytes(path, "".join(traceback.format_exception(error)).encode())
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:300]}; the traceback is in {store.path(path)}"
+
+
+def environment() -> dict:
+    """Versions of what computed a result, for its manifest."""
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    head = subprocess.run(["git", "-C", str(PROJECT), "rev-parse", "HEAD"],
+                          capture_output=True, text=True, check=False)
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "commit": head.stdout.strip() or None,
+    }
+
+
+def report_progress(store: Store, node: Node, done: int, total: int, text: str) -> None:
+    """Tell whoever watches how far a node's work is."""
+    store.write_json(f"{node.folder}/{PROGRESS}",
+                     {"done": done, "total": total, "text": text, "time": time.time()})

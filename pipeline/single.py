@@ -1,0 +1,39 @@
+"""Evaluations of one model: a sweep file's definitions, without its pairs."""
+
+import argparse
+import re
+from pathlib import Path
+
+from pipeline.sweep import Model, Sweep, load, nearest
+from stages.errors import BadInput
+
+
+def single_model(options: argparse.Namespace) -> tuple[Sweep, str]:
+    """The sweep cut down to the model and evaluations of the command line, and the model's name."""
+    sweep = load(options.sweep, options.set)
+    wanted = list(sweep.evaluations) if options.evaluations == "all" else (
+        options.evaluations.split(","))
+    for name in wanted:
+        if name not in sweep.evaluations:
+            raise BadInput(f"--evaluations {name}: not in {options.sweep}"
+                           f"{nearest(name, list(sweep.evaluations))}")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", options.model.rstrip("/").split("/")[-1]).strip("-.")
+    cut = sweep.model_copy(update={
+        "name": name,
+        "models": {name: Model(source=_source(options.model))},
+        "pairs": (),
+        "recipes": {},
+        "evaluations": {n: sweep.evaluations[n] for n in wanted},
+    })
+    return cut, name
+
+
+def _source(model: str) -> str:
+    if model.startswith(("pack:", "hub:", "file:", "tiny:")):
+        return model
+    if Path(model).is_dir():
+        return f"file:{Path(model).resolve()}"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model):
+        return f"hub:{model}" if "@" in model else f"hub:{model}@main"
+    raise BadInput(f"MODEL {model}: neither a folder here nor OWNER/NAME of a hub; "
+                   "give one of them, or pack:NAME")

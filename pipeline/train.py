@@ -1,0 +1,112 @@
+"""A fine-tune node as a Ray Train run.
+
+The run's name and storage path follow from the node's folder, so a run that was interrupted
+resumes from its last checkpoint exactly when spec and inputs are the same, and never otherwise.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import ray.train
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipeline.job import Job, Outcome, committed, report_progress
+from pipeline.store import Store
+from stages.errors import StageFailed
+from stages.finetune.loop import train
+
+CHECKPOINTS = "train"
+"""Folder of the Ray Train run inside the node's folder."""
+
+
+class RayCallbacks:
+    """What the training loop tells the outside, passed on to Ray Train and the store."""
+
+    def __init__(self, job: Job, store: Store):
+        self.job, self.store = job, store
+
+    @contextmanager
+    def resume_from(self) -> Iterator[Path | None]:
+        """A local folder with the last checkpoint, if there is one."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+    def report(self, metrics: dict, checkpoint: Path | None = None) -> None:
+        """Called by every worker; the checkpoint files of all workers are merged."""
+        if ray.train.get_context().get_world_rank() == 0:
+            total = self.job.node.spec.steps
+            report_progress(self.store, self.job.node, metrics["step"], total,
+                            f"loss {metrics['loss']:.3f}")
+        if checkpoint is not None:
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(str(checkpoint)))
+
+
+def _worker(config: dict) -> dict:
+    """Body of one training worker; returns the attempt, or why the stage failed."""
+    job: Job = config["job"]
+    store = Store(job.store)
+    inputs = {role: store.fetch(folder) for role, folder in job.inputs.items()}
+    first = ray.train.get_context().get_world_rank() == 0
+    # Only the first worker writes the result.
+    place = store.attempt(job.node.folder) if first else nullcontext(("", Path()))
+    try:
+        with place as (attempt, output):
+            train(job.node.spec, inputs, output, RayCallbacks(job, store))
+    except StageFailed as error:
+        # Returned, not raised: a restart from the last checkpoint would fail the same way.
+        return {"failed": str(error)}
+    return {"attempt": attempt}
+
+
+def fit(job: Job) -> Outcome:
+    """Train a node's model on its workers and commit the result."""
+    store = Store(job.store)
+    resources = job.node.resources
+
+    def work() -> str:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"job": job},
+            torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=resources.workers,
+                use_gpu=resources.gpus > 0,
+                resources_per_worker={
+                    "CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})
+                },
+            ),
+            run_config=RunConfig(
+                name=CHECKPOINTS,
+                storage_path=store.path(job.node.folder),
+                failure_config=FailureConfig(max_failures=resources.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
+            ),
+        )
+        try:
+            returned = trainer.fit().return_value
+        except ray.train.TrainingFailedError as error:
+            raise StageFailed(
+                f"{job.node.key}: training ended after {resources.max_failures} allowed "
+                f"restart(s): {_cause(error)}; run again to resume from the last checkpoint"
+            ) from error
+        if "failed" in returned:
+            raise StageFailed(f"{job.node.key}: {returned['failed']}")
+        store.delete(f"{job.node.folder}/{CHECKPOINTS}")
+        return returned["attempt"]
+
+    return committed(job, store, work)
+
+
+def _cause(error: BaseException) -> str:
+    """The first worker's own reason, without Ray's wrapping."""
+    failures = getattr(error, "worker_failures", None)
+    inner = next(iter(failures.values())) if failures else error
+    inner = getattr(inner, "cause", None) or inner.__cause__ or inner
+    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
+    return f"{type(inner).__name__}: {lines[-1][:300] if lines else 'no message'}"
