@@ -71,8 +71,7 @@ def run(spec: DataSpec, inputs: dict[str, Path], output: Path) -> None:
 def _identified(table: pa.Table, spec: DataSpec) -> pa.Table:
     """The table sorted by id; where the source has no ids they are digests of the rows."""
     if "id" not in table.column_names:
-        rows = table.drop_columns([n for n in ("document",) if n in table.column_names])
-        ids = [_hash(json.dumps(row, sort_keys=True))[:16] for row in rows.to_pylist()]
+        ids = [_hash(json.dumps(row, sort_keys=True))[:16] for row in table.to_pylist()]
         table = table.append_column("id", pa.array(ids, pa.string()))
     if "document" not in table.column_names:
         table = table.append_column("document", table["id"])

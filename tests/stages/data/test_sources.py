@@ -1,0 +1,346 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages.data import sources
+from stages.data.spec import DataSpec
+from stages.errors import BadInput, StageFailed
+
+# What pandas or a type inference would take for missing values, numbers, dates or quoting.
+LITERAL = [
+    "NA",
+    "null",
+    "None",
+    "nan",
+    "",
+    "1e5",
+    "007",
+    "true",
+    "2020-01-01",
+    'say "hi"',
+    '"whole"',
+    "it's",
+    " padded ",
+    "a\\tb",
+    "é\u2028",
+]
+SPECIAL = ["a\tb", "two\nlines", "comma, here"]
+
+
+def spec(source, task="classification", **fields):
+    return DataSpec(task=task, source=f"file:{source}", **fields)
+
+
+def texts(source, **fields):
+    return sources.load(spec(source, **fields)).table["text"].to_pylist()
+
+
+def quoted(text):
+    doubled = text.replace('"', '""')
+    return f'"{doubled}"'
+
+
+def write_csv(path, values):
+    rows = "".join(f"{quoted(text)},x\r\n" for text in values)
+    path.write_bytes(f"text,label\r\n{rows}".encode())
+
+
+def write_tsv(path, values):
+    path.write_bytes(("text\tlabel\n" + "".join(f"{text}\tx\n" for text in values)).encode())
+
+
+def write_jsonl(path, values):
+    lines = [json.dumps({"text": text, "label": "x"}) for text in values]
+    path.write_text("\n".join(lines))
+
+
+def write_parquet(path, values):
+    pq.write_table(pa.table({"text": values, "label": ["x"] * len(values)}), path)
+
+
+def write_arrow(path, values):
+    table = pa.table({"text": values, "label": ["x"] * len(values)})
+    with pa.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
+WRITERS = {
+    "csv": (write_csv, LITERAL + SPECIAL),
+    "tsv": (write_tsv, LITERAL),
+    "jsonl": (write_jsonl, LITERAL + SPECIAL),
+    "parquet": (write_parquet, LITERAL + SPECIAL),
+    "arrow": (write_arrow, LITERAL + SPECIAL),
+}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_text_is_read_literally(tmp_path, suffix):
+    write, values = WRITERS[suffix]
+    path = tmp_path / f"data.{suffix}"
+    write(path, values)
+    assert texts(path) == values
+
+
+def test_unquoted_csv_cells_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes('\ufefftext,label\nNA,x\nnull,x\n"",x\n,x\n'.encode())
+    assert texts(path) == ["NA", "null", "", ""]
+
+
+def test_arrow_file_format_is_read_like_the_stream(tmp_path):
+    table = pa.table({"text": ["a"], "label": ["x"]})
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert texts(tmp_path / "a.arrow") == ["a"]
+
+
+def test_columns_and_labels_are_mapped_and_optional_columns_filled(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"review": "fine", "y": 1, "key": 7}\n{"review": "bad", "y": 0, "key": 8}\n')
+    columns = {"text": "review", "label": "y", "id": "key"}
+    loaded = sources.load(spec(path, columns=columns, labels={"0": "neg", "1": "pos"}))
+    assert loaded.table.to_pylist() == [
+        {"id": "7", "text": "fine", "label": "pos"},
+        {"id": "8", "text": "bad", "label": "neg"},
+    ]
+    path.write_text('{"prompt": "p"}\n')
+    assert sources.load(spec(path, "prompts")).table.to_pylist() == [
+        {"prompt": "p", "category": ""}
+    ]
+
+
+def test_booleans_are_labels_and_category_columns_are_text(tmp_path):
+    table = pa.table(
+        {"text": pa.array(["a", "b"]).dictionary_encode(), "label": pa.array([True, False])}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    loaded = sources.load(spec(tmp_path / "a.parquet", labels={"true": "yes", "false": "no"}))
+    assert loaded.table.to_pylist() == [
+        {"text": "a", "label": "yes"},
+        {"text": "b", "label": "no"},
+    ]
+
+
+def test_check_returns_the_digest_of_what_is_read(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\nfine,pos\n")
+    expected = hashlib.sha256(b"text,label\nfine,pos\n").hexdigest()
+    assert sources.check(spec(path), "data.mine") == expected
+    vader = DataSpec(task="classification", source="pack:vader/amazon")
+    assert sources.check(vader, "data.x") == sources.SETS["pack:vader/amazon"].content
+    hub = DataSpec(task="prompts", source="hub:a/b@1#test")
+    assert sources.check(hub, "data.x") is None
+
+
+def test_a_file_edited_after_the_plan_is_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\nfine,pos\n")
+    planned = spec(path)
+    planned = planned.model_copy(update={"content": sources.check(planned, "data.x")})
+    assert sources.load(planned).table.num_rows == 1
+    path.write_text("text,label\nfine,neg\n")
+    with pytest.raises(StageFailed, match="edited after the plan"):
+        sources.load(planned)
+
+
+WRONG_NAMES = [
+    ("pack:vader/amzon", "did you mean pack:vader/amazon"),
+    ("pack:vadr/amazon", "did you mean pack:vader/amazon"),
+    ("builtin:lookalike", "did you mean builtin:lookalikes"),
+    ("pck:vader/amazon", "did you mean pack:"),
+    ("data.csv", "a local file is file:PATH"),
+    ("hub:owner/name#test", "give the revision"),
+    ("hub:owner/name@main", "give the revision and the split"),
+    ("hub:name@main#test", "hub:OWNER/NAME"),
+    ("file:", "must begin with"),
+]
+
+
+@pytest.mark.parametrize(("source", "remedy"), WRONG_NAMES)
+def test_wrong_sources_name_the_nearest_known_one(source, remedy):
+    with pytest.raises(BadInput) as caught:
+        sources.check(DataSpec(task="classification", source=source), "data.x")
+    message = str(caught.value)
+    assert message.startswith("data.x.source: ") and remedy in message and "\n" not in message
+
+
+def test_hub_sources_are_parsed():
+    assert sources.parse("hub:nyu-mll/glue:sst2@abc123#train[:10%]") == sources.HubSet(
+        "nyu-mll/glue", "sst2", "abc123", "train[:10%]"
+    )
+    assert sources.parse("hub:a/b@v1.0#test") == sources.HubSet("a/b", None, "v1.0", "test")
+
+
+WRONG_SPECS = [
+    ({"task": "prompts"}, "data.x.task", "set task: classification"),
+    ({"columns": {"text": "review"}}, "data.x.columns", "remove this field"),
+    ({"columns": {"body": "review"}}, "data.x.columns", "no column 'body'"),
+    ({"labels": {"positive": "good"}}, "data.x.labels", "add negative"),
+    ({"splits": {}}, "data.x.splits", "names no split"),
+    ({"splits": {"a": 0.7, "b": 0.4}}, "data.x.splits", "sum to 1.1"),
+    ({"splits": {"../a": 1.0}}, "data.x.splits", "letters"),
+    ({"rows": {"train": 3}}, "data.x.rows", "no split 'train'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "place", "part"), WRONG_SPECS)
+def test_wrong_specs_are_refused_without_reading(fields, place, part):
+    given = {"task": "classification", "source": "pack:vader/amazon", **fields}
+    with pytest.raises(BadInput) as caught:
+        sources.check(DataSpec(**given), "data.x")
+    assert str(caught.value).startswith(f"{place}: ") and part in str(caught.value)
+
+
+def test_labels_belong_to_classification():
+    wrong = DataSpec(task="prompts", source="pack:pyrit/advbench", labels={"a": "b"})
+    with pytest.raises(BadInput, match="has no labels"):
+        sources.check(wrong, "data.x")
+
+
+WRONG_FILES = [
+    ("a.csv", "", "is empty"),
+    ("a.csv", "text,label\n", "holds no rows"),
+    ("a.csv", "text,lable\nfine,x\n", "no column 'label'.*columns: {label: lable}"),
+    ("a.csv", "text,label\nfine,x,y\n", "cannot be read as csv.*Expected 2 columns, got 3"),
+    ("a.csv", b"text,label\nf\xffine,x\n", "cannot be read as csv.*utf-8"),
+    ("a.csv", 'text,label\n"fine,x\n', "cannot be read as csv"),
+    ("a.csv", "text,label,text\nfine,x,y\n", "two columns 'text'"),
+    ("a.csv", "id,text,label\n1,fine,x\n2,bad,y\n1,odd,x\n", "id '1' stands on several rows"),
+    ("a.csv", "id,text,label\n,fine,x\n", "1 of 1 rows have no id"),
+    ("a.csv", "document,text,label\n,fine,x\n", "1 of 1 rows have no document"),
+    ("a.csv", "text,label\nfine,\nbad,x\n", "1 of 2 rows have no label"),
+    ("a.tsv", "text,label\nfine,x\n", "no column 'text'"),
+    ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": \n', "cannot be read as jsonl: line 2"),
+    ("a.jsonl", '{"text": "a", "label": "x"}\n[1]\n', "line 2 is not an object"),
+    ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}\n', "1 of 2 rows have no label"),
+    ("a.jsonl", '{"text": 5, "label": "x"}\n', "column text holds int64, not text"),
+    ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": 5, "label": "x"}\n', "cannot be read as"),
+    ("a.xlsx", "text,label\nfine,x\n", "of no known kind"),
+    ("a.parquet", "PAR1 not really PAR1", "cannot be read as parquet"),
+    ("a.arrow", "not really", "cannot be read as arrow"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), WRONG_FILES)
+def test_wrong_files_are_refused_in_one_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(BadInput, match=message) as caught:
+        sources.check(spec(path), "data.x")
+    assert str(caught.value).startswith("data.x.source: ") and str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_truncated_files(tmp_path):
+    with pytest.raises(BadInput, match="is not a file; check the path"):
+        sources.check(spec(tmp_path / "absent.csv"), "data.x")
+    for suffix in ("parquet", "arrow"):
+        path = tmp_path / f"a.{suffix}"
+        WRITERS[suffix][0](path, [f"text {i}" for i in range(1000)])
+        os.truncate(path, path.stat().st_size - 40)
+        with pytest.raises(BadInput, match=f"cannot be read as {suffix}"):
+            sources.check(spec(path), "data.x")
+
+
+def test_undeclared_labels_are_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\nfine,pos\nbad,neg\nso so,mixed\n")
+    with pytest.raises(BadInput, match=r"label 'mixed' is not among the declared ones \(pos, neg"):
+        sources.check(spec(path, labels={"pos": "positive", "neg": "negative"}), "data.x")
+
+
+WRONG_CHOICES = [
+    ({"choices": ["a"], "answer": 0}, "row 1 needs two or more choices"),
+    ({"choices": ["a", ""], "answer": 0}, "none of them empty"),
+    (
+        {"choices": ["a", "b"], "answer": 2},
+        r"answer 2, .* index of one of its 2 choices \(0 to 1\)",
+    ),
+    ({"choices": ["a", "b"], "answer": -1}, "answer -1"),
+    ({"choices": ["a", "b"]}, "answer None"),
+    ({"choices": None, "answer": 0}, "two or more choices"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), WRONG_CHOICES)
+def test_choices_and_answers_are_checked(tmp_path, row, message):
+    right = {"question": "q1", "choices": ["a", "b"], "answer": 1}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(right) + "\n")
+    assert sources.load(spec(path, "multiple_choice")).table.to_pylist() == [
+        {**right, "context": ""}
+    ]
+    path.write_text(f"{json.dumps(right)}\n{json.dumps({'question': 'q2', **row})}\n")
+    with pytest.raises(BadInput, match=message):
+        sources.check(spec(path, "multiple_choice"), "data.x")
+
+
+def test_csv_cannot_hold_choices(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("question,choices,answer\nq,a|b,0\n")
+    with pytest.raises(BadInput, match="choices holds string, not lists of texts.*JSONL"):
+        sources.check(spec(path, "multiple_choice"), "data.x")
+
+
+def test_hub_class_labels_are_read_as_names_and_hidden_ones_refused(monkeypatch):
+    import datasets
+
+    features = datasets.Features(
+        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+    )
+    asked = []
+
+    def load_dataset(*arguments, **named):
+        asked.append((arguments, named))
+        rows = {"sentence": ["bad", "fine", "NA"], "label": labels}
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    given = DataSpec(
+        task="classification", source="hub:a/b:c@rev#train", columns={"text": "sentence"}
+    )
+    labels = [0, 1, 1]
+    table = sources.load(given).table
+    assert table["label"].to_pylist() == ["neg", "pos", "pos"]
+    assert table["text"].to_pylist() == ["bad", "fine", "NA"]
+    assert asked == [(("a/b", "c"), {"split": "train", "revision": "rev"})]
+    labels = [0, 1, -1]
+    with pytest.raises(BadInput, match="1 of 3 rows have no label"):
+        sources.load(given)
+
+
+def test_hub_failures_are_one_line(monkeypatch):
+    import datasets
+
+    def load_dataset(*arguments, **named):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(StageFailed, match="hub:a/b@rev#x: could not be loaded: no route; check"):
+        sources.load(DataSpec(task="prompts", source="hub:a/b@rev#x"))
+
+
+def test_the_planner_imports_nothing_heavy():
+    script = (
+        "import sys, stages.data.sources as s; from stages.data.spec import DataSpec;"
+        "s.check(DataSpec(task='classification', source='pack:vader/amazon'), 'f');"
+        "print(sorted({'torch', 'pandas', 'datasets', 'transformers', 'ray'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_a_large_file_is_checked_quickly(tmp_path):
+    path = tmp_path / "a.csv"
+    rows = "".join(f"{i},row number {i},{'x' if i % 2 else 'y'}\n" for i in range(200_000))
+    path.write_text("id,text,label\n" + rows)
+    started = time.process_time()
+    sources.check(spec(path), "data.x")
+    assert time.process_time() - started < 2
