@@ -106,7 +106,7 @@ _MOE = (
 )
 _DENSE = (
     *("cohere", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite"),
-    *("llama", "ministral", "mistral", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3"),
+    *("llama", "mistral", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3"),
     *("qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
 )
 FAMILIES: dict[str, Family] = {

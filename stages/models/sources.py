@@ -126,7 +126,9 @@ def _check_source(spec: SourceSpec) -> str | None:
         )
     try:
         describe(spec)
-    except (BadInput, ValueError, KeyError) as error:
+    except KeyError as error:
+        return f"folder {name}: config.json: has no {error.args[0]}; save it with save_pretrained"
+    except (BadInput, ValueError) as error:
         return f"folder {name}: config.json: {error}"
     return None
 

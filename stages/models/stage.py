@@ -13,8 +13,6 @@ from stages.models.card import ModelCard
 from stages.models.sources import PACK_MODELS
 from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec
 
-VERSION = 1
-
 # Everything that a model folder may hold besides weights; code only where it may be executed.
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 

@@ -56,7 +56,7 @@ def probe(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[list[torch.Tens
 
 def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     """Largest absolute difference of two models' logits on the probe texts."""
-    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+    return torch.stack([(x - y).abs().max() for x, y in zip(a, b, strict=True)]).max().item()
 
 
 def require_same_function(twin: list[torch.Tensor], dense: list[torch.Tensor]) -> float:
