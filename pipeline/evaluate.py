@@ -5,15 +5,17 @@ loads the model once and writes each shard's responses as soon as it has them, s
 killed repeats at most the shards in flight, and its scores equal those of an uninterrupted one.
 """
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import ray.data
 from stages.evaluate.engine import Engine
 from stages.evaluate.shards import (
     Shard,
     plan_shards,
-    requests_from_bytes,
-    requests_to_bytes,
-    responses_from_bytes,
-    responses_to_bytes,
+    requests_from_table,
+    requests_to_table,
+    responses_from_table,
+    responses_to_table,
 )
 from stages.evaluate.stage import requests_for, score_node
 
@@ -36,8 +38,8 @@ class Responder:
     def __call__(self, batch: dict) -> dict:
         """Answer the shards of a batch, write them, and name their nodes."""
         for path, requests in zip(batch["path"], batch["requests"], strict=True):
-            responses = self.engine.respond(requests_from_bytes(requests))
-            self.store.write_bytes(path, responses_to_bytes(responses))
+            responses = self.engine.respond(requests_from_table(_unpacked(requests)))
+            self.store.write_bytes(path, _packed(responses_to_table(responses)))
         return {"node": batch["node"]}
 
 
@@ -64,7 +66,7 @@ def run_pass(jobs: list[Job]) -> dict[str, Outcome]:
 def _prepare(job: Job, store: Store) -> list[Shard]:
     inputs = {role: store.fetch(folder) for role, folder in job.inputs.items()}
     requests = requests_for(job.node.spec.evaluation, inputs)
-    store.write_bytes(f"{job.node.folder}/requests.parquet", requests_to_bytes(requests))
+    store.write_bytes(f"{job.node.folder}/requests.parquet", _packed(requests_to_table(requests)))
     return plan_shards(requests, job.node.spec.shard_size)
 
 
@@ -79,7 +81,7 @@ def _respond(jobs: list[Job], shards: dict[str, list[Shard]], store: Store) -> N
             rows.append({
                 "node": job.node.key,
                 "path": f"{job.node.folder}/{RESPONSES}/{shard.id}.parquet",
-                "requests": requests_to_bytes(shard.requests),
+                "requests": _packed(requests_to_table(shard.requests)),
             })
     if not rows:
         return
@@ -113,10 +115,21 @@ def _score(job: Job, shards: list[Shard], store: Store) -> Outcome:
         responses = []
         for shard in shards:
             data = store.read_bytes(f"{job.node.folder}/{RESPONSES}/{shard.id}.parquet")
-            responses += responses_from_bytes(data)
+            responses += responses_from_table(_unpacked(data))
         inputs = {role: store.fetch(folder) for role, folder in job.inputs.items()}
         with store.attempt(job.node.folder) as (attempt, output):
             score_node(job.node.spec.evaluation, inputs, responses, output)
         return attempt
 
     return committed(job, store, work)
+
+
+def _packed(table: pa.Table) -> bytes:
+    """A table as the bytes of a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def _unpacked(data: bytes) -> pa.Table:
+    return pq.read_table(pa.BufferReader(data))

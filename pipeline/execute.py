@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray._private.state import state  # the one place that knows how far a cluster scales
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.job import PROJECT, Event, Job, Outcome, run_stage
@@ -62,22 +63,30 @@ def connect(address: str | None) -> None:
 
 def check_cluster(plan: Plan, keys: set[str], store: Store) -> None:
     """Refuse what the cluster can never run, and a store that its nodes do not share."""
-    total = ray.cluster_resources()
+    total = _capacity()
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fixed = state.get_max_resources_from_cluster_config() is None
     for node in (plan.nodes[key] for key in keys):
         each = {"CPU": node.resources.cpus, "GPU": node.resources.gpus}
         for kind, amount in node.demand.items():
-            if amount > total.get(kind, 0):
+            if amount > total[kind]:
                 raise BadInput(
                     f"resources.{node.stage}: {node.resources.workers} worker(s) need {amount:g} "
-                    f"{kind} together, the cluster has {total.get(kind, 0):g}; "
+                    f"{kind} together, the cluster has {total[kind]:g}; "
                     "lower workers or the worker's share, or use a larger cluster")
-        if not any(all(m.get(k, 0) >= v for k, v in each.items()) for m in machines):
+        if fixed and not any(all(m.get(k, 0) >= v for k, v in each.items()) for m in machines):
             raise BadInput(
                 f"resources.{node.stage}: no machine of the cluster has {each['CPU']:g} CPU and "
                 f"{each['GPU']:g} GPU for one worker; lower cpus or gpus")
     if len(machines) > 1:
         _check_shared(store)
+
+
+def _capacity() -> dict[str, float]:
+    """CPUs and GPUs that the cluster has or, where it scales by itself, can grow to."""
+    largest = state.get_max_resources_from_cluster_config() or {}
+    now = ray.cluster_resources()
+    return {kind: max(now.get(kind, 0), largest.get(kind, 0)) for kind in ("CPU", "GPU")}
 
 
 def _check_shared(store: Store) -> None:
@@ -111,7 +120,7 @@ def execute(
 
     A node whose input failed is blocked; the comparison runs all the same, with gaps.
     """
-    capacity = ray.cluster_resources()
+    capacity = _capacity()
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     outcomes = {key: Outcome("done") for key in plan.nodes if key not in todo}
     waiting = _units(plan, todo)
@@ -171,7 +180,7 @@ def _ready(
     used = {kind: sum(unit.demand[kind] for unit in running.values()) for kind in ("CPU", "GPU")}
     for unit in list(waiting):
         decided = all(key in outcomes for node in unit.nodes for key in node.inputs.values())
-        fits = all(used[k] + v <= capacity.get(k, 0) for k, v in unit.demand.items())
+        fits = all(used[k] + v <= capacity[k] for k, v in unit.demand.items())
         if decided and fits:
             for kind, amount in unit.demand.items():
                 used[kind] += amount

@@ -111,8 +111,7 @@ class Store:
         cached = self._cache() / attempt
         if not cached.exists():
             partial = cached.with_name(f"{cached.name}-{uuid.uuid4().hex[:8]}")
-            fs.copy_files(f"{self.root}/{attempt}", str(partial), source_filesystem=self.fs,
-                          destination_filesystem=fs.LocalFileSystem())
+            _copy(self.fs, f"{self.root}/{attempt}", fs.LocalFileSystem(), str(partial))
             try:
                 partial.rename(cached)
             except OSError:  # another process was first
@@ -166,9 +165,8 @@ class Store:
         try:
             yield attempt, output
             if not self.local:
-                fs.copy_files(str(output), f"{self.root}/{folder}/{attempt}",
-                              source_filesystem=fs.LocalFileSystem(),
-                              destination_filesystem=self.fs)
+                _copy(fs.LocalFileSystem(), str(output), self.fs,
+                      f"{self.root}/{folder}/{attempt}")
         except BaseException:
             shutil.rmtree(output, ignore_errors=True)
             raise
@@ -182,8 +180,7 @@ class Store:
     def publish(self, folder: Path, path: str) -> None:
         """Copy the files of a local folder to a place in the store, replacing what was there."""
         self.delete(path)
-        fs.copy_files(str(folder), f"{self.root}/{path}",
-                      source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.fs)
+        _copy(fs.LocalFileSystem(), str(folder), self.fs, f"{self.root}/{path}")
 
     def delete(self, path: str) -> None:
         """Delete a folder of the store; nothing happens where there is none."""
@@ -203,3 +200,9 @@ class Store:
             for info in self.fs.get_file_info(selector)
             if info.type == fs.FileType.File
         }
+
+
+def _copy(source: fs.FileSystem, folder: str, target: fs.FileSystem, path: str) -> None:
+    """Copy a folder between file systems."""
+    target.create_dir(path, recursive=True)
+    fs.copy_files(folder, path, source_filesystem=source, destination_filesystem=target)
