@@ -1,0 +1,93 @@
+"""Requests and responses on disk, and how an evaluation's requests are cut into shards.
+
+A shard is the unit of work that is written at once: an interrupted evaluation repeats the shards
+that have no file yet. Light to import: no torch.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+
+import pyarrow as pa
+
+from stages.evaluate.base import Request, Response
+
+REQUEST_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("context", pa.string()),
+        ("choices", pa.list_(pa.string())),
+        ("max_new_tokens", pa.int32()),
+        ("chat", pa.bool_()),
+    ]
+)
+RESPONSE_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("logprobs", pa.list_(pa.float64())),
+        ("tokens", pa.list_(pa.int32())),
+        ("text", pa.string()),
+        ("finished", pa.bool_()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Requests that are answered together, and a name that only they have."""
+
+    id: str
+    """First 16 hexadecimal digits of the sha256 of the requests' content, in order."""
+    requests: tuple[Request, ...]
+
+
+def plan_shards(requests: Sequence[Request], size: int) -> list[Shard]:
+    """Cut requests into shards of at most ``size``, alike in kind and length.
+
+    Requests that score choices and requests that generate never share a shard; the longest come
+    first, so that a pool of workers ends with the short ones. The same requests in any order give
+    the same shards.
+    """
+    choosing = [request for request in requests if request.choices]
+    generating = [request for request in requests if not request.choices]
+    shards = []
+    for kind in (generating, choosing):
+        ordered = sorted(kind, key=lambda request: (-_length(request), request.id))
+        for start in range(0, len(ordered), size):
+            members = tuple(ordered[start : start + size])
+            content = json.dumps([asdict(request) for request in members], sort_keys=True)
+            digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+            shards.append(Shard(digest, members))
+    return shards
+
+
+def _length(request: Request) -> int:
+    """About how much work a request is: its characters, and those it may generate."""
+    return len(request.context) + sum(map(len, request.choices)) + 4 * request.max_new_tokens
+
+
+def requests_to_table(requests: Iterable[Request]) -> pa.Table:
+    """One row per request, in order (``REQUEST_SCHEMA``)."""
+    return pa.Table.from_pylist([asdict(request) for request in requests], REQUEST_SCHEMA)
+
+
+def requests_from_table(table: pa.Table) -> list[Request]:
+    """The inverse of ``requests_to_table``."""
+    return [_read(Request, row) for row in table.to_pylist()]
+
+
+def responses_to_table(responses: Iterable[Response]) -> pa.Table:
+    """One row per response, in order (``RESPONSE_SCHEMA``)."""
+    return pa.Table.from_pylist([asdict(response) for response in responses], RESPONSE_SCHEMA)
+
+
+def responses_from_table(table: pa.Table) -> list[Response]:
+    """The inverse of ``responses_to_table``."""
+    return [_read(Response, row) for row in table.to_pylist()]
+
+
+def _read(kind: type, row: dict) -> Request | Response:
+    """A frozen dataclass from a row: lists become tuples, columns it does not know are left."""
+    values = {each.name: row[each.name] for each in fields(kind)}
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
