@@ -1,0 +1,294 @@
+"""The report as HTML that stands alone and as Markdown with the same tables.
+
+Everything that comes from data or a model passes through Jinja's autoescape; texts of prompts and
+answers are not in the report at all. Figures are inlined as data addresses, so that the file needs
+no network and runs no script.
+"""
+
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+
+from stages.compare import table
+from stages.compare.figures import COLOURS, IMPROVED, NEUTRAL, WORSENED
+from stages.compare.spec import UNTUNED, CompareSpec
+from stages.data.card import DataCard
+from stages.models.card import ModelCard
+
+_FEW_DOCUMENTS = 30
+_FEW_SEEDS = 5
+_SIZE_TOLERANCE = 0.05
+"""Active parameters of a pair that differ by more than this share are pointed out."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a report is made of."""
+
+    spec: CompareSpec
+    comparison: pd.DataFrame
+    effects: pd.DataFrame
+    models: dict[str, ModelCard]
+    """The card of each model's first checkpoint that is there."""
+    data: dict[str, DataCard]
+    figures: dict[str, Path]
+    """Axis, or ``curves``, to its SVG file."""
+
+
+def write(content: Content, output: Path) -> None:
+    """Write ``report.html`` and ``report.md``."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: name.endswith(".html.jinja"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["cell"] = _markdown_cell
+    shown = _context(content)
+    for name in ("report.html", "report.md"):
+        text = environment.get_template(f"{name}.jinja").render(shown)
+        (output / name).write_text(text, encoding="utf-8")
+
+
+def _context(content: Content) -> dict:
+    spec, comparison, effects = content.spec, content.comparison, content.effects
+    primary = comparison[comparison["primary"]]
+    notes = table.footnotes(pd.concat([comparison, effects]))
+    markers = {text: marker for marker, text in notes.items()}
+    secondary = comparison[~comparison["primary"]]
+    return {
+        "title": spec.title,
+        "headlines": _headlines(primary, spec),
+        "warnings": _warnings(content),
+        "pairs": [
+            {
+                "name": pair.name,
+                "moe": pair.moe,
+                "dense": pair.dense,
+                "sizes": _sizes(pair.moe, pair.dense, content.models),
+                "axes": _axes(primary[primary["pair"] == pair.name], markers, "moe", "dense"),
+                "secondary": _axes(
+                    secondary[secondary["pair"] == pair.name], markers, "moe", "dense"
+                ),
+            }
+            for pair in spec.pairs
+        ],
+        "effects": {
+            name: _axes(effects[effects["primary"] == chosen], markers, "tuned", "untuned")
+            for name, chosen in (("axes", True), ("secondary", False))
+        }
+        if len(effects)
+        else None,
+        "notes": notes,
+        "models": [_model(name, content) for name in spec.models],
+        "data": [_data(name, card) for name, card in content.data.items()],
+        "figures": {
+            name: {
+                "title": table.AXIS_TITLES.get(name, "Training curves"),
+                "file": f"figures/{file.name}",
+                "inline": "data:image/svg+xml;base64,"
+                + base64.b64encode(file.read_bytes()).decode("ascii"),
+            }
+            for name, file in content.figures.items()
+        },
+        "axis_titles": table.AXIS_TITLES,
+        "resamples": f"{spec.resamples:,}",
+        "tests": len(primary["p_holm"].dropna()),
+        "several_seeds": len(spec.seeds) > 1,
+        "colours": COLOURS | {"neutral": NEUTRAL, "improved": IMPROVED, "worsened": WORSENED},
+    }
+
+
+def _headlines(primary: pd.DataFrame, spec: CompareSpec) -> list[dict]:
+    """How often the MoE was better, the dense model was, or neither was shown to be, by recipe."""
+    found = []
+    for recipe in spec.recipes:
+        verdicts = primary[primary["recipe"] == recipe].apply(table.verdict, axis=1)
+        counts = {
+            verdict: int((verdicts == verdict).sum())
+            for verdict in ("MoE better", "dense better", "no difference shown", "no result")
+        }
+        found.append({"recipe": table.recipe_title(recipe), "counts": counts})
+    return found
+
+
+def _warnings(content: Content) -> list[str]:
+    """What limits the conclusions, for the whole report."""
+    spec, comparison = content.spec, content.comparison
+    primary = comparison[comparison["primary"]]
+    warnings = []
+    gaps = primary[primary["gap"] != ""]
+    if len(gaps):
+        warnings.append(
+            f"{len(gaps)} of {len(primary)} comparisons lack a result or a seed; the notes under "
+            "the tables say why. Nothing was averaged over what is missing."
+        )
+    if set(spec.recipes) != {UNTUNED}:
+        if len(spec.seeds) == 1:
+            warnings.append(
+                f"Each model was trained once (seed {spec.seeds[0]}). Intervals and p-values cover "
+                "the choice of test examples, not what another training run would have given."
+            )
+        elif len(spec.seeds) < _FEW_SEEDS:
+            warnings.append(
+                f"Intervals from {len(spec.seeds)} training seeds are rough: the spread between "
+                f"runs is itself poorly known below {_FEW_SEEDS} seeds."
+            )
+    clustered = primary[primary["documents"] < primary["n"]].drop_duplicates("evaluation")
+    for _, row in clustered.iterrows():
+        warnings.append(
+            f"{row['evaluation']}: {row['n']} examples come from {row['documents']} documents; "
+            "documents, not examples, are resampled and swapped."
+        )
+    small = primary[primary["documents"].between(1, _FEW_DOCUMENTS - 1)]
+    for evaluation in dict.fromkeys(small["evaluation"]):
+        warnings.append(
+            f"{evaluation}: fewer than {_FEW_DOCUMENTS} documents, its bootstrap intervals are "
+            "approximate."
+        )
+    for pair in spec.pairs:
+        moe, dense = content.models.get(pair.moe), content.models.get(pair.dense)
+        if moe is None or dense is None:
+            continue
+        ratio = moe.active_parameters / dense.active_parameters
+        if abs(ratio - 1) > _SIZE_TOLERANCE:
+            warnings.append(
+                f"{pair.name}: the MoE uses {ratio:.2f} times the active parameters of its dense "
+                "partner, so a difference may come from size rather than from routing."
+            )
+    return warnings
+
+
+def _axes(rows: pd.DataFrame, markers: dict[str, str], first: str, second: str) -> list[dict]:
+    """Rows for the templates: axes, in them metrics, in them one line per recipe."""
+    ends = rows[["ci_low", "ci_high"]].abs().to_numpy(dtype=float)
+    reach = float(pd.Series(ends.ravel()).max()) if len(rows) else 0.0
+    axes = []
+    for axis, of_axis in rows.groupby("axis", sort=False):
+        metrics = []
+        keys = ["evaluation", "metric"]
+        for (evaluation, _), each in of_axis.groupby(keys, sort=False):
+            head = each.iloc[0]
+            metrics.append(
+                {
+                    "evaluation": evaluation,
+                    "label": head["label"],
+                    "direction": table.direction(head),
+                    "lines": [_line(r, markers, first, second, reach) for _, r in each.iterrows()],
+                }
+            )
+        axes.append({"title": table.AXIS_TITLES[axis], "metrics": metrics})
+    return axes
+
+
+def _line(row: pd.Series, markers: dict[str, str], first: str, second: str, reach: float) -> dict:
+    words = ("MoE better", "dense better") if first == "moe" else ("improved", "worsened")
+    verdict = table.verdict(row, *words) if row["primary"] else ""
+    tone = verdict.split()[0] if verdict in words else "neutral"
+    levels = {
+        name: {
+            "value": table.number(row[side]),
+            "interval": table.interval(row[f"{side}_ci_low"], row[f"{side}_ci_high"]),
+        }
+        for name, side in (("first", first), ("second", second))
+    }
+    return levels | {
+        "name": table.recipe_title(row["recipe"])
+        if first == "moe"
+        else f"{row['model']} · {row['recipe']}",
+        "difference": table.number(row["difference"], signed=True),
+        "interval": table.interval(row["ci_low"], row["ci_high"], signed=True),
+        "p": table.p_value(row["p_holm"] if row["primary"] else row["p_value"]),
+        "n": f"{row['n']:,}" if row["n"] else table.GAP,
+        "documents": f"{row['documents']:,}" if row["documents"] < row["n"] else "",
+        "detectable": table.number(row["minimum_detectable"]),
+        "test": row["test"],
+        "verdict": verdict,
+        "tone": tone,
+        "notes": [markers[note] for note in table.row_notes(row)],
+        "plot": _plot(row, reach),
+    }
+
+
+def _plot(row: pd.Series, reach: float) -> dict | None:
+    """Positions in percent of a small interval plot, turned so that right is better."""
+    if pd.isna(row["ci_low"]) or pd.isna(row["difference"]):
+        return None
+    sign = 1 if row["higher_is_better"] else -1
+    low, middle, high = (
+        50 + 48 * sign * row[name] / reach for name in ("ci_low", "difference", "ci_high")
+    )
+    return {"low": min(low, high), "middle": middle, "high": max(low, high)}
+
+
+def _sizes(moe: str, dense: str, cards: dict[str, ModelCard]) -> str:
+    if moe not in cards or dense not in cards:
+        return ""
+    first, second = cards[moe], cards[dense]
+    return (
+        f"{_count(first.active_parameters)} of {_count(first.total_parameters)} parameters active "
+        f"per token against {_count(second.active_parameters)}; "
+        f"{_count(first.flops_per_token)} against {_count(second.flops_per_token)} FLOPs per token"
+    )
+
+
+def _model(name: str, content: Content) -> dict:
+    spec, card = content.spec, content.models.get(name)
+    partners = [p.dense for p in spec.pairs if p.moe == name]
+    partners += [p.moe for p in spec.pairs if p.dense == name]
+    shown = {"name": name, "partners": ", ".join(dict.fromkeys(partners)), "card": card is not None}
+    if card is None:
+        return shown
+    experts = f"{card.experts}, top-{card.top_k}, in {len(card.moe_layers)} of {card.layers} layers"
+    return shown | {
+        "architecture": {"moe": "MoE", "dense": "dense"}[card.architecture],
+        "family": card.family,
+        "total": _count(card.total_parameters),
+        "active": _count(card.active_parameters),
+        "flops": _count(card.flops_per_token),
+        "experts": experts if card.experts else table.GAP,
+        "origin": card.origin,
+        "notes": "; ".join(
+            f"{key.replace('_', ' ')} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in card.notes.items()
+        ),
+    }
+
+
+def _data(name: str, card: DataCard) -> dict:
+    return {
+        "name": name,
+        "task": card.task.replace("_", " "),
+        "source": card.source,
+        "licence": card.licence,
+        "dropped": ", ".join(f"{rows:,} {why}" for why, rows in card.dropped.items() if rows),
+        "splits": [
+            {
+                "name": split,
+                "rows": f"{rows:,}",
+                "documents": f"{card.documents[split]:,}",
+                "digest": card.digest[split][:12],
+            }
+            for split, rows in card.rows.items()
+        ],
+    }
+
+
+def _count(number: int) -> str:
+    """A number of parameters or operations: 182M, 1.3B, 12,345."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.{0 if number >= 99.95 * size else 1}f}{unit}"
+    return f"{number:,}"
+
+
+def _markdown_cell(text: object) -> str:
+    """A text that cannot break out of a Markdown table cell or bring in HTML."""
+    flat = " ".join(str(text).split())
+    for sign, safe in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("[", "\\["), ("`", "'")):
+        flat = flat.replace(sign, safe)
+    return flat

@@ -1,0 +1,150 @@
+"""From score tables to the rows of the comparison: every pair, recipe, evaluation and metric.
+
+A missing score table is a gap: its rows are there, with the reason and without a number. Where
+some seeds of several are missing, the row is over the seeds that both models have and says so.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from stages.compare.spec import UNTUNED, CompareSpec
+from stages.errors import StageFailed
+from stages.evaluate.base import AXES, Evaluation, Metric
+from stages.statistics import holm, paired
+
+NOT_RUN = "not run"
+_TEXTS = {"prompt", "answer"}
+"""Columns of a score table that no metric reads; left on disk."""
+_NUMBERS = ("difference", "ci_low", "ci_high", "p_value", "effect_size", "minimum_detectable")
+
+
+def compare(
+    spec: CompareSpec, inputs: dict[str, Path], gaps: dict[str, str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The comparison (MoE minus dense) and the recipes' effects (tuned minus untuned).
+
+    Both have one row per metric, the first metric of an evaluation being its primary one, with
+    Holm's correction over all primary rows of the table.
+    """
+    pairs, effects = [], []
+    for name, evaluation in spec.evaluations.items():
+        scores = _Scores(name, spec, inputs, gaps)
+        for metric in evaluation.metrics():
+            about = _about(name, evaluation, metric)
+            for pair in spec.pairs:
+                for recipe in spec.recipes:
+                    row = scores.paired(
+                        [(pair.moe, recipe, seed) for seed in spec.seeds_of(recipe)],
+                        [(pair.dense, recipe, seed) for seed in spec.seeds_of(recipe)],
+                        metric,
+                        ("moe", "dense"),
+                    )
+                    models = {"pair": pair.name, "moe_model": pair.moe, "dense_model": pair.dense}
+                    pairs.append(models | {"recipe": recipe} | about | row)
+            if UNTUNED not in spec.recipes:
+                continue
+            for model, architecture in spec.models.items():
+                for recipe in spec.recipes:
+                    if recipe == UNTUNED:
+                        continue
+                    row = scores.paired(
+                        [(model, recipe, seed) for seed in spec.seeds],
+                        [(model, UNTUNED, 0)] * len(spec.seeds),
+                        metric,
+                        ("tuned", "untuned"),
+                    )
+                    models = {"model": model, "architecture": architecture, "recipe": recipe}
+                    effects.append(models | about | row)
+    return _corrected(pairs, spec), _corrected(effects, spec)
+
+
+def _about(name: str, evaluation: Evaluation, metric: Metric) -> dict:
+    return {
+        "axis": evaluation.axis,
+        "evaluation": name,
+        "metric": metric.name,
+        "label": metric.label or metric.name.replace("_", " "),
+        "primary": metric.name == evaluation.primary,
+        "higher_is_better": metric.higher_is_better,
+    }
+
+
+class _Scores:
+    """The score tables of one evaluation, read once, and the reasons of those that are missing."""
+
+    def __init__(
+        self, evaluation: str, spec: CompareSpec, inputs: dict[str, Path], gaps: dict[str, str]
+    ):
+        self.evaluation = evaluation
+        self.spec = spec
+        self.tables: dict[tuple, pd.DataFrame] = {}
+        self.missing: dict[tuple, str] = {}
+        for model in spec.models:
+            for recipe in spec.recipes:
+                for seed in spec.seeds_of(recipe):
+                    key = (model, recipe, seed)
+                    role = f"scores/{model}/{recipe}/{seed}/{evaluation}"
+                    if role in inputs:
+                        self.tables[key] = _read(inputs[role] / "scores.parquet")
+                    else:
+                        self.missing[key] = gaps.get(role, NOT_RUN)
+
+    def paired(
+        self, first: list[tuple], second: list[tuple], metric: Metric, names: tuple[str, str]
+    ) -> dict:
+        """One row's numbers, over the seeds for which both tables are there."""
+        there = [
+            (a, b)
+            for a, b in zip(first, second, strict=True)
+            if a in self.tables and b in self.tables
+        ]
+        gap = "; ".join(
+            f"{model} {recipe} seed {seed}: {self.missing[model, recipe, seed]}"
+            for model, recipe, seed in dict.fromkeys([*first, *second])
+            if (model, recipe, seed) in self.missing
+        )
+        row = {"seeds": ",".join(str(a[2]) for a, _ in there), "gap": gap}
+        if not there:
+            levels = (f"{name}{end}" for name in names for end in ("", "_ci_low", "_ci_high"))
+            none = dict.fromkeys((*levels, *_NUMBERS), np.nan)
+            return row | none | {"n": 0, "documents": 0, "test": "", "identical": False}
+        try:
+            found = paired(
+                [self.tables[a] for a, _ in there],
+                [self.tables[b] for _, b in there],
+                metric,
+                resamples=self.spec.resamples,
+                seed=self.spec.seed,
+            )
+        except StageFailed as error:
+            models = f"{first[0][0]} and {second[0][0]}"
+            raise StageFailed(f"{self.evaluation}, {models}: {error}") from None
+        for name, level in zip(names, (found.first, found.second), strict=True):
+            row |= {name: level.value}
+            row |= {f"{name}_ci_low": level.ci_low, f"{name}_ci_high": level.ci_high}
+        kept = (*_NUMBERS, "n", "documents", "test", "identical")
+        return row | {name: getattr(found, name) for name in kept}
+
+
+def _read(file: Path) -> pd.DataFrame:
+    columns = [name for name in pq.read_schema(file).names if name not in _TEXTS]
+    return pd.read_parquet(file, columns=columns)
+
+
+def _corrected(rows: list[dict], spec: CompareSpec) -> pd.DataFrame:
+    """The rows in the order of the tables, with ``p_holm`` for the primary ones."""
+    table = pd.DataFrame(rows)
+    if table.empty:
+        return table
+    table["p_holm"] = holm(table["p_value"].where(table["primary"]))
+    who = "pair" if "pair" in table else "model"
+    order = {
+        who: list(dict.fromkeys(table[who])),
+        "axis": list(AXES),
+        "evaluation": list(spec.evaluations),
+    }
+    ranks = pd.DataFrame({name: table[name].map(seen.index) for name, seen in order.items()})
+    return table.loc[ranks.sort_values(list(order), kind="stable").index].reset_index(drop=True)

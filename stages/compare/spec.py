@@ -1,0 +1,53 @@
+"""What the comparison is told: which models are paired, under which recipes, on what."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from stages.evaluate.registry import AnyEvaluation
+from stages.spec import Spec
+from stages.statistics import RESAMPLES
+
+UNTUNED = "none"
+"""The recipe name of a model that was not fine-tuned; it has the single seed 0."""
+
+
+class Pair(Spec):
+    """A Mixture-of-Experts model and its dense partner."""
+
+    name: str
+    moe: str
+    dense: str
+
+
+class CompareSpec(Spec):
+    """Input roles, each may be absent (a gap of the report):
+
+    - ``scores/<model>/<recipe>/<seed>/<evaluation>``: a folder with ``scores.parquet``
+    - ``checkpoint/<model>/<recipe>/<seed>``: a checkpoint with ``card.json`` and, if it was
+      fine-tuned, ``training_curve.parquet``
+    - ``data/<dataset>``: a prepared data set with ``card.json``
+    """
+
+    title: str
+    pairs: Annotated[tuple[Pair, ...], Field(min_length=1)]
+    recipes: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names in the order of the tables; ``none`` stands for the untuned models."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    evaluations: Annotated[dict[str, AnyEvaluation], Field(min_length=1)]
+    resamples: Annotated[int, Field(ge=100)] = RESAMPLES
+    """Bootstrap resamples, and random permutations where no exact test exists."""
+    seed: int = 0
+
+    def seeds_of(self, recipe: str) -> tuple[int, ...]:
+        """The seeds that a recipe was trained with."""
+        return (0,) if recipe == UNTUNED else self.seeds
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Model name to ``moe`` or ``dense``, in the order of the pairs."""
+        roles = {}
+        for pair in self.pairs:
+            roles.setdefault(pair.moe, "moe")
+            roles.setdefault(pair.dense, "dense")
+        return roles
