@@ -1,0 +1,85 @@
+"""DeepSpeed's JSON files: which one a fine-tune uses, and the values that its spec fills in.
+
+A file in ``deepspeed_configs/`` is complete; ``"auto"`` marks what comes from the spec. Light to
+import, so that a planner can refuse a wrong file.
+"""
+
+import json
+from pathlib import Path
+
+from stages.errors import BadInput
+from stages.finetune.spec import FinetuneSpec
+
+FOLDER = Path(__file__).parents[2] / "deepspeed_configs"
+
+
+def micro_batch_size(spec: FinetuneSpec) -> int:
+    """The largest micro-batch that divides a worker's share and is at most ``micro_batch``."""
+    if spec.batch_size % spec.workers:
+        raise BadInput(
+            f"batch_size: {spec.batch_size} sequences cannot be shared by {spec.workers} workers; "
+            "take a multiple of workers"
+        )
+    share = spec.batch_size // spec.workers
+    return max(n for n in range(1, min(share, spec.micro_batch) + 1) if share % n == 0)
+
+
+def config_name(spec: FinetuneSpec, accelerator: bool) -> str:
+    """File name of the DeepSpeed configuration that fits the spec and the device."""
+    if spec.deepspeed_config is not None:
+        return spec.deepspeed_config
+    model = "moe_expert_parallel" if spec.expert_parallel > 1 else "dense"
+    if accelerator:
+        return f"gpu_{model}_zero2.json"
+    return f"cpu_{model}.json" if spec.precision == "fp32" else f"cpu_{model}_zero2.json"
+
+
+def deepspeed_config(spec: FinetuneSpec, accelerator: bool) -> dict:
+    """The content of the file with every ``"auto"`` filled in.
+
+    Raises ``BadInput`` when the file is missing or sets a value of the spec to something else.
+    """
+    path = FOLDER / config_name(spec, accelerator)
+    if not path.is_file():
+        known = ", ".join(sorted(file.name for file in FOLDER.glob("*.json")))
+        raise BadInput(f"deepspeed_config: no file {path.name} in {FOLDER}; known: {known}")
+    config = json.loads(path.read_text())
+    stage = config["zero_optimization"]["stage"]
+    if stage > 2:
+        raise BadInput(
+            f"{path.name}: zero_optimization.stage {stage} cannot be exported to a Hugging Face "
+            "folder; take stage 0, 1 or 2"
+        )
+    micro = micro_batch_size(spec)
+    values: dict[tuple[str, ...], object] = {
+        ("train_batch_size",): spec.batch_size,
+        ("train_micro_batch_size_per_gpu",): micro,
+        ("gradient_accumulation_steps",): spec.batch_size // spec.workers // micro,
+        # At stage 0 the loop clips: DeepSpeed averages the norms of the ranks there, which is
+        # wrong for parameters that are not replicated (DeepSpeed#8475).
+        ("gradient_clipping",): 0.0 if stage == 0 else spec.gradient_clipping or 0.0,
+        ("optimizer", "params", "lr"): spec.learning_rate,
+        ("optimizer", "params", "weight_decay"): spec.weight_decay,
+        ("bf16", "enabled"): spec.precision == "bf16",
+    }
+    if spec.expert_parallel > 1:
+        values["expert_parallel", "autoep_size"] = spec.expert_parallel
+    elif config.get("expert_parallel", {}).get("enabled"):
+        raise BadInput(
+            f"{path.name}: expert_parallel is enabled but the spec's size is 1; take another file"
+        )
+    for keys, value in values.items():
+        section = config
+        for key in keys[:-1]:
+            section = section.get(key, {})
+        if keys[-1] not in section:
+            raise BadInput(f'{path.name}: {".".join(keys)} is missing; write "auto"')
+        if section[keys[-1]] not in ("auto", value):
+            raise BadInput(
+                f"{path.name}: {'.'.join(keys)} is {section[keys[-1]]!r} but the recipe says "
+                f'{value!r}; write "auto"'
+            )
+        section[keys[-1]] = value
+    if stage == 0 and spec.precision == "bf16":
+        raise BadInput(f"{path.name}: bf16 needs ZeRO stage 1 or 2 for its fp32 master weights")
+    return config

@@ -1,0 +1,83 @@
+"""Fine-tunes in processes of their own: what the tests of the loop look at."""
+
+import os
+import time
+import traceback
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stages.errors import StageFailed
+from stages.finetune.spec import FinetuneSpec
+
+TIMEOUT_S = 150
+
+
+@dataclass
+class Run:
+    spec: FinetuneSpec
+    inputs: dict[str, Path]
+    output: Path
+    stop_after: int | None = None
+    """Raise in the report of this step."""
+    checkpoints: Path | None = None
+    """Where the last checkpoint is kept, and read when the run starts."""
+
+
+class Recorder:
+    """Merges the files of all ranks' checkpoints into one folder, as Ray does."""
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def resume_from(self):
+        folder = self.run.checkpoints
+        return nullcontext(folder if folder and any(folder.iterdir()) else None)
+
+    def report(self, metrics, checkpoint):
+        if checkpoint is not None and self.run.checkpoints is not None:
+            for file in checkpoint.rglob("*"):
+                if file.is_file():
+                    target = self.run.checkpoints / file.relative_to(checkpoint)
+                    assert self.run.stop_after or not target.exists(), f"two ranks wrote {target}"
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(file.read_bytes())
+        torch.distributed.barrier()
+        if metrics["step"] == self.run.stop_after:
+            raise KeyboardInterrupt
+
+
+def launch(workers: int, runs: list[Run], store: Path) -> None:
+    """Run the fine-tunes one after the other in ``workers`` processes over gloo."""
+    context = torch.multiprocessing.spawn(
+        _worker, args=(workers, runs, store), nprocs=workers, join=False
+    )
+    try:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, f"not finished after {TIMEOUT_S} s"
+    finally:
+        for process in context.processes:
+            process.kill()
+
+
+def _worker(rank: int, workers: int, runs: list[Run], store: Path) -> None:
+    from stages.finetune.loop import train
+
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=workers
+    )
+    for run in runs:
+        try:
+            train(run.spec, run.inputs, run.output, Recorder(run))
+        except KeyboardInterrupt:
+            pass
+        except StageFailed as error:
+            (run.output / f"failed_{rank}.txt").write_text(str(error))
+        except Exception:
+            (run.output / f"crashed_{rank}.txt").write_text(traceback.format_exc())
+            raise
