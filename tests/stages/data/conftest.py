@@ -10,17 +10,18 @@ import pytest
 from stages.data import packs
 
 
-def tar_of(members: dict[str, bytes]) -> bytes:
-    """A tar.gz with the given files, and one symbolic link named ``link``."""
+def tar_of(members: dict[str, bytes], link: bool = True) -> bytes:
+    """A tar.gz with the given files, and a symbolic link of that name."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-        link = tarfile.TarInfo("link")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
-        archive.addfile(link)
+        if link:
+            info = tarfile.TarInfo("link")
+            info.type, info.linkname = tarfile.SYMTYPE, "/etc/hostname"
+            archive.addfile(info)
     return buffer.getvalue()
 
 

@@ -64,6 +64,40 @@ def test_download_through_pip_checks_the_hash_and_leaves_nothing_behind(
     assert list(cache.iterdir()) == []
 
 
+def test_the_build_script_of_a_source_archive_with_a_wrong_hash_never_runs(
+    monkeypatch, tmp_path, make_tar
+):
+    ran = tmp_path / "ran"
+    backend = f"""
+import pathlib
+pathlib.Path({str(ran)!r}).touch()
+def prepare_metadata_for_build_wheel(folder, settings=None):
+    info = pathlib.Path(folder, "toy-1.0.dist-info")
+    info.mkdir()
+    info.joinpath("METADATA").write_text("Metadata-Version: 2.1\\nName: toy\\nVersion: 1.0\\n")
+    return info.name
+def build_wheel(*arguments):
+    raise NotImplementedError
+"""
+    project = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    members = {"toy-1.0/pyproject.toml": project, "toy-1.0/backend.py": backend}
+    content = make_tar({name: text.encode() for name, text in members.items()}, link=False)
+    index, cache, archive = tmp_path / "index", tmp_path / "cache", "toy-1.0.tar.gz"
+    index.mkdir()
+    (index / archive).write_bytes(content)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+
+    monkeypatch.setitem(packs.PACKS, "toy", packs.Pack("toy", "1.0", archive, "0" * 64))
+    with pytest.raises(StageFailed, match="could not be downloaded"):
+        packs.fetch("toy", cache)
+    assert not ran.exists()
+    pin = packs.Pack("toy", "1.0", archive, hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(packs.PACKS, "toy", pin)
+    assert packs.fetch("toy", cache).read_bytes() == content
+    assert ran.exists()  # which is why the hash comes first
+
+
 def test_concurrent_fetchers_all_get_the_whole_archive(monkeypatch, tmp_path, make_zip):
     content = make_zip({"a": b"1" * 1000})
     pin = packs.Pack("toy", "1.0", "toy.whl", hashlib.sha256(content).hexdigest())

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages.data import sources
+from stages.data import files, sources
 from stages.data.spec import DataSpec
 from stages.errors import BadInput, StageFailed
 
@@ -92,6 +92,13 @@ def test_unquoted_csv_cells_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes('\ufefftext,label\nNA,x\nnull,x\n"",x\n,x\n'.encode())
     assert texts(path) == ["NA", "null", "", ""]
+
+
+def test_line_breaks_in_csv_cells_at_the_edges_of_blocks(monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "_BLOCK", 64)
+    values = [f"line one of {i}\nline two\n\nline four" for i in range(50)]
+    write_csv(tmp_path / "a.csv", values)
+    assert texts(tmp_path / "a.csv") == values
 
 
 def test_arrow_file_format_is_read_like_the_stream(tmp_path):
