@@ -120,9 +120,9 @@ def family(model: "PreTrainedModel | PretrainedConfig | Mapping") -> Family:
     Raises BadInput for a ``model_type`` that has no entry, with the nearest one that has.
     """
     config = getattr(model, "config", model)
-    name = config["model_type"] if isinstance(config, Mapping) else config.model_type
+    name = config.get("model_type") if isinstance(config, Mapping) else config.model_type
     if name not in FAMILIES:
-        near = difflib.get_close_matches(name, FAMILIES, n=1, cutoff=0)[0]
+        near = difflib.get_close_matches(str(name), FAMILIES, n=1, cutoff=0)[0]
         raise BadInput(
             f"model_type {name!r} is not a known architecture (nearest: {near}); "
             "add an entry to stages/models/families.py"

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.initialization import no_init_weights
 
 from stages.errors import StageFailed
 
@@ -55,6 +56,17 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def filled(
+    kind: type[PreTrainedModel], config: PretrainedConfig, state: dict[str, torch.Tensor]
+) -> PreTrainedModel:
+    """A model in evaluation mode whose weights are copies of ``state``, which names all of them."""
+    with no_init_weights():  # drawing them first takes longer than all the rest
+        model = kind(config)
+    model.tie_weights()
+    model.load_state_dict(state)
+    return model.eval()
 
 
 def _one_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.data.packs import PACKS
 from stages.errors import BadInput
 from stages.models.families import family
 from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec
@@ -126,8 +127,6 @@ def _check_source(spec: SourceSpec) -> str | None:
         )
     try:
         describe(spec)
-    except KeyError as error:
-        return f"folder {name}: config.json: has no {error.args[0]}; save it with save_pretrained"
     except (BadInput, ValueError) as error:
         return f"folder {name}: config.json: {error}"
     return None
@@ -164,12 +163,14 @@ def _unknown(kind: str, name: str, known: Iterable[str]) -> str | None:
 
 
 def content(spec: SourceSpec) -> str | None:
-    """Digest of a ``file:`` source, the same on every machine; None for the other schemes.
+    """Digest of a ``file:`` source, the same on every machine, or of a pack; None for the others.
 
     Files up to a few megabytes are read whole. Of larger ones (weights of many gigabytes, at
     planning time) the size and 64 evenly spaced blocks count, which any training step changes.
     """
     scheme, _, name = spec.source.partition(":")
+    if scheme == "pack":
+        return PACKS[name].sha256
     if scheme != "file":
         return None
     digest = hashlib.sha256()

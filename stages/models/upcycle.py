@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.models import twin
 from stages.models.families import family
+from stages.models.load import filled
 from stages.models.spec import UpcycleSpec
 
 # Shape letters: E experts, F feed-forward neurons, D hidden size.
@@ -66,7 +67,7 @@ def _build(dense: PreTrainedModel, spec: UpcycleSpec) -> PreTrainedModel:
             num_experts_per_tok=spec.top_k,
             sliding_window=None,
         )
-        model = MixtralForCausalLM(config)
+        kind = MixtralForCausalLM
     else:
         config = Qwen2MoeConfig(
             **shared,
@@ -79,7 +80,7 @@ def _build(dense: PreTrainedModel, spec: UpcycleSpec) -> PreTrainedModel:
             mlp_only_layers=[i for i in range(dense.config.num_hidden_layers) if i not in layers],
             qkv_bias=False,
         )
-        model = Qwen2MoeForCausalLM(config)
+        kind = Qwen2MoeForCausalLM
 
     generator = torch.Generator().manual_seed(spec.seed)
     state = dense.state_dict()
@@ -99,6 +100,6 @@ def _build(dense: PreTrainedModel, spec: UpcycleSpec) -> PreTrainedModel:
             state[f"{block}.shared_expert.up_proj.weight"] = zeros_1D
             state[f"{block}.shared_expert.down_proj.weight"] = zeros_1D.T
             state[f"{block}.shared_expert_gate.weight"] = zeros_1D
-    model.load_state_dict(state)
+    model = filled(kind, config, state)
     model.generation_config = dense.generation_config
-    return model.eval()
+    return model

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.models import twin
+from stages.models.load import filled
 from stages.models.spec import WidenSpec
 
 
@@ -49,7 +50,6 @@ def _build(dense: PreTrainedModel, added: int, generator: torch.Generator) -> Pr
     neurons = dense.config.intermediate_size
     config = copy.deepcopy(dense.config)
     config.intermediate_size = neurons + added
-    model = type(dense)(config)
     state = dense.state_dict()
     for layer in range(config.num_hidden_layers):
         block = f"model.layers.{layer}.mlp"
@@ -61,6 +61,6 @@ def _build(dense: PreTrainedModel, added: int, generator: torch.Generator) -> Pr
             state[f"{block}.{name}.weight"] = state[f"{block}.{name}.weight"][source]
         down = state[f"{block}.down_proj.weight"]
         state[f"{block}.down_proj.weight"] = (down / copies)[:, source]
-    model.load_state_dict(state)
+    model = filled(type(dense), config, state)
     model.generation_config = dense.generation_config
-    return model.eval()
+    return model

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from stages.data import packs
-from stages.errors import StageFailed
+from stages.errors import BadInput, StageFailed
 from stages.models.card import ModelCard
 from stages.models.load import load, load_tokenizer
 from stages.models.sources import PACK_MODELS
@@ -91,6 +91,15 @@ def test_a_source_without_safetensors_is_refused(dense, tmp_path):
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
     with pytest.raises(StageFailed, match=r"holds no \*\.safetensors"):
         taken(f"file:{source}", tmp_path / "copy")
+
+
+def test_an_unknown_architecture_from_the_hub_is_refused(dense, tmp_path, monkeypatch):
+    snapshot = shutil.copytree(dense, tmp_path / "snapshot")
+    config = json.loads((snapshot / "config.json").read_text()) | {"model_type": "lama9"}
+    (snapshot / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: snapshot)
+    with pytest.raises(BadInput, match="model_type 'lama9' is not a known architecture"):
+        taken("hub:owner/name@main", tmp_path / "model")
 
 
 def test_missing_weights_are_refused_and_not_drawn_at_random(dense, tmp_path):

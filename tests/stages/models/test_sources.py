@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from stages.data.packs import PACKS
 from stages.models.sources import TINY, Facts, check, content, describe
 from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec
 from tests.stages.models.tiny_folders import llama_folder
@@ -54,7 +55,7 @@ def test_a_folder_needs_a_known_configuration_and_safetensors(tmp_path):
     (tmp_path / "model.safetensors").touch()
     assert "config.json: Expecting property name" in reason()
     config.write_text(json.dumps({"architectures": ["X"]}))
-    assert "config.json: has no model_type" in reason()
+    assert "config.json: model_type None is not a known architecture" in reason()
     config.write_text(json.dumps({"model_type": "lama"}))
     assert "model_type 'lama' is not a known architecture (nearest: llama)" in reason()
     config.write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2}))
@@ -140,3 +141,4 @@ def test_the_digest_follows_the_content_and_not_the_place(tmp_path):
     (folder / "config.json").write_text("{}")
     assert len({before, trained, digest(folder)}) == 3
     assert content(SourceSpec(source="tiny:llama")) is None
+    assert content(SourceSpec(source="pack:smollm2")) == PACKS["smollm2"].sha256

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from tests.stages.models.tiny_folders import llama_folder, logits, plain, save
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -16,6 +15,7 @@ from stages.models.card import ModelCard
 from stages.models.spec import UpcycleSpec
 from stages.models.stage import run
 from stages.models.tiny import CHAT_TEMPLATE
+from tests.stages.models.tiny_folders import llama_folder, logits, plain, save
 
 SOME, ALL = (1, 3), "all"
 

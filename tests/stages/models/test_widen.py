@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tests.stages.models.tiny_folders import llama_folder, logits, plain
 
 from stages.models.card import ModelCard
 from stages.models.spec import UpcycleSpec, WidenSpec
 from stages.models.stage import run
+from tests.stages.models.tiny_folders import llama_folder, logits, plain
 
 
 @pytest.fixture(scope="module")
