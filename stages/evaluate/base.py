@@ -53,7 +53,7 @@ class Metric:
     """A number computed from score rows through sums, so that a bootstrap is a matrix product.
 
     ``statistics`` maps n score rows to an (n, k) array; ``value`` maps sums of such rows, an array
-    of shape (..., k), to an array of shape (...). A mean is ``(x, 1)`` with ``s[..., 0] / s[..., 1]``.
+    of shape (..., k), to an array of shape (...). A mean is ``(x, 1)``, ``s[..., 0] / s[..., 1]``.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Metric:
 def mean_of(
     column: str, name: str | None = None, subset: str | None = None, **fields: object
 ) -> Metric:
-    """The mean of a score column, over one subset or all rows; rows without a score are left out."""
+    """The mean of a score column over one subset or all rows, leaving out rows without a score."""
 
     def statistics(scores: pd.DataFrame) -> np.ndarray:
         counted = scores[column].notna().to_numpy()
@@ -97,6 +97,14 @@ class Evaluation(Spec):
     def datasets(self) -> dict[str, str]:
         """Dataset name (of the sweep) to the split that is read."""
         raise NotImplementedError
+
+    def tasks(self) -> dict[str, str]:
+        """Dataset name to the task (``stages/data/spec.py``) that it must be of."""
+        raise NotImplementedError
+
+    def sources(self) -> dict[str, tuple[str, str]]:
+        """Key in ``data`` to the dataset and split read for it; by default as ``datasets``."""
+        return {name: (name, split) for name, split in self.datasets().items()}
 
     def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:
         """Every request that the evaluation needs, in a fixed order; ids are unique."""

@@ -1,0 +1,134 @@
+"""Adversarial robustness: classification of texts with character edits on the words that matter.
+
+The same examples are asked three times: clean, attacked, and with the control's random edits.
+"""
+
+from typing import Annotated, ClassVar, Literal, get_args
+
+import pandas as pd
+from pydantic import Field
+
+from stages.data.templates import TEMPLATES
+from stages.evaluate.base import Evaluation, Metric, Request, Response, mean_of
+from stages.evaluate.character_edits import Operation, Surrogate, edited_pair
+from stages.evaluate.examples import (
+    answers,
+    check_labels,
+    difference,
+    label_requests,
+    predicted_labels,
+    qualified,
+)
+
+SUBSETS = ("clean", "adversarial", "random")
+
+
+class CharacterEdits(Evaluation):
+    """Accuracy under a black-box character attack, beside clean and randomly edited texts."""
+
+    kind: Literal["character_edits"] = "character_edits"
+    dataset: str
+    split: str = "test"
+    template: str
+    """A name in ``stages/data/templates.py``, which has a word for every label."""
+    surrogate_split: str = "train"
+    """Split of the same data set on which the attack's own small model is fitted."""
+    edits: Annotated[int, Field(ge=1)] = 4
+    """Character edits per text."""
+    operations: Annotated[tuple[Operation, ...], Field(min_length=1)] = get_args(Operation)
+    seed: int = 0
+
+    axis: ClassVar[str] = "adversarial"
+    primary: ClassVar[str] = "adversarial_accuracy"
+
+    def datasets(self) -> dict[str, str]:
+        """The one data set and the split that is attacked."""
+        return {self.dataset: self.split}
+
+    def sources(self) -> dict[str, tuple[str, str]]:
+        """The attacked split and, under a key of its own, the one the surrogate is fitted on."""
+        return super().sources() | {self._train: (self.dataset, self.surrogate_split)}
+
+    @property
+    def _train(self) -> str:
+        return f"{self.dataset}#{self.surrogate_split}"
+
+    def tasks(self) -> dict[str, str]:
+        """Data set to the task that it must be of."""
+        return {self.dataset: "classification"}
+
+    def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:
+        """Three requests per text, with the template's label words as choices."""
+        check_labels(self.dataset, data[self.dataset]["label"], self.template)
+        texts = self._texts(data)
+        return label_requests(TEMPLATES[self.template], texts["example_id"].tolist(), texts["text"])
+
+    def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
+        """Three rows per text: ``correct``, 0 or 1, and ``edits``, the number of edits made."""
+        template = TEMPLATES[self.template]
+        texts = self._texts(data)
+        predictions = predicted_labels(template, answers(texts["example_id"], responses))
+        return pd.DataFrame(
+            {
+                "example_id": texts["example_id"],
+                "document": texts["document"],
+                "subset": texts["subset"],
+                "prompt": [template.render(text) for text in texts["text"]],
+                "gold": texts["label"],
+                "prediction": predictions,
+                "answer": "",
+                "edits": texts["edits"],
+                "correct": (texts["label"] == predictions).astype(float),
+            }
+        )
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """Accuracy of the three subsets and what the attack takes from it."""
+        clean, adversarial, control = (
+            mean_of("correct", name, subset=subset, label=label)
+            for name, subset, label in (
+                ("clean_accuracy", "clean", "accuracy, clean"),
+                ("adversarial_accuracy", "adversarial", "accuracy under attack"),
+                ("random_edit_accuracy", "random", "accuracy, random edits"),
+            )
+        )
+        return (
+            adversarial,
+            clean,
+            control,
+            difference(
+                "adversarial_drop",
+                [clean],
+                [adversarial],
+                higher_is_better=False,
+                label="accuracy lost to the attack",
+            ),
+            difference(
+                "adversarial_excess",
+                [control],
+                [adversarial],
+                higher_is_better=False,
+                label="of that, beyond random edits",
+            ),
+        )
+
+    def _texts(self, data: dict[str, pd.DataFrame]) -> pd.DataFrame:
+        """Every text three times, with its edits, in the order of the data."""
+        surrogate = Surrogate(data[self._train])
+        rows = []
+        frame = data[self.dataset]
+        for id, document, text, label in zip(
+            qualified(self.dataset, frame["id"]),
+            qualified(self.dataset, frame["document"]),
+            frame["text"],
+            frame["label"],
+            strict=True,
+        ):
+            attacked, control, edits = edited_pair(
+                text, label, surrogate, self.edits, self.operations, f"{self.seed}/{id}"
+            )
+            versions = ((text, 0), (attacked, edits), (control, edits))
+            for subset, (version, count) in zip(SUBSETS, versions, strict=True):
+                rows.append((f"{id}/{subset}", document, subset, version, label, count))
+        columns = ["example_id", "document", "subset", "text", "label", "edits"]
+        return pd.DataFrame(rows, columns=columns)

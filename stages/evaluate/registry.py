@@ -1,0 +1,23 @@
+"""Every kind of evaluation that a sweep can name.
+
+To add one: write a frozen ``Evaluation`` (``base.py``) with a ``kind``, and enter it in
+``AnyEvaluation``.
+"""
+
+from typing import Annotated, get_args
+
+from pydantic import Field
+
+from stages.evaluate.adversarial import CharacterEdits
+from stages.evaluate.base import Evaluation
+from stages.evaluate.out_of_distribution import OutOfDistribution
+from stages.evaluate.safety import Refusal
+from stages.evaluate.truthfulness import MultipleChoice
+
+AnyEvaluation = Annotated[
+    Refusal | MultipleChoice | CharacterEdits | OutOfDistribution, Field(discriminator="kind")
+]
+
+KINDS: dict[str, type[Evaluation]] = {
+    kind.model_fields["kind"].default: kind for kind in get_args(get_args(AnyEvaluation)[0])
+}
