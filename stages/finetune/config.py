@@ -62,12 +62,8 @@ def deepspeed_config(spec: FinetuneSpec, accelerator: bool) -> dict:
         ("optimizer", "params", "weight_decay"): spec.weight_decay,
         ("bf16", "enabled"): spec.precision == "bf16",
     }
-    if spec.expert_parallel > 1:
+    if spec.expert_parallel > 1 or "expert_parallel" in config:
         values["expert_parallel", "autoep_size"] = spec.expert_parallel
-    elif config.get("expert_parallel", {}).get("enabled"):
-        raise BadInput(
-            f"{path.name}: expert_parallel is enabled but the spec's size is 1; take another file"
-        )
     for keys, value in values.items():
         section = config
         for key in keys[:-1]:
@@ -82,4 +78,6 @@ def deepspeed_config(spec: FinetuneSpec, accelerator: bool) -> dict:
         section[keys[-1]] = value
     if stage == 0 and spec.precision == "bf16":
         raise BadInput(f"{path.name}: bf16 needs ZeRO stage 1 or 2 for its fp32 master weights")
+    if spec.expert_parallel == 1:
+        config.pop("expert_parallel", None)  # a dense model, or whole experts on every rank
     return config

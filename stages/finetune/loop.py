@@ -66,20 +66,20 @@ def train(spec: FinetuneSpec, inputs: dict[str, Path], output: Path, callbacks: 
     """
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
-    _start_distributed()
+    start_distributed()
     rank, workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if workers != spec.workers:
         raise StageFailed(f"workers: the recipe says {spec.workers} but {workers} processes run")
     torch.manual_seed(spec.seed)
     examples = load_examples(spec, inputs, load_tokenizer(inputs["model"]))
-    engine, probe = _engine(spec, inputs["model"], examples)
+    engine, probe = build_engine(spec, inputs["model"], examples)
 
     curve: list[dict[str, float]] = []
     with callbacks.resume_from() as folder:
         if folder is not None:
             curve = _resume(engine, spec, folder)
     for step in range(len(curve), spec.steps):
-        row = _step(engine, spec, examples, step)
+        row = training_step(engine, spec, examples, step)
         curve.append(row)
         metrics = {name: value for name, value in row.items() if value is not None}
         if len(curve) % spec.checkpoint_every == 0 and len(curve) < spec.steps:
@@ -96,7 +96,7 @@ def train(spec: FinetuneSpec, inputs: dict[str, Path], output: Path, callbacks: 
         write_folder(state, spec, inputs["model"], output, probe, logits)
 
 
-def _start_distributed() -> None:
+def start_distributed() -> None:
     """Make the process group unless it exists."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if not torch.distributed.is_initialized() and "WORLD_SIZE" not in os.environ:
@@ -106,7 +106,7 @@ def _start_distributed() -> None:
     deepspeed.init_distributed(dist_backend=backend)
 
 
-def _engine(spec: FinetuneSpec, folder: Path, examples: list[Example]):
+def build_engine(spec: FinetuneSpec, folder: Path, examples: list[Example]):
     """The DeepSpeed engine, and the examples on which its export will be compared with it.
 
     Before any compute is spent, a packed batch is compared with an ordinary padded one, and every
@@ -137,7 +137,7 @@ def _engine(spec: FinetuneSpec, folder: Path, examples: list[Example]):
     return engine, probe
 
 
-def _step(
+def training_step(
     engine, spec: FinetuneSpec, examples: list[Example], step: int
 ) -> dict[str, float | None]:
     """One optimiser step; its row of the training curve, the same on every rank."""

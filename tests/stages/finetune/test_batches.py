@@ -1,0 +1,100 @@
+"""What the model sees: tokens, answers, and which rows in which step on which worker."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from stages.errors import StageFailed
+from stages.finetune.batches import Example, global_batch, load_examples, micro_batches, pack
+from stages.finetune.spec import FinetuneSpec, TrainSet
+from stages.models.tiny import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()  # one token per byte
+
+
+def spec(*train, **fields):
+    return FinetuneSpec(train=train, steps=1, batch_size=1, learning_rate=1.0, **fields)
+
+
+def texts(example):
+    ids = list(example.input_ids)
+    cut = len(ids) - example.answer
+    return TOKENIZER.decode(ids[:cut]), TOKENIZER.decode(ids[cut:])
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    rows = {"id": ["a", "b"], "text": ["fine", "x" * 60], "label": ["positive", "negative"]}
+    pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
+    return {"data/reviews": tmp_path}
+
+
+@pytest.fixture
+def refusals(tmp_path):
+    frame = pd.DataFrame({"id": ["c"], "prompt": ["Do it now"], "response": ["No."]})
+    frame.to_parquet(tmp_path / "train.parquet")
+    return {"data/refusals": tmp_path}
+
+
+SENTIMENT = TrainSet(dataset="reviews", template="sentiment")
+
+
+def test_classification_answers_with_the_label(reviews):
+    first, second = load_examples(spec(SENTIMENT, max_length=128), reviews, TOKENIZER)
+    assert texts(first) == ("Text: fine\nSentiment:", " positive")
+    assert texts(second) == (f"Text: {'x' * 60}\nSentiment:", " negative")
+
+
+def test_truncation_cuts_the_text_and_nothing_else(reviews):
+    _, second = load_examples(spec(SENTIMENT, max_length=40), reviews, TOKENIZER)
+    # "Text: " + "\nSentiment:" + " negative" are 6 + 11 + 9 bytes, which leaves 14 of the text.
+    assert texts(second) == (f"Text: {'x' * 14}\nSentiment:", " negative")
+
+
+def test_an_answer_that_cannot_fit_is_refused(reviews):
+    with pytest.raises(StageFailed, match="train row a: .* exceed max_length 25; raise max_length"):
+        load_examples(spec(SENTIMENT, max_length=25), reviews, TOKENIZER)
+
+
+def test_instructions_go_through_the_chat_template(refusals):
+    train = TrainSet(dataset="refusals", repeat=2)
+    first, second = load_examples(spec(train), refusals, TOKENIZER)
+    prompt = "<|im_start|>user\nDo it now<|im_end|>\n<|im_start|>assistant\n"
+    assert texts(first) == (prompt, "No.<|im_end|>")
+    assert second == first
+    chat = len(TOKENIZER(prompt)["input_ids"])
+    (shorter,) = load_examples(
+        spec(TrainSet(dataset="refusals"), max_length=chat), refusals, TOKENIZER
+    )
+    assert texts(shorter) == (prompt.replace("Do it now", "Do it"), "No.<|im_end|>")
+
+
+def test_every_row_stands_once_in_an_epoch_and_epochs_differ():
+    stream = np.concatenate([global_batch(10, 4, seed=7, step=step) for step in range(5)])
+    first, second = stream[:10], stream[10:]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert list(first) != list(second)
+    assert not np.array_equal(first, np.arange(10))
+    other = np.concatenate([global_batch(10, 4, seed=8, step=step) for step in range(5)])
+    assert not np.array_equal(stream, other)
+
+
+@pytest.mark.parametrize(("workers", "size"), [(1, 4), (2, 2), (2, 4), (4, 1)])
+def test_workers_share_the_same_global_batch_in_order(workers, size):
+    batch = global_batch(100, 8, seed=0, step=3)
+    shares = [np.concatenate(micro_batches(batch, rank, workers, size)) for rank in range(workers)]
+    assert np.concatenate(shares).tolist() == batch.tolist()
+    assert {len(m) for r in range(workers) for m in micro_batches(batch, r, workers, size)} == {
+        size
+    }
+
+
+def test_packing_keeps_positions_and_answers_apart():
+    arguments, targets = pack(
+        [Example((11, 12, 13), 1), Example((21, 22, 23, 24), 2)], torch.device("cpu")
+    )
+    assert arguments["input_ids"].tolist() == [[11, 12, 13, 21, 22, 23, 24]]
+    assert arguments["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
+    assert arguments["logits_to_keep"].tolist() == [1, 4, 5]
+    assert targets.tolist() == [13, 23, 24]

@@ -1,0 +1,78 @@
+"""The DeepSpeed files: chosen by situation, filled in from the recipe, never against it."""
+
+import json
+
+import pytest
+
+from stages.errors import BadInput
+from stages.finetune import config
+from stages.finetune.config import config_name, deepspeed_config, micro_batch_size
+from stages.finetune.spec import FinetuneSpec, TrainSet
+
+
+def spec(**fields):
+    values = {
+        "train": (TrainSet(dataset="d"),), "steps": 3, "batch_size": 24, "learning_rate": 2e-5,
+        "weight_decay": 0.01, "gradient_clipping": 0.7, "workers": 2, "micro_batch": 5,
+    }  # fmt: skip
+    return FinetuneSpec(**values | fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "accelerator", "name"),
+    [
+        ({}, False, "cpu_dense.json"),
+        ({"expert_parallel": 2}, False, "cpu_moe_expert_parallel.json"),
+        ({"precision": "bf16"}, False, "cpu_dense_zero2.json"),
+        ({"expert_parallel": 2, "precision": "bf16"}, False, "cpu_moe_expert_parallel_zero2.json"),
+        ({}, True, "gpu_dense_zero2.json"),
+        ({"expert_parallel": 2}, True, "gpu_moe_expert_parallel_zero2.json"),
+    ],
+)
+def test_every_situation_has_its_file(fields, accelerator, name):
+    assert config_name(spec(**fields), accelerator) == name
+    filled = deepspeed_config(spec(**fields), accelerator)
+    assert "auto" not in json.dumps(filled).replace("autoep", "")
+    assert filled["train_batch_size"] == 24
+    # 12 sequences per worker in micro-batches of at most 5
+    assert filled["train_micro_batch_size_per_gpu"] == 4
+    assert filled["gradient_accumulation_steps"] == 3
+    assert filled["optimizer"]["params"]["lr"] == 2e-5
+    stage = filled["zero_optimization"]["stage"]
+    assert filled["gradient_clipping"] == (0.7 if stage else 0.0)  # the loop clips at stage 0
+    assert filled.get("expert_parallel", {}).get("autoep_size", 1) == spec(**fields).expert_parallel
+
+
+def test_a_share_that_is_not_whole_is_refused():
+    assert micro_batch_size(spec(batch_size=14, micro_batch=6)) == 1
+    assert micro_batch_size(spec(batch_size=14, micro_batch=7)) == 7
+    with pytest.raises(BadInput, match="batch_size: 15 .* 2 workers"):
+        micro_batch_size(spec(batch_size=15))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_batch_size": 8}, "train_batch_size is 8 but the recipe says 24"),
+        ({"gradient_clipping": 1.0}, r"gradient_clipping is 1\.0 but the recipe says 0\.0"),
+        ({"zero_optimization": {"stage": 3}}, "stage 3 cannot be exported"),
+        ({"expert_parallel": {"autoep_size": 2}}, "autoep_size is 2 but the recipe says 1"),
+        ({"bf16": {}}, "bf16.enabled is missing"),
+    ],
+)
+def test_a_file_against_the_recipe_is_refused(change, message, tmp_path, monkeypatch):
+    content = json.loads((config.FOLDER / "cpu_dense.json").read_text())
+    (tmp_path / "own.json").write_text(json.dumps(content | change))
+    monkeypatch.setattr(config, "FOLDER", tmp_path)
+    with pytest.raises(BadInput, match=f"own.json: .*{message}"):
+        deepspeed_config(spec(deepspeed_config="own.json"), accelerator=False)
+
+
+def test_a_dense_model_may_share_the_file_of_its_twin():
+    shared = spec(deepspeed_config="cpu_moe_expert_parallel.json")
+    assert "expert_parallel" not in deepspeed_config(shared, accelerator=False)
+
+
+def test_an_unknown_file_is_refused_with_the_known_ones():
+    with pytest.raises(BadInput, match="no file zero9.json .* cpu_dense.json"):
+        deepspeed_config(spec(deepspeed_config="zero9.json"), accelerator=False)
