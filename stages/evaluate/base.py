@@ -74,7 +74,7 @@ def mean_of(
     def statistics(scores: pd.DataFrame) -> np.ndarray:
         counted = scores[column].notna().to_numpy()
         if subset is not None:
-            counted &= (scores["subset"] == subset).to_numpy()
+            counted = counted & (scores["subset"] == subset).to_numpy()
         values = np.where(counted, scores[column].to_numpy(dtype=float, na_value=0.0), 0.0)
         return np.stack([values, counted.astype(float)], axis=1)
 

@@ -1,0 +1,136 @@
+"""The stage on a tiny model: every kind of evaluation from Parquet files to a summary."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from stages.data.templates import TEMPLATES, Template
+from stages.errors import StageFailed
+from stages.evaluate.base import AXES
+from stages.evaluate.registry import KINDS, AnyEvaluation
+from stages.evaluate.shards import requests_from_table, responses_from_table
+from stages.evaluate.spec import EvaluateSpec
+from stages.evaluate.stage import requests_for, run, score_node
+from stages.models.tiny import tiny_model, tiny_tokenizer
+
+EVALUATIONS = {
+    "refusal": {"harmful": ["prompts"], "benign": ["others"], "max_new_tokens": 4},
+    "multiple_choice": {"dataset": "quiz"},
+    "character_edits": {"dataset": "shop", "template": "sentiment", "edits": 2},
+    "out_of_distribution": {
+        "in_distribution": "shop",
+        "out_of_distribution": ["film"],
+        "template": "sentiment",
+    },
+}
+
+
+def spec(kind, **fields):
+    return EvaluateSpec(evaluation={"kind": kind} | EVALUATIONS[kind], **fields)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    ids = [f"{number}" for number in range(6)]
+    rows = pd.DataFrame({"id": ids, "document": ids})
+    prompts = rows.assign(prompt=[f"Explain the number {i}." for i in ids], category="x")
+    texts = rows.assign(
+        text=[f"{word} thing" for word in ["Great", "Awful"] * 3],
+        label=["positive", "negative"] * 3,
+    )
+    quiz = rows.assign(
+        question="Which?", choices=[np.array(["one", "two"], object)] * 6, answer=0, context=""
+    )
+    tables = {"prompts": prompts, "others": prompts, "shop": texts, "film": texts, "quiz": quiz}
+    for name, table in tables.items():
+        (root / name).mkdir()
+        for split in ("train", "test"):
+            table.to_parquet(root / name / f"{split}.parquet")
+    tokenizer = tiny_tokenizer()
+    tiny_model("llama", tokenizer, seed=0).save_pretrained(root / "checkpoint")
+    tokenizer.save_pretrained(root / "checkpoint")
+    return {"checkpoint": root / "checkpoint"} | {f"data/{name}": root / name for name in tables}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_runs_from_files_to_a_summary(kind, inputs, tmp_path):
+    run(spec(kind, shard_size=4), inputs, tmp_path)
+    requests = requests_from_table(pq.read_table(tmp_path / "requests.parquet"))
+    shards = sorted((tmp_path / "responses").iterdir())
+    responses = [r for file in shards for r in responses_from_table(pq.read_table(file))]
+    assert len(shards) == -(-len(requests) // 4)
+    assert {r.id for r in responses} == {r.id for r in requests}
+    scores = pd.read_parquet(tmp_path / "scores.parquet")
+    assert scores["example_id"].is_unique
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    evaluation = spec(kind).evaluation
+    assert list(summary) == [metric.name for metric in evaluation.metrics()]
+    assert list(summary)[0] == evaluation.primary
+    assert evaluation.axis in AXES
+    for row in summary.values():
+        assert row["ci_low"] <= row["value"] <= row["ci_high"]
+        assert row["n"] in (6, 12, 18)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shard_size_and_order_of_responses_change_nothing(kind, inputs, tmp_path):
+    for name, size in (("one", 64), ("many", 2)):
+        (tmp_path / name).mkdir()
+        run(spec(kind, shard_size=size), inputs, tmp_path / name)
+    files = sorted((tmp_path / "many" / "responses").iterdir(), reverse=True)
+    responses = [r for file in files for r in responses_from_table(pq.read_table(file))]
+    (tmp_path / "again").mkdir()
+    score_node(spec(kind).evaluation, inputs, responses, tmp_path / "again")
+    first = pd.read_parquet(tmp_path / "one" / "scores.parquet")
+    for other in ("many", "again"):
+        pd.testing.assert_frame_equal(first, pd.read_parquet(tmp_path / other / "scores.parquet"))
+
+
+def test_a_truncated_data_file_is_named(inputs, tmp_path):
+    broken = tmp_path / "quiz"
+    broken.mkdir()
+    content = (inputs["data/quiz"] / "test.parquet").read_bytes()
+    (broken / "test.parquet").write_bytes(content[: len(content) // 2])
+    with pytest.raises(StageFailed, match="data set 'quiz': .*test.parquet cannot be read"):
+        requests_for(spec("multiple_choice").evaluation, inputs | {"data/quiz": broken})
+
+
+def test_kinds_are_told_apart_by_name():
+    adapter = TypeAdapter(AnyEvaluation)
+    for kind, fields in EVALUATIONS.items():
+        parsed = adapter.validate_python({"kind": kind} | fields)
+        assert type(parsed) is KINDS[kind]
+        assert set(parsed.tasks()) == set(parsed.datasets())
+    with pytest.raises(ValidationError, match="union_tag_invalid"):
+        adapter.validate_python({"kind": "toxicity"})
+    with pytest.raises(ValidationError, match="extra_forbidden"):
+        adapter.validate_python({"kind": "multiple_choice", "dataset": "quiz", "shots": 5})
+
+
+def test_identity_is_what_changes_results(monkeypatch):
+    one = spec("character_edits")
+    spread = spec("character_edits", workers=4, cpus=2, gpus=1, shard_size=7)
+    assert one.identity() == spread.identity()
+    assert one.run_time_fields() == {"workers", "cpus", "gpus", "shard_size"}
+    assert spec("character_edits", dtype="bfloat16").identity() != one.identity()
+    before = one.identity()
+    reworded = Template("Review: {text}\nSentiment:", TEMPLATES["sentiment"].labels)
+    monkeypatch.setitem(TEMPLATES, "sentiment", reworded)
+    assert one.identity() != before
+
+
+def test_the_planner_does_not_wait_for_heavy_imports():
+    code = (
+        "import sys, stages.evaluate.spec, stages.evaluate.stage; "
+        "print([m for m in ('torch', 'transformers', 'sklearn', 'ray') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
