@@ -137,13 +137,13 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from pipeline.display import finish_lines
-    from pipeline.track import log
+    from pipeline.record import record
 
     _, plan, store = _read(options)
     uri = _tracking_uri(options, store)
     outcomes = _execute(plan, store, options)
     print("\n".join(finish_lines(plan, outcomes, store)))
-    print(log(plan, store, uri))
+    print("\n".join(record(plan, store, uri)))
     return _code(outcomes)
 
 

@@ -8,6 +8,9 @@ killed repeats at most the shards in flight, and its scores equal those of an un
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
+
+from pipeline.job import Job, Outcome, committed, explain, report_progress
+from pipeline.store import Store
 from stages.evaluate.engine import Engine
 from stages.evaluate.shards import (
     Shard,
@@ -18,9 +21,6 @@ from stages.evaluate.shards import (
     responses_to_table,
 )
 from stages.evaluate.stage import requests_for, score_node
-
-from pipeline.job import Job, Outcome, committed, explain, report_progress
-from pipeline.store import Store
 
 RESPONSES = "responses"
 

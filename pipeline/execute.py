@@ -47,7 +47,8 @@ def connect(address: str | None) -> None:
     options: dict = {}
     if IN_JOB not in os.environ:
         if address is None:
-            options = {"include_dashboard": False}
+            # Ray Train frees the resources of a run that died through the dashboard's State API.
+            options = {"include_dashboard": True}
         else:
             options = {"runtime_env": {
                 "working_dir": str(PROJECT),
@@ -212,16 +213,13 @@ def _gaps(node: Node, plan: Plan, outcomes: dict[str, Outcome]) -> dict[str, str
 
 def _submit(jobs: list[Job], here: NodeAffinitySchedulingStrategy) -> ray.ObjectRef:
     node = jobs[0].node
-    name = f"{node.key}"
-    if node.stage in ("finetune", "evaluate"):
-        task = ray.remote(_drive).options(num_cpus=0, name=name)
-    else:
-        task = ray.remote(_drive).options(
-            num_cpus=node.resources.cpus, num_gpus=node.resources.gpus, name=name)
-        if str(getattr(node.spec, "source", "")).startswith("file:"):
-            # The file lies where the command was given.
-            task = task.options(scheduling_strategy=here)
-    return task.remote(jobs)
+    options: dict = {"name": node.key, "num_cpus": 0}
+    if node.stage not in ("finetune", "evaluate"):
+        options |= {"num_cpus": node.resources.cpus, "num_gpus": node.resources.gpus}
+    if str(getattr(node.spec, "source", "")).startswith("file:"):
+        # The file lies where the command was given.
+        options["scheduling_strategy"] = here
+    return ray.remote(_drive).options(**options).remote(jobs)
 
 
 def _drive(jobs: list[Job]) -> dict[str, Outcome]:

@@ -1,5 +1,6 @@
 """One node as work to be done anywhere: in this process, in a Ray task, on another machine."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -91,15 +92,14 @@ def report_folder(sweep: str) -> str:
 def compute(job: Job, store: Store, output: Path) -> None:
     """Call the stage on local folders."""
     run = importlib.import_module(STAGES[job.node.stage]).run
-    spec = job.node.spec
-    source = getattr(spec, "source", None) or ""
-    if source.startswith("file:"):
-        # The fingerprint knows the file by its digest; only the work needs its place.
-        place = Path(job.sweep_folder) / source.removeprefix("file:")
-        spec = spec.model_copy(update={"source": f"file:{place}"})
     inputs = {role: store.fetch(folder) for role, folder in job.inputs.items()}
     extra = {"gaps": job.gaps} if job.node.stage == "compare" else {}
-    run(spec, inputs, output, **extra)
+    if not str(getattr(job.node.spec, "source", "")).startswith("file:"):
+        run(job.node.spec, inputs, output, **extra)
+        return
+    # The fingerprint knows a file by its digest; only the work needs its place.
+    with contextlib.chdir(job.sweep_folder):
+        run(job.node.spec, inputs, output, **extra)
 
 
 def committed(job: Job, store: Store, work: Callable[[], str]) -> Outcome:
@@ -117,7 +117,7 @@ def committed(job: Job, store: Store, work: Callable[[], str]) -> Outcome:
     store.commit(node.folder, {
         "node": node.key,
         "fingerprint": node.fingerprint,
-        "version": node.version,
+        "version": node.spec.VERSION,
         "identity": node.spec.identity(),
         "run_time": json.loads(
             node.spec.model_dump_json(include=node.spec.run_time_fields())

@@ -10,12 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stages.evaluate.spec import EvaluateSpec
-
 from pipeline.store import Store
 from pipeline.sweep import UNTUNED, Resources, Sweep, model_spec
 from stages.compare.spec import CompareSpec, Pair
 from stages.data.spec import DataSpec
+from stages.evaluate.spec import EvaluateSpec
 from stages.finetune.spec import FinetuneSpec, Recipe
 from stages.spec import Spec
 
@@ -32,7 +31,6 @@ class Node:
     inputs: dict[str, str]
     """Role to the key of the upstream node."""
     resources: Resources
-    version: str
     fingerprint: str
 
     @property
@@ -68,20 +66,18 @@ class Plan:
     nodes: dict[str, Node] = field(default_factory=dict)
 
     def add(
-        self, stage: str, name: str, spec: Spec, inputs: dict[str, str], resources: Resources,
-        version: str = "",
+        self, stage: str, name: str, spec: Spec, inputs: dict[str, str], resources: Resources
     ) -> str:
         """Add a node unless it is there, and return its key."""
-        version = version or str(spec.VERSION)
         content = {
             "stage": stage,
-            "version": version,
+            "version": spec.VERSION,
             "spec": spec.identity(),
             "inputs": {role: self.nodes[key].fingerprint for role, key in inputs.items()},
         }
         text = json.dumps(content, sort_keys=True, allow_nan=False)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:12]
-        node = Node(stage, name, spec, inputs, resources, version, fingerprint)
+        node = Node(stage, name, spec, inputs, resources, fingerprint)
         self.nodes.setdefault(node.key, node)
         return node.key
 
@@ -220,8 +216,7 @@ class _Builder:
         for name in evaluation.datasets():
             inputs[f"data/{name}"] = self.dataset(name)
             self.datasets_used.append(name)
-        return self.plan.add("evaluate", f"{label}-{evaluation_name}", spec, inputs, resources,
-                             version=f"{spec.VERSION}.{evaluation.VERSION}")
+        return self.plan.add("evaluate", f"{label}-{evaluation_name}", spec, inputs, resources)
 
 
 def survey(plan: Plan, store: Store) -> dict[str, State]:
@@ -255,8 +250,8 @@ def survey(plan: Plan, store: Store) -> dict[str, State]:
 def _difference(manifest: dict, node: Node, plan: Plan) -> str:
     """What changed between a finished node of the same name and this one."""
     changes = []
-    if manifest["version"] != node.version:
-        changes.append(f"stage version {manifest['version']} → {node.version}")
+    if manifest["version"] != node.spec.VERSION:
+        changes.append(f"stage version {manifest['version']} → {node.spec.VERSION}")
     before, after = _flat(manifest["identity"]), _flat(node.spec.identity())
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):

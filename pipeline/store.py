@@ -118,6 +118,17 @@ class Store:
                 shutil.rmtree(partial)
         return cached
 
+    def download(self, path: str) -> Path | None:
+        """A local folder with the files of a folder that changes; None where there is none."""
+        if self.fs.get_file_info(f"{self.root}/{path}").type != fs.FileType.Directory:
+            return None
+        if self.local:
+            return Path(self.root) / path
+        local = self._cache() / path
+        shutil.rmtree(local, ignore_errors=True)
+        _copy(self.fs, f"{self.root}/{path}", fs.LocalFileSystem(), str(local))
+        return local
+
     def _cache(self) -> Path:
         key = self.uri.replace("://", "-").replace("/", "-")
         folder = Path(tempfile.gettempdir()) / f"moe-reliability-{os.getuid()}" / key

@@ -84,7 +84,11 @@ def fit(job: Job) -> Outcome:
             run_config=RunConfig(
                 name=CHECKPOINTS,
                 storage_path=store.path(job.node.folder),
-                failure_config=FailureConfig(max_failures=resources.max_failures),
+                failure_config=FailureConfig(
+                    max_failures=resources.max_failures,
+                    # Each is a minute of waiting for workers; Ray's own default is for ever.
+                    controller_failure_limit=10,
+                ),
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
             ),
         )

@@ -21,8 +21,6 @@ from stages.data.sources import load
 from stages.data.spec import DataSpec
 from stages.errors import BadInput, StageFailed
 
-VERSION = 1
-
 
 def run(spec: DataSpec, inputs: dict[str, Path], output: Path) -> None:
     """Prepare a data set.

@@ -18,8 +18,6 @@ from stages.evaluate.shards import plan_shards, requests_to_table, responses_to_
 from stages.evaluate.spec import EvaluateSpec
 from stages.statistics import summarise
 
-VERSION = EvaluateSpec.VERSION
-
 
 def run(spec: EvaluateSpec, inputs: dict[str, Path], output: Path) -> None:
     """Evaluate a checkpoint in this process.

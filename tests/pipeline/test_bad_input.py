@@ -201,7 +201,7 @@ def _csv(text: str):
 
 FILES = {
     "missing column": (_csv("id,text\na,b\n"), "label"),
-    "empty data set": (_csv("id,text,label\n"), "empty"),
+    "empty data set": (_csv("id,text,label\n"), "holds no rows"),
     "empty file": (_csv(""), "empty"),
     "duplicate ids": (_csv("id,text,label\na,x,positive\na,y,negative\n"), "twice"),
     "not a Parquet file": (None, "Parquet"),

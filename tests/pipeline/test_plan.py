@@ -31,7 +31,7 @@ FIELDS = {
         {"workers", "expert_parallel", "micro_batch", "checkpoint_every", "deepspeed_config",
          "threads"}),
     EvaluateSpec: (
-        {"evaluation", "dtype"}, {"workers", "cpus", "gpus", "shard_size", "device"}),
+        {"evaluation", "dtype"}, {"workers", "cpus", "gpus", "shard_size"}),
     CompareSpec: (
         {"title", "pairs", "recipes", "seeds", "evaluations", "resamples", "seed"}, set()),
 }
@@ -112,7 +112,7 @@ def test_a_file_is_known_by_its_content(tmp_path):
 def _finish(plan, store: Store, key: str) -> None:
     node = plan.nodes[key]
     store.commit(node.folder, {
-        "version": node.version, "identity": node.spec.identity(), "attempt": "attempt-1",
+        "version": node.spec.VERSION, "identity": node.spec.identity(), "attempt": "attempt-1",
         "inputs": {r: plan.nodes[k].folder for r, k in node.inputs.items()}, "finished": 1.0})
 
 

@@ -1,0 +1,97 @@
+"""Brings MLflow up to date with what a sweep has finished.
+
+What was logged last is remembered in the store, so that a command that changed nothing does not
+start MLflow at all.
+"""
+
+import json
+from collections.abc import Iterator
+
+import pandas as pd
+
+from pipeline.job import report_folder
+from pipeline.plan import Node, Plan
+from pipeline.store import Store
+from pipeline.sweep import UNTUNED
+from pipeline.tracking import Child, DataInput, Tracker, content_fingerprint
+from stages.data.card import DataCard
+from stages.models.card import ModelCard
+
+
+def record(plan: Plan, store: Store, uri: str) -> list[str]:
+    """Log the sweep's finished checkpoints and its report; lines that say where to look."""
+    sweep = plan.sweep
+    children = list(_children(plan, store))
+    if not children:
+        return []
+    report = store.download(report_folder(sweep.name))
+    fingerprint = content_fingerprint(sweep.name, children, report)
+    memory = f"tracking/{sweep.name}.json"
+    known = store.read_json(memory) or {}
+    if known.get("fingerprint") != fingerprint or known.get("uri") != uri:
+        logged = Tracker(uri).log_sweep(
+            sweep.name, children, report, description=sweep.description,
+            texts={"sweep.json": sweep.model_dump_json(indent=1, by_alias=True)},
+        )
+        known = {"fingerprint": fingerprint, "uri": uri, "path": logged.path,
+                 "comparison_path": logged.comparison_path}
+        store.write_json(memory, known)
+    if uri.startswith("http"):
+        return [f"MLflow  {uri.rstrip('/')}{known['comparison_path']}"]
+    return [f"MLflow  `moe-reliability ui --tracking-uri {uri}`, then",
+            f"        http://127.0.0.1:5000{known['path']}"]
+
+
+def _children(plan: Plan, store: Store) -> Iterator[Child]:
+    """One child for each model × recipe × seed whose checkpoint and some scores are finished."""
+    roles = plan.compare.inputs
+    done = store.finished(plan.nodes[key].folder for key in roles.values())
+    for role, key in roles.items():
+        if not role.startswith("checkpoint/") or plan.nodes[key].folder not in done:
+            continue
+        place = role.removeprefix("checkpoint/")
+        prefix = f"scores/{place}/"
+        scores = {other.removeprefix(prefix): plan.nodes[roles[other]] for other in roles
+                  if other.startswith(prefix) and plan.nodes[roles[other]].folder in done}
+        if scores:
+            yield _child(plan, store, place, plan.nodes[key], scores)
+
+
+def _child(plan: Plan, store: Store, place: str, node: Node, scores: dict[str, Node]) -> Child:
+    model, recipe, seed = place.split("/")
+    tuned = recipe != UNTUNED
+    folder = store.fetch(node.folder)
+    manifests = [store.manifest(n.folder) for n in (*scores.values(), *([node] if tuned else ()))]
+    summaries = {
+        name: json.loads((store.fetch(n.folder) / "summary.json").read_text())
+        for name, n in scores.items()
+    }
+    params = node.spec.model_dump(mode="json", exclude={"train", "seed"}) if tuned else {}
+    return Child(
+        model=model,
+        recipe=recipe,
+        seed=int(seed),
+        pairs=tuple(p.name for p in plan.sweep.pairs if model in (p.moe, p.dense)),
+        card=ModelCard.read(folder),
+        metrics=summaries,
+        scores_digest="-".join(n.fingerprint for n in scores.values()),
+        checkpoint_uri=store.path(f"{node.folder}/{store.manifest(node.folder)['attempt']}"),
+        started=min(manifest["started"] for manifest in manifests),
+        finished=max(manifest["finished"] for manifest in manifests),
+        params=params,
+        curve=pd.read_parquet(folder / "training_curve.parquet") if tuned else None,
+        data=tuple(_data(plan, store, node, scores)),
+        artifacts=(folder / "card.json",),
+    )
+
+
+def _data(plan: Plan, store: Store, node: Node, scores: dict[str, Node]) -> Iterator[DataInput]:
+    """The splits that a checkpoint was trained and scored on, each once."""
+    uses = {(t.dataset, t.split): "training" for t in getattr(node.spec, "train", ())}
+    for scored in scores.values():
+        for dataset, split in scored.spec.evaluation.datasets().items():
+            uses.setdefault((dataset, split), "evaluation")
+    for (dataset, split), use in uses.items():
+        card = DataCard.read(store.fetch(plan.nodes[f"data/{dataset}"].folder))
+        yield DataInput(f"{dataset}/{split}", card.digest[split], card.source, card.rows[split],
+                        use)
