@@ -78,6 +78,9 @@ def main() -> None:
         seconds, _, _ = measure("plan", str(SWEEPS / "smoke.yaml"), "--store", str(store),
                                 "--set", seeds, log=log)
         line("plan of 10,000 nodes", seconds, 5)
+        seconds, _, code = measure("run", str(SWEEPS / "smoke.yaml"), "--store", str(store),
+                                   "--set", "recipes.sft.learning_rate=fast", log=log)
+        line("refusal of a wrong sweep", seconds, 3, f", exit code {code}")
 
 
 if __name__ == "__main__":

