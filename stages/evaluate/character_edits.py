@@ -56,15 +56,13 @@ class Surrogate:
         self.vocabulary = vectorizer.vocabulary_
 
     def contribution(self, word: str, label: str) -> float:
-        """The word's weight for the label, less its mean weight for the others; 0 if unknown.
+        """The word's weight for the label; 0 if unknown.
 
+        (The weights of one word sum to 0 over the labels, so this is relative to the others.)
         Rounded, so that the last bits of the solver cannot change an order.
         """
         index = self.vocabulary.get(word.lower())
-        if index is None:
-            return 0.0
-        others = [w[index] for other, w in self.weights.items() if other != label]
-        return round(float(self.weights[label][index] - sum(others) / len(others)), 6)
+        return 0.0 if index is None else round(float(self.weights[label][index]), 6)
 
 
 def edited_pair(
@@ -142,7 +140,7 @@ def _edit(
                 word = pieces[index]
                 for candidate in _candidates(word, chosen[done], operations, rng):
                     pieces[index] = candidate
-                    if alignment_distance(text, whole()) == done + 1:
+                    if alignment_distance(text, whole(), done + 1) == done + 1:
                         break
                 else:
                     pieces[index], left[index] = word, 0
@@ -175,24 +173,28 @@ def _candidates(
                 yield word[:at] + word[at + 1] + letter + word[at + 2 :]
 
 
-def alignment_distance(a: str, b: str) -> int:
+def alignment_distance(a: str, b: str, most: int) -> int:
     """Optimal string alignment distance: insert, delete, substitute, swap neighbours, 1 each.
 
-    (The restricted Damerau-Levenshtein distance: no part of a string is edited twice.)
+    (The restricted Damerau-Levenshtein distance: no part of a string is edited twice.) A distance
+    above ``most`` is given as ``most + 1``; only the diagonals up to ``most`` are visited.
     """
     start = 0
     while start < min(len(a), len(b)) and a[start] == b[start]:
         start += 1
-    a, b = a[start:], b[start:]
-    while a and b and a[-1] == b[-1]:
-        a, b = a[:-1], b[:-1]
-    before, previous = [], list(range(len(b) + 1))
+    end = 0
+    while end < min(len(a), len(b)) - start and a[-1 - end] == b[-1 - end]:
+        end += 1
+    a, b = a[start : len(a) - end], b[start : len(b) - end]
+    far = most + 1
+    before, previous = [], [min(j, far) for j in range(len(b) + 1)]
     for i, x in enumerate(a, 1):
-        current = [i]
-        for j, y in enumerate(b, 1):
-            best = min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (x != y))
-            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+        current = [far] * (len(b) + 1)
+        current[0] = min(i, far)
+        for j in range(max(1, i - most), min(len(b), i + most) + 1):
+            best = min(previous[j] + 1, current[j - 1] + 1, previous[j - 1] + (x != b[j - 1]))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == b[j - 1]:
                 best = min(best, before[j - 2] + 1)
-            current.append(best)
+            current[j] = min(best, far)
         before, previous = previous, current
     return previous[-1]

@@ -170,15 +170,13 @@ _OWN_TEXT = _pattern(r"^(?:```|subject:|dear\b|title:|once upon)|\bhere(?:'s| is
 
 _SENTENCE_END = re.compile(r"(?<=[.!?:])\s+|\n+")
 _QUOTED = re.compile(r"\"[^\"\n]*\"|“[^”\n]*”")
-# "Assistant:" or "[MODE]": a speaker's name before the answer proper.
-_SPEAKER = re.compile(r"^(?:\s*(?:\[[^\]\n]{1,20}\]|(?!Subject|Title)[A-Z]\w{1,14}:))+\s*")
 
 
 def _plain(text: str) -> str:
-    """Straight apostrophes, single blanks, no Markdown emphasis and no speaker's name."""
+    """Straight apostrophes, single blanks, no Markdown emphasis."""
     text = re.sub(r"[‘’ʼ´]", "'", text)
     text = re.sub(r"[*_#>]+", "", text)
-    return _SPEAKER.sub("", re.sub(r"[ \t]+", " ", text).strip())
+    return re.sub(r"[ \t]+", " ", text).strip()
 
 
 def _sentences(text: str) -> list[str]:

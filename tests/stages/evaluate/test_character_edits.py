@@ -59,15 +59,16 @@ def test_distance_equals_the_textbook_recursion():
     rng = random.Random(0)
     for _ in range(500):
         a, b = sentence(rng, 2), sentence(rng, 2)
-        assert alignment_distance(a, b) == slow_distance(a, b)
-    assert alignment_distance("ca", "abc") == 3  # 2 if a part could be edited twice
+        for most in (1, 4, 20):
+            assert alignment_distance(a, b, most) == min(slow_distance(a, b), most + 1)
+    assert alignment_distance("ca", "abc", 5) == 3  # 2 if a part could be edited twice
 
 
 @pytest.mark.parametrize(
     ("a", "b"), [("great", "graet"), ("great", "grat"), ("great", "greaat"), ("great", "grest")]
 )
 def test_each_operation_counts_one(a, b):
-    assert alignment_distance(a, b) == 1
+    assert alignment_distance(a, b, 3) == 1
 
 
 def test_neighbours_on_the_keyboard():
@@ -119,6 +120,18 @@ def test_the_attack_edits_the_words_that_speak_for_the_label(surrogate):
     assert control_touched < 25  # one of 11 editable words, 80 draws
 
 
+def test_the_control_edits_as_many_words_as_the_attack(surrogate):
+    """One word speaks for the label and takes both edits; so both go into one word at random."""
+    text = "superb unknown another following further"
+    for case in range(20):
+        *pair, edits = edited_pair(text, "positive", surrogate, 2, OPERATIONS, f"{case}")
+        assert edits == 2
+        for edited in pair:
+            pairs = zip(text.split(), edited.split(), strict=True)
+            assert sum(old != new for old, new in pairs) == 1
+        assert pair[0].split()[1:] == text.split()[1:]
+
+
 def test_three_labels_are_told_apart():
     train = pd.concat(
         [TRAIN, pd.DataFrame({"text": ["average thing"] * 8, "label": ["neutral"] * 8})]
@@ -127,6 +140,7 @@ def test_three_labels_are_told_apart():
     for word, label in (("superb", "positive"), ("awful", "negative"), ("average", "neutral")):
         weights = {each: three.contribution(word, each) for each in three.weights}
         assert max(weights, key=weights.get) == label
+        assert sum(weights.values()) == pytest.approx(0, abs=1e-4)
 
 
 def test_texts_without_words_stay_as_they_are(surrogate):
@@ -171,7 +185,7 @@ def test_the_template_is_never_edited():
         text = request.context.removeprefix("Text: ").removesuffix("\nSentiment:")
         original = TEST.set_index("id").loc[request.id.split("/")[1], "text"]
         edits = 0 if request.id.endswith("/clean") else 2
-        assert alignment_distance(original, text) == edits
+        assert slow_distance(original, text) == edits
 
 
 def test_sources_name_the_surrogates_split():
