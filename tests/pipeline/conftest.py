@@ -1,0 +1,45 @@
+"""One Ray cluster of two simulated machines, and one smoke sweep run on it as a job."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from smoke import ROOT, SECRET, planned
+
+from pipeline.store import Store
+
+# A job's `python` is the one found first on the path of the cluster's processes.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """Two machines of one CPU each, so that two workers never share one."""
+    cluster = Cluster(initialize_head=True, head_node_args={
+        "num_cpus": 1, "include_dashboard": True, "dashboard_port": 8399})
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield SimpleNamespace(
+        address=cluster.address, dashboard=f"http://{cluster.head_node.webui_url}")
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def job(cluster, tmp_path_factory):
+    """The smoke sweep, submitted as a job to the cluster; its store and what was printed."""
+    store = tmp_path_factory.mktemp("smoke") / "store"
+    done = subprocess.run(
+        ["ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", ".",
+         "--runtime-env-json", f'{{"env_vars": {{"HF_TOKEN": "{SECRET}"}}}}',
+         "--", "python", "-m", "pipeline", "run", "sweeps/smoke.yaml", "--store", str(store)],
+        cwd=ROOT, text=True, capture_output=True, check=False, timeout=900)
+    return SimpleNamespace(
+        returncode=done.returncode, output=done.stdout + done.stderr, store=Store(str(store)),
+        folder=store, plan=planned())
