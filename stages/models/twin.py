@@ -73,8 +73,7 @@ def require_same_function(twin: list[torch.Tensor], dense: list[torch.Tensor]) -
 def add_noise(matrices: Iterable[torch.Tensor], scale: float, generator: torch.Generator) -> None:
     """Add Gaussian noise to each matrix in place, ``scale`` times the matrix's own std."""
     for matrix in matrices:
-        # In double precision, so that the number of threads does not show in the last bit.
-        std = matrix.double().std(correction=0).item()
+        std = matrix.std(correction=0).item()
         matrix.add_(torch.randn(matrix.shape, generator=generator), alpha=scale * std)
 
 

@@ -1,9 +1,11 @@
 import pytest
 import torch
+from transformers import AutoTokenizer, GenerationConfig
 
 from stages.models.card import ModelCard
 from stages.models.spec import UpcycleSpec, WidenSpec
 from stages.models.stage import run
+from stages.models.tiny import CHAT_TEMPLATE
 from tests.stages.models.tiny_folders import llama_folder, logits, plain
 
 
@@ -87,3 +89,12 @@ def test_the_same_seed_gives_the_same_file_and_another_seed_another(dense, tmp_p
         for name, seed in (("one", 5), ("two", 5), ("other", 6))
     )
     assert one == two != other
+
+
+def test_generation_and_chat_are_carried_over(tmp_path):
+    dense = llama_folder(tmp_path / "dense")
+    GenerationConfig(temperature=0.25, do_sample=True, eos_token_id=[8, 2]).save_pretrained(dense)
+    wide = made(WidenSpec(), dense, tmp_path / "wide")
+    generation = plain(wide).generation_config
+    assert (generation.temperature, generation.eos_token_id) == (0.25, [8, 2])
+    assert AutoTokenizer.from_pretrained(wide).chat_template == CHAT_TEMPLATE
