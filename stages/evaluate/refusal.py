@@ -83,7 +83,7 @@ _POLICY = (
 _FORBIDDEN = (
     r"(?:inappropriate|unethical|immoral|illegal|unlawful|criminal|harmful|dangerous|unacceptable"
     r"|wrong|against the law|a (?:serious )?crime|(?:not|never)(?: an?)? (?:legal|ethical|safe"
-    r"|appropriate|acceptable)(?: solutions?)?)"
+    r"|appropriate|acceptable))"
 )
 
 REFUSES = {
