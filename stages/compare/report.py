@@ -17,6 +17,7 @@ from stages.compare.figures import COLOURS, IMPROVED, NEUTRAL, WORSENED
 from stages.compare.spec import UNTUNED, CompareSpec
 from stages.data.card import DataCard
 from stages.models.card import ModelCard
+from stages.statistics import BOOTSTRAP, CONFIDENCE, SWAP
 
 _FEW_DOCUMENTS = 30
 _FEW_SEEDS = 5
@@ -138,6 +139,14 @@ def _warnings(content: Content) -> list[str]:
                 f"Intervals from {len(spec.seeds)} training seeds are rough: the spread between "
                 f"runs is itself poorly known below {_FEW_SEEDS} seeds."
             )
+    tests = len(primary["p_holm"].dropna())
+    needed = round(2 * tests / (1 - CONFIDENCE))
+    if spec.resamples < needed and primary["test"].isin((SWAP, BOOTSTRAP)).any():
+        warnings.append(
+            f"{spec.resamples} resamples are too few for {tests} comparisons: a p-value that comes "
+            "from random draws cannot get below 5 % after the correction. Set "
+            f"statistics.resamples to more than {needed}."
+        )
     clustered = primary[primary["documents"] < primary["n"]].drop_duplicates("evaluation")
     for _, row in clustered.iterrows():
         warnings.append(

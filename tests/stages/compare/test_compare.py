@@ -249,6 +249,17 @@ def test_the_report_says_what_limits_it(inputs, output):
     assert re.search(r"untuned \(\d\) \| 0.667 .* \+0.000 \[−0.049, \+0.049\]", text)
 
 
+def test_too_few_resamples_for_the_correction_are_pointed_out(inputs, output, tmp_path):
+    for role in [r for r in inputs if r.startswith("scores/") and "/sft/" in r]:
+        inputs[role.replace("/sft/0/", "/sft/1/")] = inputs[role]
+    # Four comparisons: the smallest corrected p is 4 * 2 / (B + 1), below 5 % from B = 160.
+    for resamples, warned in ((150, True), (170, False)):
+        folder = tmp_path / str(resamples)
+        folder.mkdir()
+        run(spec_of(seeds=(0, 1), resamples=resamples), inputs, folder)
+        assert ("too few for 4 comparisons" in (folder / "report.md").read_text()) == warned
+
+
 def test_two_reports_of_the_same_scores_are_the_same_files(inputs, output, tmp_path):
     run(spec_of(), inputs, output)
     (tmp_path / "again").mkdir()
