@@ -8,15 +8,15 @@ from pipeline.plan import Plan, survey, sweep_recipes
 from pipeline.store import Store
 from pipeline.sweep import Sweep, nearest
 from stages.errors import BadInput, StageFailed
+from stages.evaluate.base import Metric
 
 _SIDES = ("moe", "dense")
 
 
 def examples(sweep: Sweep, plan: Plan, store: Store, options: argparse.Namespace) -> list[str]:
-    """Lines that show the examples of one evaluation that meet ``--where``.
+    """Lines that show the examples behind an evaluation's primary metric that meet ``--where``.
 
-    ``right`` and ``wrong`` refer to the evaluation's primary per-example score; for a metric where
-    less is better nothing is turned round.
+    ``right`` and ``wrong`` refer to the per-example score of that metric.
     """
     if options.evaluation not in sweep.evaluations:
         raise BadInput(f"--evaluation {options.evaluation}: not in {options.sweep}"
@@ -40,9 +40,10 @@ def examples(sweep: Sweep, plan: Plan, store: Store, options: argparse.Namespace
         tables[side] = pd.read_parquet(folder / "scores.parquet").set_index("example_id")
     evaluation = sweep.evaluations[options.evaluation]
     metric = next(m for m in evaluation.metrics() if m.name == evaluation.primary)
-    kept = _select(tables, metric.column, options.where)
-    lines = [f"{len(kept)} of {len(tables['moe'])} examples · {options.evaluation} · {pair.name} · "
-             f"{recipe}, seed {seed} · score: {metric.column}", ""]
+    kept = _select(tables, metric, options.where)
+    total = len(_select(tables, metric, ""))
+    lines = [f"{len(kept)} of {total} examples · {options.evaluation} · {pair.name} · {recipe}, "
+             f"seed {seed} · score: {metric.column}", ""]
     for example in kept[: options.limit]:
         row = tables["moe"].loc[example]
         lines.append(f"── {example} · {row['subset']} · gold: {row['gold']}")
@@ -57,14 +58,16 @@ def examples(sweep: Sweep, plan: Plan, store: Store, options: argparse.Namespace
     return lines
 
 
-def _select(tables: dict[str, pd.DataFrame], column: str, where: str) -> list[str]:
-    keep = pd.Series(True, index=tables["moe"].index)
+def _select(tables: dict[str, pd.DataFrame], metric: Metric, where: str) -> list[str]:
+    # Only the rows that the metric counts: an evaluation may have a control beside them.
+    counted = metric.statistics(tables["moe"])[:, 1] > 0
+    keep = pd.Series(counted, index=tables["moe"].index)
     for condition in filter(None, where.split(",")):
         side, _, value = condition.partition("_")
         if condition.startswith("subset="):
             keep &= tables["moe"]["subset"] == condition.removeprefix("subset=")
         elif side in _SIDES and value in ("wrong", "right"):
-            scores = tables[side][column].reindex(keep.index)
+            scores = tables[side][metric.column].reindex(keep.index)
             keep &= scores < 0.5 if value == "wrong" else scores >= 0.5
         else:
             raise BadInput(f"--where {condition}: unknown condition; use moe_wrong, moe_right, "

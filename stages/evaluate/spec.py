@@ -26,8 +26,8 @@ class EvaluateSpec(Spec):
     """Requests whose responses are written together."""
 
     def identity(self) -> dict:
-        """Also covers the wording of the evaluation's template."""
-        identity = super().identity()
+        """Also covers the evaluation's version and the wording of its template."""
+        identity = super().identity() | {"evaluation_version": self.evaluation.VERSION}
         template = getattr(self.evaluation, "template", None)
         if template is not None:
             identity["template_hash"] = TEMPLATES[template].hash

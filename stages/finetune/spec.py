@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from stages.data.templates import TEMPLATES
 from stages.spec import RUN_TIME, Spec
 
 
@@ -56,3 +57,8 @@ class FinetuneSpec(Recipe):
     """File name in ``deepspeed_configs/``; chosen from model and device when absent."""
     threads: Annotated[int | None, RUN_TIME] = None
     """CPU threads per worker; PyTorch's own choice when absent."""
+
+    def identity(self) -> dict:
+        """Also covers the wording of the templates."""
+        used = sorted({train.template for train in self.train if train.template is not None})
+        return super().identity() | {"templates": {name: TEMPLATES[name].hash for name in used}}
