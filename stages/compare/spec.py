@@ -6,7 +6,6 @@ from pydantic import Field
 
 from stages.evaluate.registry import AnyEvaluation
 from stages.spec import Spec
-from stages.statistics import RESAMPLES
 
 UNTUNED = "none"
 """The recipe name of a model that was not fine-tuned; it has the single seed 0."""
@@ -35,7 +34,7 @@ class CompareSpec(Spec):
     """Names in the order of the tables; ``none`` stands for the untuned models."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     evaluations: Annotated[dict[str, AnyEvaluation], Field(min_length=1)]
-    resamples: Annotated[int, Field(ge=100)] = RESAMPLES
+    resamples: Annotated[int, Field(ge=100)]
     """Bootstrap resamples, and random permutations where no exact test exists."""
     seed: int = 0
 
