@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
+from torch import nn
 from transformers import get_scheduler
 
 from stages.errors import StageFailed
@@ -40,8 +41,6 @@ LAYOUT_FILE = "layout.json"
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 PACKING_TOLERANCE = 1e-3
 """Largest difference between fp32 logits of packed and of padded sequences."""
-REDUCE_BUCKET = 25_000_000
-"""Gradient elements that are reduced together at stage 0; bounds the copy that it takes."""
 
 
 class Callbacks(Protocol):
@@ -121,6 +120,9 @@ def build_engine(spec: FinetuneSpec, folder: Path, examples: list[Example]):
             f"{folder}: packed sequences change the logits of this {model.config.model_type} by "
             f"{difference:.2e} (allowed {PACKING_TOLERANCE:.0e}); it cannot be trained here"
         )
+    # Loaded weights are views of the mapped file, all of which would stay resident.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     blocks = observe_blocks(model, spec.expert_parallel) if spec.expert_parallel > 1 else {}
 
     def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -132,7 +134,7 @@ def build_engine(spec: FinetuneSpec, folder: Path, examples: list[Example]):
         lr_scheduler=schedule,
     )
     check_blocks(model, blocks)
-    # At stage 0 the loop reduces the gradients itself, in buckets, and clips them afterwards.
+    # At stage 0 the loop reduces the gradients itself, and clips them afterwards.
     engine.enable_backward_allreduce = engine.zero_optimization_stage() > 0
     return engine, probe
 
@@ -147,18 +149,20 @@ def training_step(
     batch = global_batch(len(examples), spec.batch_size, spec.seed, step)
     answers = sum(examples[i].answer for i in batch)
     micros = micro_batches(batch, rank, workers, micro_batch_size(spec))
+    zero = engine.zero_optimization_stage() > 0
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for micro in micros:
         arguments, targets = pack([examples[i] for i in micro], engine.device)
         out = engine(**arguments, use_cache=False, **_router_logits(spec))
         nll = F.cross_entropy(out.logits[0].float(), targets, reduction="sum")
-        # DeepSpeed averages the gradients over the workers.
-        loss = nll * (workers / answers)
+        loss = nll / answers
         sums[0] += nll.detach() / answers
         if spec.auxiliary_loss_weight:
-            loss = loss + out.aux_loss * (spec.auxiliary_loss_weight / len(micros))
-            sums[1] += out.aux_loss.detach() / (len(micros) * workers)
-        engine.backward(loss, scale_wrt_gas=False)
+            auxiliary = out.aux_loss / (len(micros) * workers)
+            loss = loss + auxiliary * spec.auxiliary_loss_weight
+            sums[1] += auxiliary.detach()
+        # ZeRO averages the workers' gradients; the loop sums them.
+        engine.backward(loss * workers if zero else loss, scale_wrt_gas=False)
         if micro is not micros[-1]:
             engine.step()  # counts the micro-batch; the parameters stay
     torch.distributed.all_reduce(sums)
@@ -166,15 +170,14 @@ def training_step(
     # Every rank sees the same sums, so either all raise or none.
     _require_finite("loss", loss + auxiliary, step)
     learning_rate = engine.get_lr()[0]
-    if engine.zero_optimization_stage() == 0:
-        engine.allreduce_gradients(bucket_size=REDUCE_BUCKET)
-        norm = _clip(engine, spec.gradient_clipping)
-        _require_finite("gradient norm", norm, step)
-        engine.step()
-    else:
+    if zero:
         engine.step()
         norm = float(engine.get_global_grad_norm())
         _require_finite("gradient norm", norm, step)
+    else:
+        norm = _reduce_and_clip(engine.module, spec.gradient_clipping)
+        _require_finite("gradient norm", norm, step)
+        engine.step()
     return {
         "step": step + 1,
         "loss": loss,
@@ -199,16 +202,29 @@ def _require_finite(name: str, value: float, step: int) -> None:
         )
 
 
-def _clip(engine, largest: float | None) -> float:
-    """Scale the reduced gradients to a global L2 norm of at most ``largest``; the norm before."""
-    parameters = [p for p in engine.module.parameters() if p.grad is not None]
-    experts = [p.grad for p in parameters if is_moe_param(p)]
+def _reduce_and_clip(model: nn.Module, largest: float | None) -> float:
+    """Sum the gradients over the workers and scale them to a global L2 norm of at most ``largest``.
+
+    The norm before scaling. In place and without buckets: on the CPU, where this is used, their
+    copies cost more than they save. An expert's gradient is summed over the ranks that hold it.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    experts = [p for p in parameters if is_moe_param(p)]
+    pending = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        group = None
+        if is_moe_param(parameter):
+            group = groups._get_expert_data_parallel_group(parameter.group_name)
+        if torch.distributed.get_world_size(group) > 1:
+            pending.append(torch.distributed.all_reduce(parameter.grad, group=group, async_op=True))
+    for work in pending:
+        work.wait()
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if not is_moe_param(p)])
-    if experts:  # each rank of an expert-parallel group holds other experts
-        squares = torch.nn.utils.get_total_norm(experts).square()
-        group = groups._get_expert_parallel_group(
-            f"ep_size_{engine._config.expert_parallel_config.autoep_size}"
-        )
+    if experts:  # each rank of an expert-parallel group holds others
+        squares = torch.nn.utils.get_total_norm([p.grad for p in experts]).square()
+        group = groups._get_expert_parallel_group(experts[0].group_name)
         torch.distributed.all_reduce(squares, group=group)
         norm = (norm.square() + squares).sqrt()
     if largest is not None:

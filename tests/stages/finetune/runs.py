@@ -12,7 +12,7 @@ import torch
 from stages.errors import StageFailed
 from stages.finetune.spec import FinetuneSpec
 
-TIMEOUT_S = 150
+TIMEOUT_S = 300
 
 
 @dataclass
