@@ -92,6 +92,8 @@ class Watcher:
             seconds = now - self.begun.get(key, now)
             detail = {"done": f"{seconds:.0f} s"}.get(event.kind, event.kind)
             message = event.outcome.message
+            if event.kind == "blocked":  # what failed was told in full above
+                message = message.split(":")[0]
             self._line(f"[{self.ended:>3}/{self.total:>3}] {key:<{self.width}}  {detail}"
                        + (f": {message}" if message else ""))
 

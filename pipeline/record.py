@@ -14,6 +14,7 @@ from pipeline.plan import Node, Plan
 from pipeline.store import Store
 from pipeline.sweep import UNTUNED
 from pipeline.tracking import Child, DataInput, Tracker, content_fingerprint
+from stages.compare.table import render_text
 from stages.data.card import DataCard
 from stages.models.card import ModelCard
 
@@ -29,8 +30,10 @@ def record(plan: Plan, store: Store, uri: str) -> list[str]:
     memory = f"tracking/{sweep.name}.json"
     known = store.read_json(memory) or {}
     if known.get("fingerprint") != fingerprint or known.get("uri") != uri:
+        table = render_text(pd.read_parquet(report / "comparison.parquet"))
         logged = Tracker(uri).log_sweep(
-            sweep.name, children, report, description=sweep.description,
+            sweep.name, children, report,
+            description=f"{sweep.description}\n\n```\n{table}\n```",
             texts={"sweep.json": sweep.model_dump_json(indent=1, by_alias=True)},
         )
         known = {"fingerprint": fingerprint, "uri": uri, "path": logged.path,
@@ -38,8 +41,8 @@ def record(plan: Plan, store: Store, uri: str) -> list[str]:
         store.write_json(memory, known)
     if uri.startswith("http"):
         return [f"MLflow  {uri.rstrip('/')}{known['comparison_path']}"]
-    return [f"MLflow  `moe-reliability ui --tracking-uri {uri}`, then",
-            f"        http://127.0.0.1:5000{known['path']}"]
+    return [f"MLflow  `moe-reliability ui --tracking-uri {uri}`, then compare the runs at",
+            f"        http://127.0.0.1:5000{known['comparison_path']}"]
 
 
 def _children(plan: Plan, store: Store) -> Iterator[Child]:
@@ -66,7 +69,8 @@ def _child(plan: Plan, store: Store, place: str, node: Node, scores: dict[str, N
         name: json.loads((store.fetch(n.folder) / "summary.json").read_text())
         for name, n in scores.items()
     }
-    params = node.spec.model_dump(mode="json", exclude={"train", "seed"}) if tuned else {}
+    params = {key: value for key, value in node.spec.identity().items()
+              if key not in ("train", "seed")} if tuned else {}
     return Child(
         model=model,
         recipe=recipe,

@@ -96,11 +96,11 @@ def fit(job: Job) -> Outcome:
             returned = trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
             raise StageFailed(
-                f"{job.node.key}: training ended after {resources.max_failures} allowed "
+                f"training ended after {resources.max_failures} allowed "
                 f"restart(s): {_cause(error)}; run again to resume from the last checkpoint"
             ) from error
         if "failed" in returned:
-            raise StageFailed(f"{job.node.key}: {returned['failed']}")
+            raise StageFailed(returned["failed"])
         store.delete(f"{job.node.folder}/{CHECKPOINTS}")
         return returned["attempt"]
 
