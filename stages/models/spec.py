@@ -40,7 +40,7 @@ class WidenSpec(Spec):
     """A dense twin with the activated FLOPs of an upcycled one (input role: ``dense``).
 
     Neurons are duplicated and their down-projection halved, which preserves the function, then the
-    same noise is added. ``experts``-free: it separates "more active parameters" from "routing".
+    copied neurons get the same noise. It separates "more active parameters" from "routing".
     """
 
     top_k: Annotated[int, Field(ge=1)] = 2
@@ -48,4 +48,5 @@ class WidenSpec(Spec):
     """The layers of the upcycled twin it is matched to; the added neurons are spread evenly over
     all layers, so that the result stays an ordinary dense checkpoint."""
     noise: Annotated[float, Field(ge=0)] = 0.01
+    """As in upcycling, on the neurons that have a copy."""
     seed: int = 0

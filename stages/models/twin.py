@@ -70,11 +70,16 @@ def require_same_function(twin: list[torch.Tensor], dense: list[torch.Tensor]) -
     return found
 
 
-def add_noise(matrices: Iterable[torch.Tensor], scale: float, generator: torch.Generator) -> None:
-    """Add Gaussian noise to each matrix in place, ``scale`` times the matrix's own std."""
-    for matrix in matrices:
-        std = matrix.std(correction=0).item()
-        matrix.add_(torch.randn(matrix.shape, generator=generator), alpha=scale * std)
+def add_noise(
+    matrix: torch.Tensor, scale: float, generator: torch.Generator, where: torch.Tensor | int = 1
+) -> None:
+    """Add Gaussian noise to a matrix in place, ``scale`` times the matrix's own std.
+
+    ``where`` is 1 for the entries that get it and 0 for the others, in a shape that broadcasts.
+    """
+    std = matrix.std(correction=0).item()
+    noise = torch.randn(matrix.shape, generator=generator)
+    matrix.add_(noise * where, alpha=scale * std)
 
 
 def noise_notes(

@@ -52,7 +52,8 @@ def upcycle(
     generator = torch.Generator().manual_seed(spec.seed)
     for experts in family(model).modules(model, "expert").values():
         for gate_up_2FD, down_DF in zip(experts.gate_up_proj, experts.down_proj, strict=True):
-            twin.add_noise([*gate_up_2FD.chunk(2), down_DF], spec.noise, generator)
+            for matrix in (*gate_up_2FD.chunk(2), down_DF):
+                twin.add_noise(matrix, spec.noise, generator)
     after = twin.probe(model, tokenizer)
     return model, twin.noise_notes(before, dense_probe, after, spec.noise, spec.seed)
 

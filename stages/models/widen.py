@@ -2,7 +2,7 @@
 
 Some neurons of each feed-forward block are duplicated and their down-projection is divided by the
 number of copies (arXiv 1511.05641), which preserves the function; the noise of upcycling is added
-afterwards. What the upcycled twin then does better is due to routing, not to more computation.
+afterwards, to the neurons that have a copy: elsewhere there is no symmetry to break. What the upcycled twin then does better is due to routing, not to more computation.
 """
 
 import copy
@@ -30,13 +30,14 @@ def widen(
     extra = (spec.top_k - 1) * layers * old.intermediate_size  # neurons that the MoE twin adds
     added = round(extra / old.num_hidden_layers)  # in each layer
     generator = torch.Generator().manual_seed(spec.seed)
-    model = _build(dense, added, generator)
+    model, copied = _build(dense, added, generator)
     dense_probe = twin.probe(dense, tokenizer)
     before = twin.require_same_function(twin.probe(model, tokenizer)[0], dense_probe[0])
-    for layer in model.model.layers:
+    for layer, neurons in zip(model.model.layers, copied, strict=True):
         block = layer.mlp
-        matrices = (block.gate_proj.weight, block.up_proj.weight, block.down_proj.weight)
-        twin.add_noise(matrices, spec.noise, generator)
+        for projection in (block.gate_proj, block.up_proj):
+            twin.add_noise(projection.weight, spec.noise, generator, neurons[:, None])
+        twin.add_noise(block.down_proj.weight, spec.noise, generator, neurons)
     after = twin.probe(model, tokenizer)
     notes = twin.noise_notes(before, dense_probe, after, spec.noise, spec.seed)
     notes["neurons_added_per_layer"] = added
@@ -46,7 +47,11 @@ def widen(
     return model, notes
 
 
-def _build(dense: PreTrainedModel, added: int, generator: torch.Generator) -> PreTrainedModel:
+def _build(
+    dense: PreTrainedModel, added: int, generator: torch.Generator
+) -> tuple[PreTrainedModel, list[torch.Tensor]]:
+    """The widened model, and per layer 1 for the neurons that have a copy and 0 for the others."""
+    copied = []
     neurons = dense.config.intermediate_size
     config = copy.deepcopy(dense.config)
     config.intermediate_size = neurons + added
@@ -57,10 +62,11 @@ def _build(dense: PreTrainedModel, added: int, generator: torch.Generator) -> Pr
         rounds = [torch.randperm(neurons, generator=generator) for _ in range(-(-added // neurons))]
         source = torch.cat([torch.arange(neurons), *rounds])[: neurons + added]
         copies = torch.bincount(source, minlength=neurons)
+        copied.append((copies[source] > 1).float())
         for name in ("gate_proj", "up_proj"):
             state[f"{block}.{name}.weight"] = state[f"{block}.{name}.weight"][source]
         down = state[f"{block}.down_proj.weight"]
         state[f"{block}.down_proj.weight"] = (down / copies)[:, source]
     model = filled(type(dense), config, state)
     model.generation_config = dense.generation_config
-    return model
+    return model, copied

@@ -83,6 +83,19 @@ def test_noise_has_the_stated_size_on_feed_forward_matrices_only(dense, tmp_path
         assert ratio.item() == pytest.approx(0.05, rel=0.05)
 
 
+def test_noise_falls_on_neurons_with_a_copy_only(dense, tmp_path):
+    spec = {"layers": (1, 3), "top_k": 2}
+    exact = plain(made(WidenSpec(noise=0, **spec), dense, tmp_path / "exact")).state_dict()
+    noisy = plain(made(WidenSpec(noise=0.05, **spec), dense, tmp_path / "noisy")).state_dict()
+    for layer in range(4):
+        gate, down = (f"model.layers.{layer}.mlp.{n}_proj.weight" for n in ("gate", "down"))
+        changed = (exact[gate] != noisy[gate]).any(dim=1)
+        rows, counts = exact[gate].unique(dim=0, return_counts=True)
+        # 64 of 128 neurons are copied, so 128 of 192 have an equal.
+        assert changed.sum() == 128 == counts[counts > 1].sum()
+        assert torch.equal(changed, (exact[down] != noisy[down]).any(dim=0))
+
+
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(dense, tmp_path):
     one, two, other = (
         (made(WidenSpec(seed=seed), dense, tmp_path / name) / "model.safetensors").read_bytes()
