@@ -2,7 +2,6 @@
 same function, and the noise that tells their copies apart afterwards.
 """
 
-from collections.abc import Iterable
 
 import torch
 from transformers import PreTrainedModel

@@ -1,8 +1,9 @@
 """A dense twin with the activated FLOPs of an upcycled one, from the same dense model.
 
 Some neurons of each feed-forward block are duplicated and their down-projection is divided by the
-number of copies (arXiv 1511.05641), which preserves the function; the noise of upcycling is added
-afterwards, to the neurons that have a copy: elsewhere there is no symmetry to break. What the upcycled twin then does better is due to routing, not to more computation.
+number of copies (arXiv 1511.05641), which preserves the function. The noise of upcycling is added
+afterwards to the neurons that have a copy: elsewhere there is no symmetry to break. What the
+upcycled twin then does better is due to routing, not to more computation.
 """
 
 import copy
