@@ -173,10 +173,15 @@ def _execute(plan, store, options: argparse.Namespace) -> dict:
         return {}
     from pipeline.execute import check_cluster, connect, execute
 
+    folder, here = options.sweep.resolve().parent, Path.cwd()
     with Watcher(plan, todo, store) as watcher:
         connect(options.address)
         check_cluster(plan, todo, store)
-        return execute(plan, todo, store, options.sweep.resolve().parent, watcher.tell)
+        outcomes = execute(plan, todo, store, folder, watcher.tell)
+    # Two Ray nodes on one machine share the folder of a job's working directory, and the second
+    # one to unpack it replaces the folder that we are in.
+    os.chdir(here)
+    return outcomes
 
 
 def _code(outcomes: dict) -> int:
