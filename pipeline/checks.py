@@ -6,12 +6,14 @@ Imports no torch, Ray or DeepSpeed. All problems of a sweep are told at once, on
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.plan import Plan
 from pipeline.sweep import Dataset, Model, Sweep, model_spec, nearest
 from stages.data import sources as data_sources
 from stages.data.spec import DataSpec
 from stages.data.templates import TEMPLATES
 from stages.errors import BadInput
 from stages.finetune.config import FOLDER as DEEPSPEED_CONFIGS
+from stages.finetune.config import deepspeed_config
 from stages.models import sources as model_sources
 from stages.models.sources import Facts
 
@@ -26,6 +28,16 @@ def check(sweep: Sweep, path: Path) -> dict[str, str]:
     if problems:
         raise BadInput("\n".join(f"{path}: {problem}" for problem in dict.fromkeys(problems)))
     return checks.contents
+
+
+def check_plan(plan: Plan, path: Path) -> None:
+    """Refuse a DeepSpeed file that contradicts a recipe; raises ``BadInput``."""
+    for node in plan.nodes.values():
+        if node.stage == "finetune":
+            try:
+                deepspeed_config(node.spec, accelerator=node.resources.gpus > 0)
+            except BadInput as error:
+                raise BadInput(f"{path}: resources.finetune.deepspeed_config: {error}") from None
 
 
 class _Checks:

@@ -93,13 +93,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _read(options: argparse.Namespace):
     """Sweep, plan and store of a command, checked; refuses what cannot work."""
-    from pipeline.checks import check
+    from pipeline.checks import check, check_plan
     from pipeline.plan import build
     from pipeline.sweep import load
 
     sweep = load(options.sweep, options.set)
-    contents = check(sweep, options.sweep)
-    return sweep, build(sweep, contents), _store(options)
+    plan = build(sweep, check(sweep, options.sweep))
+    check_plan(plan, options.sweep)
+    return sweep, plan, _store(options)
 
 
 def _store(options: argparse.Namespace):

@@ -14,7 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline.job import Job, Outcome, committed, report_progress
 from pipeline.store import Store
-from stages.errors import StageFailed
+from stages.errors import BadInput, StageFailed
 from stages.finetune.loop import train
 
 CHECKPOINTS = "train"
@@ -58,7 +58,7 @@ def _worker(config: dict) -> dict:
     try:
         with place as (attempt, output):
             train(job.node.spec, inputs, output, RayCallbacks(job, store))
-    except StageFailed as error:
+    except (StageFailed, BadInput) as error:
         # Returned, not raised: a restart from the last checkpoint would fail the same way.
         return {"failed": str(error)}
     return {"attempt": attempt}

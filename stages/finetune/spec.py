@@ -59,6 +59,14 @@ class FinetuneSpec(Recipe):
     """CPU threads per worker; PyTorch's own choice when absent."""
 
     def identity(self) -> dict:
-        """Also covers the wording of the templates."""
+        """Also covers the wording of the templates and, where it matters, the micro-batch.
+
+        The load-balancing loss of a batch is not the mean of its parts', so with a weight on it the
+        size of the parts changes the result.
+        """
+        parts = {}
+        if self.auxiliary_loss_weight:
+            parts["micro_batch"] = min(self.micro_batch, self.batch_size // self.workers)
         used = sorted({train.template for train in self.train if train.template is not None})
-        return super().identity() | {"templates": {name: TEMPLATES[name].hash for name in used}}
+        templates = {"templates": {name: TEMPLATES[name].hash for name in used}}
+        return super().identity() | templates | parts

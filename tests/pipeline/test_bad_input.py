@@ -189,6 +189,14 @@ def test_wrong_sweep_is_refused_with_field_reason_and_remedy(sweep, case):
     assert remedy in line, message
 
 
+def test_deepspeed_file_that_contradicts_the_recipe_is_refused(sweep):
+    path = sweep({"resources.finetune.deepspeed_config": "cpu_moe_expert_parallel.json",
+                  "recipes.sft.precision": "bf16"})
+    done = _command("plan", str(path))
+    assert done.returncode == 2
+    assert "resources.finetune.deepspeed_config: cpu_moe_expert_parallel.json: bf16" in done.stderr
+
+
 def test_unchanged_sweep_is_accepted(sweep):
     path = sweep({})
     assert set(check(load(path), path)) >= {"file:smoke/reviews.csv", "file:smoke/hotels.csv"}

@@ -63,8 +63,8 @@ def test_graph_has_one_node_for_each_stage_of_each_member():
         assert all(keys.index(key) < keys.index(node.key) for key in node.inputs.values())
 
 
-def changed(*overrides: str) -> set[str]:
-    before, after = plan_of(), plan_of(*overrides)
+def changed(*overrides: str, base: tuple[str, ...] = ()) -> set[str]:
+    before, after = plan_of(*base), plan_of(*base, *overrides)
     return {key for key, node in after.nodes.items()
             if before.nodes[key].fingerprint != node.fingerprint}
 
@@ -87,7 +87,14 @@ def test_a_field_changes_the_fingerprints_downstream_of_it_and_no_others():
      "resources.finetune.micro_batch=1", "resources.evaluate.shard_size=3",
      "resources.finetune.cpus=4"])
 def test_run_time_fields_change_no_fingerprint(override):
-    assert changed(override) == set()
+    assert changed(override, base=("recipes.sft.auxiliary_loss_weight=0",)) == set()
+
+
+def test_the_micro_batch_is_identity_where_the_load_balancing_loss_depends_on_it():
+    keys = changed("resources.finetune.micro_batch=1")
+    assert "finetune/tiny-moe-sft-seed0" in keys and "finetune/tiny-sft-seed0" not in keys
+    # Two workers or one: both see parts of four sequences.
+    assert changed("resources.finetune.workers=1", "resources.finetune.expert_parallel=1") == set()
 
 
 def test_a_file_is_known_by_its_content(tmp_path):
