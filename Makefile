@@ -19,9 +19,10 @@ test: .venv/installed
 lint: .venv/installed
 	.venv/bin/python -m ruff check .
 
+# DENSE and MOE name Hugging Face folders, for example of a quickstart's store.
 benchmark: .venv/installed-benchmark
-	.venv/bin/python benchmarks/multiple_choice.py
-	.venv/bin/python benchmarks/training.py
+	.venv/bin/python benchmarks/multiple_choice.py $(DENSE) $(MOE)
+	.venv/bin/python benchmarks/training.py $(MOE)
 	.venv/bin/python benchmarks/budgets.py
 
 .venv/installed: pyproject.toml constraints.txt
