@@ -2,16 +2,19 @@
 
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from pipeline.checks import check
-from pipeline.plan import build, survey
+from pipeline.plan import build, build_evaluations, survey
+from pipeline.single import single_model
 from pipeline.store import Store
 from pipeline.sweep import load
 from stages.compare.spec import CompareSpec
 from stages.data.spec import DataSpec
+from stages.errors import BadInput
 from stages.evaluate.spec import EvaluateSpec
 from stages.finetune.spec import FinetuneSpec
 from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec
@@ -140,3 +143,25 @@ def test_plan_of_ten_thousand_nodes_is_summarised(tmp_path):
                "--set", f"seeds={list(range(1000))}"]
     done = subprocess.run(command, cwd=SMOKE.parents[1], text=True, capture_output=True, check=True)
     assert "smoke: 10017 nodes (10017 to run)" in done.stdout
+
+
+def test_evaluate_plans_only_what_the_model_and_its_evaluations_need():
+    options = Namespace(sweep=SMOKE, set=[], model="tiny:mixtral", evaluations="questions")
+    sweep, name = single_model(options)
+    plan = build_evaluations(sweep, name, check(sweep, SMOKE))
+    assert list(plan.nodes) == [
+        "model/tiny-mixtral", "data/questions", "evaluate/tiny-mixtral-none-questions"]
+    assert plan.nodes["model/tiny-mixtral"].spec.source == "tiny:mixtral"
+    # The same data set as in the sweep: its result is shared.
+    shared = plan.nodes["data/questions"].fingerprint
+    assert shared == plan_of().nodes["data/questions"].fingerprint
+
+
+@pytest.mark.parametrize(
+    "given, reason",
+    [({"evaluations": "question"}, "--evaluations question: .*did you mean 'questions'"),
+     ({"model": "no such folder"}, "neither a folder here nor OWNER/NAME")])
+def test_evaluate_refuses_unknown_names(given, reason):
+    known = {"sweep": SMOKE, "set": [], "model": "tiny:llama", "evaluations": "all"}
+    with pytest.raises(BadInput, match=reason):
+        single_model(Namespace(**(known | given)))
