@@ -22,14 +22,20 @@ class DataCard(BaseModel):
     rows: dict[str, int]
     """Split to number of rows."""
     labels: dict[str, dict[str, int]]
-    """Split to label to number of rows; empty unless the task is classification."""
+    """Split to label to number of rows; empty unless the task has labels."""
     documents: dict[str, int]
     """Split to number of documents."""
     dropped: dict[str, int]
-    """Reason (neutral, filtered, empty, duplicates, overlap) to number of rows left out of all
-    splits. Rows beyond ``DataSpec.rows`` and beyond the shares are not counted here."""
+    """Reason (neutral, no label, filtered, empty, duplicates, overlap) to number of rows left out
+    of all splits. Rows beyond ``DataSpec.rows`` and beyond the shares are not counted here."""
     digest: dict[str, str]
     """Split to sha256 of its rows, one JSON object a line."""
+    citation: str = ""
+    """What to cite, for a data set of the catalogue."""
+    files: dict[str, str] = {}
+    """Name to sha256 of each file that was read, for a data set of the catalogue."""
+    note: str = ""
+    """Where the number of rows found is not the published one."""
 
     def write(self, folder: Path) -> None:
         """Write the card into a data folder."""

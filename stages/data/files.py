@@ -29,15 +29,28 @@ def digest(path: Path) -> str:
 
 
 @contextmanager
-def _readable(path: Path, where: str) -> Iterator[None]:
+def readable(path: Path, where: str) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into BadInput."""
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, csv.Error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if path.is_file() and path.suffix not in (".parquet", ".arrow"):
+            reason = _not_utf8(path) or reason
         raise BadInput(
             f"{where}: {path} cannot be read as {path.suffix[1:]}: {reason}; "
             "mend the file or write it anew"
         ) from error
+
+
+def _not_utf8(path: Path) -> str | None:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"line {number} is not UTF-8 (byte {error.start} of the line)"
+    return None
 
 
 def columns(path: Path, where: str) -> list[str]:
@@ -50,7 +63,7 @@ def columns(path: Path, where: str) -> list[str]:
         )
     if path.stat().st_size == 0:
         raise BadInput(f"{where}: {path} is empty; give a file with rows")
-    with _readable(path, where):
+    with readable(path, where):
         match path.suffix:
             case ".csv" | ".tsv":
                 names = _csv_header(path)
@@ -66,12 +79,15 @@ def columns(path: Path, where: str) -> list[str]:
     return names
 
 
-def read(path: Path, wanted: list[str], where: str) -> pa.Table:
-    """The wanted columns of a file, which must be among ``columns(path)``."""
-    with _readable(path, where):
+def read(path: Path, wanted: list[str], where: str, quoted: bool = False) -> pa.Table:
+    """The wanted columns of a file, which must be among ``columns(path)``.
+
+    ``quoted`` is for TSV files whose writer quotes cells like those of a CSV file.
+    """
+    with readable(path, where):
         match path.suffix:
             case ".csv" | ".tsv":
-                return _csv(path, wanted)
+                return _csv(path, wanted, quoted or path.suffix == ".csv")
             case ".jsonl":
                 rows = list(_objects(path))
                 # Lists are made here: Arrow's own JSON reader turns dates in text into timestamps.
@@ -89,15 +105,14 @@ def _csv_header(path: Path) -> list[str]:
         return next(csv.reader(file, delimiter="\t" if tsv else ",", quoting=quoting))
 
 
-def _csv(path: Path, wanted: list[str]) -> pa.Table:
-    tsv = path.suffix == ".tsv"
+def _csv(path: Path, wanted: list[str], quoted: bool) -> pa.Table:
     return pa.csv.read_csv(
         path,
         read_options=pa.csv.ReadOptions(block_size=_BLOCK),
         parse_options=pa.csv.ParseOptions(
-            delimiter="\t" if tsv else ",",
-            quote_char=False if tsv else '"',
-            newlines_in_values=not tsv,
+            delimiter="\t" if path.suffix == ".tsv" else ",",
+            quote_char='"' if quoted else False,
+            newlines_in_values=quoted,
         ),
         convert_options=pa.csv.ConvertOptions(
             include_columns=wanted,

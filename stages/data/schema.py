@@ -7,10 +7,11 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.data.spec import OPTIONAL_COLUMNS, TASK_COLUMNS, DataSpec, Task
+from stages.data.spec import LABELLED, OPTIONAL_COLUMNS, TASK_COLUMNS, DataSpec, Task
 from stages.errors import BadInput
 
-_TYPES = {"choices": pa.list_(pa.string()), "answer": pa.int64()}
+_LISTS = ("choices", "answers", "correct_answers", "incorrect_answers")
+_TYPES = {"answer": pa.int64(), **dict.fromkeys(_LISTS, pa.list_(pa.string()))}
 
 SCHEMAS: dict[Task, pa.Schema] = {
     task: pa.schema([(name, _TYPES.get(name, pa.string())) for name in ("id", "document", *names)])
@@ -21,12 +22,18 @@ SCHEMAS: dict[Task, pa.Schema] = {
 # may be generic ("What happened next?").
 _KEY_COLUMNS: dict[Task, tuple[str, ...]] = {
     "classification": ("text",),
+    "nli": ("premise", "hypothesis"),
     "prompts": ("prompt",),
     "multiple_choice": ("question", "context"),
+    "statements": ("question",),
+    "open_question": ("question",),
+    "text": ("text",),
     "instructions": ("prompt",),
 }
 # Rows without content in one of these are of no use and are left out.
-_CONTENT_COLUMNS = frozenset({"text", "prompt", "question", "response"})
+_CONTENT_COLUMNS = frozenset(
+    {"text", "premise", "hypothesis", "prompt", "question", "best_answer", "response"}
+)
 
 
 def normalise(text: str) -> str:
@@ -62,7 +69,7 @@ def source_columns(found: list[str], spec: DataSpec, where: str) -> dict[str, st
 def conform(table: pa.Table, chosen: dict[str, str], spec: DataSpec, where: str) -> pa.Table:
     """The table in its task's schema, less ``id`` and ``document`` where the source has none.
 
-    Checks ids (given once each), labels (among the declared ones), choices and answers; raises
+    Checks ids (given once each), labels (among the declared ones) and lists of answers; raises
     BadInput. Rows without text stay, see ``without_text``.
     """
     if table.num_rows == 0:
@@ -84,16 +91,19 @@ def conform(table: pa.Table, chosen: dict[str, str], spec: DataSpec, where: str)
             )
     if "document" in made:
         _check_given(made["document"], "document", where)
-    if spec.task == "classification":
+    if spec.task in LABELLED:
         _check_given(made["label"], "label", where)
         made["label"] = _labels(made["label"], spec, where)
+    for name in _LISTS:
+        if name in made:
+            _check_list(made[name], name, where)
     if spec.task == "multiple_choice":
-        _check_choices(made["choices"], made["answer"], where)
+        _check_answers(made["choices"], made["answer"], where)
     return pa.table(made)
 
 
 def without_text(table: pa.Table) -> pa.ChunkedArray:
-    """Per row, whether it lacks a text, prompt, question or response (missing or white space)."""
+    """Per row, whether one of its texts (prompt, premise, response …) is missing or blank."""
     lacking = pa.chunked_array([pa.array([False] * table.num_rows)])
     for name in _CONTENT_COLUMNS & set(table.column_names):
         lacking = pc.or_(lacking, pc.equal(pc.utf8_trim_whitespace(table[name]), ""))
@@ -152,15 +162,20 @@ def _labels(column: pa.Array, spec: DataSpec, where: str) -> pa.Array:
     return pa.array([spec.labels[label] for label in found]).take(encoded.indices)
 
 
-def _check_choices(choices: pa.Array, answers: pa.Array, where: str) -> None:
+def _check_list(column: pa.Array, name: str, where: str) -> None:
+    least, many = (2, "two or more choices") if name == "choices" else (1, f"one or more {name}")
+    for number, texts in enumerate(column.to_pylist()):
+        if not texts or len(texts) < least or not all(texts):
+            raise BadInput(
+                f"{where}: row {number} needs {many}, none of them empty; it has "
+                f"{texts}; mend or remove it"
+            )
+
+
+def _check_answers(choices: pa.Array, answers: pa.Array, where: str) -> None:
     for number, (options, answer) in enumerate(
         zip(choices.to_pylist(), answers.to_pylist(), strict=True)
     ):
-        if not options or len(options) < 2 or not all(options):
-            raise BadInput(
-                f"{where}: row {number} needs two or more choices, none of them empty; it has "
-                f"{options}; mend or remove it"
-            )
         if answer is None or not 0 <= answer < len(options):
             raise BadInput(
                 f"{where}: row {number} has answer {answer}, which must be the index of one of its "

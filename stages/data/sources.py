@@ -11,16 +11,19 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from stages.data import files
+from stages.data import downloads, files
+from stages.data.catalogue import find
+from stages.data.published import Published
+from stages.data.reading import read
 from stages.data.schema import SCHEMAS, conform, source_columns
 from stages.data.sets import SETS, KnownSet
-from stages.data.spec import DataSpec
+from stages.data.spec import LABELLED, DataSpec, Task
 from stages.errors import BadInput, StageFailed
 
 _HUB = re.compile(
     r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>[^@#]+))?@(?P<revision>[^@#]+)#(?P<split>[^#]+)"
 )
-_SCHEMES = ("pack", "builtin", "file", "hub")
+_SCHEMES = ("catalogue", "pack", "builtin", "file", "hub")
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -41,17 +44,48 @@ class HubSet:
     split: str
 
 
+@dataclass(frozen=True)
+class CatalogueSet:
+    """``catalogue:NAME[#SPLIT]``, or a file in that format."""
+
+    name: str
+    published: Published
+    split: str
+    path: Path | None = None
+
+
+Source = KnownSet | LocalFile | HubSet | CatalogueSet
+
+
 class Loaded(NamedTuple):
     """A source's rows in the schema of the task, what its reader left out, and its licence."""
 
     table: pa.Table
     dropped: dict[str, int]
     licence: str
+    citation: str = ""
+    files: dict[str, str] = {}
+    """Name to sha256 of each file read."""
+    note: str = ""
 
 
-def parse(source: str, where: str = "source") -> KnownSet | LocalFile | HubSet:
-    """What a source's name stands for; raises BadInput for a name that stands for nothing."""
+def parse(source: str, where: str = "source", format: str | None = None) -> Source:
+    """What a source's name stands for; raises BadInput for a name that stands for nothing.
+
+    ``format`` is the data set of the catalogue as which a file is read.
+    """
     scheme, _, rest = source.partition(":")
+    if format is not None:
+        if scheme != "file" or not rest:
+            raise BadInput(
+                f"{where}: {source!r} is no file, so `format` cannot act; "
+                "remove format or give file:PATH"
+            )
+        published, split = find(format, f"{where.removesuffix('source')}format")
+        return CatalogueSet(format, published, split, Path(rest).expanduser())
+    if scheme == "catalogue":
+        published, split = find(rest, where)
+        return CatalogueSet(rest, published, split)
     if scheme == "file" and rest:
         return LocalFile(Path(rest).expanduser())
     if scheme == "hub":
@@ -78,6 +112,16 @@ def parse(source: str, where: str = "source") -> KnownSet | LocalFile | HubSet:
     )
 
 
+def task_of(source: str, format: str | None, where: str) -> Task | None:
+    """The task of a source that determines it; raises BadInput for a name of nothing."""
+    match parse(source, where, format):
+        case KnownSet(task=task):
+            return task
+        case CatalogueSet(published=published):
+            return published.task
+    return None
+
+
 def check(spec: DataSpec, field: str) -> str | None:
     """Refuse a data set that cannot work, before any work starts; raises BadInput.
 
@@ -87,28 +131,40 @@ def check(spec: DataSpec, field: str) -> str | None:
     """
     _check_cut(spec, field)
     where = f"{field}.source"
-    source = parse(spec.source, where)
+    source = parse(spec.source, where, spec.format)
     if isinstance(source, KnownSet):
-        if spec.task != source.task:
-            raise BadInput(
-                f"{field}.task: {spec.source} is of task {source.task}, not {spec.task}; "
-                f"set task: {source.task}"
-            )
-        if spec.columns:
-            raise BadInput(
-                f"{field}.columns: {spec.source} has the columns of its task; remove this field"
-            )
-        undeclared = sorted(set(source.labels) - set(spec.labels)) if spec.labels else []
-        if undeclared:
-            raise BadInput(
-                f"{field}.labels: {spec.source} has the labels {', '.join(source.labels)}; "
-                f"add {undeclared[0]} or remove this field"
-            )
+        _check_known(spec, field, source.task, source.labels)
         return source.content
+    if isinstance(source, CatalogueSet):
+        _check_known(spec, field, source.published.task, source.published.labels)
+        if source.path is None:
+            return source.published.pin(source.split)
+        # A published data set that is not there yet is a gap in the table, no mistake.
+        if not source.path.exists():
+            return None
+        read(source.published, [source.path], where)
+        return files.digest(source.path)
     if isinstance(source, LocalFile):
         _read_file(source.path, spec, where)
         return files.digest(source.path)
     return None
+
+
+def _check_known(spec: DataSpec, field: str, task: Task, labels: tuple[str, ...]) -> None:
+    """Refuse fields that contradict what a source is known to hold."""
+    name = spec.format or spec.source
+    if spec.task != task:
+        raise BadInput(
+            f"{field}.task: {name} is of task {task}, not {spec.task}; set task: {task}"
+        )
+    if spec.columns:
+        raise BadInput(f"{field}.columns: {name} has the columns of its task; remove this field")
+    undeclared = sorted(set(labels) - set(spec.labels)) if spec.labels else []
+    if undeclared:
+        raise BadInput(
+            f"{field}.labels: {name} has the labels {', '.join(labels)}; "
+            f"add {undeclared[0]} or remove this field"
+        )
 
 
 def _check_cut(spec: DataSpec, field: str) -> None:
@@ -130,13 +186,15 @@ def _check_cut(spec: DataSpec, field: str) -> None:
             f"{field}.columns: task {spec.task} has no column {name!r}; "
             f"name one of {', '.join(known)}"
         )
-    if spec.labels and spec.task != "classification":
+    if spec.labels and spec.task not in LABELLED:
         raise BadInput(f"{field}.labels: task {spec.task} has no labels; remove this field")
 
 
 def load(spec: DataSpec) -> Loaded:
     """Read a source into its task's schema; raises BadInput or StageFailed."""
-    source, where = parse(spec.source), spec.source
+    source, where = parse(spec.source, format=spec.format), spec.source
+    if isinstance(source, CatalogueSet):
+        return _load_published(source, spec, where)
     if isinstance(source, KnownSet):
         rows = source.read()
         table = pa.Table.from_pylist(rows.rows, schema=SCHEMAS[source.task])
@@ -144,11 +202,45 @@ def load(spec: DataSpec) -> Loaded:
         return Loaded(conform(table, chosen, spec, where), rows.dropped, source.licence)
     if isinstance(source, LocalFile):
         table = _read_file(source.path, spec, where)
-        if spec.content is not None and files.digest(source.path) != spec.content:
-            raise StageFailed(f"{where}: the file was edited after the plan was made; run it again")
+        _check_unchanged(source.path, spec, where)
         return Loaded(table, {}, "that of the user's file")
     table = _read_hub(source, spec, where)
     return Loaded(table, {}, f"see the data set's page, {source.repository}")
+
+
+def _check_unchanged(path: Path, spec: DataSpec, where: str) -> None:
+    if spec.content is not None and files.digest(path) != spec.content:
+        raise StageFailed(f"{where}: the file was edited after the plan was made; run it again")
+
+
+def _load_published(source: CatalogueSet, spec: DataSpec, where: str) -> Loaded:
+    published, split = source.published, source.split
+    if source.path is None:
+        paths = downloads.bring(source.name, published, split)
+    else:
+        paths = [source.path]
+        if not source.path.exists():
+            ask = f"; access: {published.gated}" if published.gated else ""
+            raise StageFailed(
+                f"{where}: there is no such file; put {published.files} there{ask}"
+            )
+        _check_unchanged(source.path, spec, where)
+    found = read(published, paths, where)
+    expected = published.splits[split].rows
+    note = (
+        f"{found.rows:,} rows, published are {expected:,}"
+        if expected is not None and found.rows != expected
+        else ""
+    )
+    chosen = source_columns(found.table.column_names, spec, where)
+    return Loaded(
+        conform(found.table, chosen, spec, where),
+        found.dropped,
+        published.licence,
+        published.citation,
+        {path.name: files.digest(path) for path in paths},
+        note,
+    )
 
 
 def _read_file(path: Path, spec: DataSpec, where: str) -> pa.Table:

@@ -6,18 +6,40 @@ from pydantic import Field
 
 from stages.spec import Spec
 
-Task = Literal["classification", "prompts", "multiple_choice", "instructions"]
+Task = Literal[
+    "classification",
+    "nli",
+    "prompts",
+    "multiple_choice",
+    "statements",
+    "open_question",
+    "text",
+    "instructions",
+]
 
 # Columns of a task's Parquet files, besides `id` (unique in the data set) and `document` (rows of
 # one document are never told apart by a split and are resampled together by the bootstrap).
-TASK_COLUMNS: dict[str, tuple[str, ...]] = {
+TASK_COLUMNS: dict[Task, tuple[str, ...]] = {
     "classification": ("text", "label"),
+    "nli": ("premise", "hypothesis", "label"),
     "prompts": ("prompt", "category"),
+    # `answer` is the index of the one right choice.
     "multiple_choice": ("question", "choices", "answer", "context"),
+    # True and false statements about one question (TruthfulQA); the best answer is a true one and
+    # may or may not be among the correct answers; the best incorrect one came in 2025.
+    "statements": (
+        *("question", "best_answer", "correct_answers", "incorrect_answers"),
+        *("best_incorrect_answer", "category"),
+    ),
+    # Closed book: any of the answers is right.
+    "open_question": ("question", "answers", "category"),
+    # Running text, for perplexity.
+    "text": ("text",),
     "instructions": ("prompt", "response"),
 }
+LABELLED: frozenset[Task] = frozenset({"classification", "nli"})
 # May be absent from a user's file; filled with an empty string.
-OPTIONAL_COLUMNS = frozenset({"category", "context"})
+OPTIONAL_COLUMNS = frozenset({"best_incorrect_answer", "category", "context"})
 
 
 class DataSpec(Spec):
@@ -25,16 +47,20 @@ class DataSpec(Spec):
 
     task: Task
     source: str
-    """``pack:PACK/SET`` or ``builtin:SET`` (``stages/data/sets.py``), ``file:PATH`` (CSV, TSV,
+    """``catalogue:NAME[#SPLIT]`` (a published data set, ``stages/data/catalogue/``),
+    ``pack:PACK/SET`` or ``builtin:SET`` (``stages/data/sets.py``), ``file:PATH`` (CSV, TSV,
     JSONL, Parquet, Arrow) or ``hub:OWNER/NAME[:CONFIG]@REVISION#SPLIT`` (a label column of the
     hub's class-label type is read as its names)."""
+    format: str | None = None
+    """``NAME[#SPLIT]`` of the catalogue in whose own format a ``file:`` source is, for a published
+    data set that the user brings."""
     content: str | None = None
-    """sha256 of the file or pinned archive, filled in by the planner, so that an edited file is
-    stale."""
+    """sha256 of the file, pinned archive or catalogue entry, filled in by the planner, so that an
+    edited file is stale."""
     columns: dict[str, str] = {}
     """Column of the task's schema to column of the source, where the names differ."""
     labels: dict[str, str] = {}
-    """Label of the source to label of the task, where they differ (classification)."""
+    """Label of the source to label of the task, where they differ (classification, nli)."""
     splits: dict[str, Annotated[float, Field(gt=0, le=1)]] = {"test": 1.0}
     """Split name to share of the documents; the shares sum to at most 1."""
     rows: dict[str, Annotated[int, Field(gt=0)]] = {}

@@ -63,6 +63,9 @@ def run(spec: DataSpec, inputs: dict[str, Path], output: Path) -> None:
         },
         dropped={**loaded.dropped, **dropped},
         digest={split: _digest(part) for split, part in splits.items()},
+        citation=loaded.citation,
+        files=loaded.files,
+        note=loaded.note,
     ).write(output)
 
 

@@ -6,29 +6,83 @@ prompt, one per class; they are compared within this closed set.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from stages.data.spec import TASK_COLUMNS, Task
+
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a classification row becomes a prompt and its label a continuation."""
+    """How a row with a label becomes a prompt and its label a continuation.
+
+    A classification head gives one output per label, in the order of ``labels``.
+    """
 
     prompt: str
     labels: dict[str, str]
+    """Label of the data to the word that stands for it, with the blank before it."""
+    synonyms: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Further words of a label; its probability is the sum over all its words. Training teaches the
+    one in ``labels``."""
 
-    def render(self, text: str) -> str:
-        """The prompt for one row's text."""
-        return self.prompt.replace("{text}", text)
+    def __post_init__(self) -> None:
+        unknown = {*self.columns} - {*TASK_COLUMNS[self.task]} or {*self.synonyms} - {*self.labels}
+        if unknown or not self.columns:
+            raise ValueError(f"template {self.prompt!r}: no such field or label: {unknown or '{}'}")
+
+    def fill(self, row: Mapping[str, str]) -> str:
+        """The prompt of one row. Braces in the row's own text stay what they are."""
+        return _PLACEHOLDER.sub(lambda match: row[match[1]], self.prompt)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the prompt names; the first is the one that is cut when too long."""
+        return tuple(dict.fromkeys(_PLACEHOLDER.findall(self.prompt)))
+
+    @property
+    def task(self) -> Task:
+        """The task whose rows it is for."""
+        return "nli" if "premise" in self.columns else "classification"
+
+    @property
+    def words(self) -> list[tuple[str, str]]:
+        """Every label with each of its words, label by label."""
+        return [
+            (label, word)
+            for label, first in self.labels.items()
+            for word in (first, *self.synonyms.get(label, ()))
+        ]
 
     @property
     def hash(self) -> str:
         """First 12 hexadecimal digits of the sha256 of the template's content."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:12]
 
 
 TEMPLATES: dict[str, Template] = {
     "sentiment": Template(
         prompt="Text: {text}\nSentiment:",
         labels={"negative": " negative", "positive": " positive"},
+    ),
+    "sentiment_with_neutral": Template(
+        prompt="Text: {text}\nSentiment:",
+        labels={"negative": " negative", "neutral": " neutral", "positive": " positive"},
+    ),
+    "toxicity": Template(
+        prompt="Text: {text}\nToxicity:",
+        labels={"benign": " benign", "toxic": " toxic"},
+    ),
+    "nli": Template(
+        prompt="Premise: {premise}\nHypothesis: {hypothesis}\nDoes the premise entail it?",
+        labels={"entailment": " Yes", "neutral": " Maybe", "contradiction": " No"},
+    ),
+    # For data sets that join neutral and contradiction.
+    "nli_binary": Template(
+        prompt="Premise: {premise}\nHypothesis: {hypothesis}\nDoes the premise entail it?",
+        labels={"entailment": " Yes", "not_entailment": " No"},
     ),
 }

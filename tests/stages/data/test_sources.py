@@ -88,6 +88,29 @@ def test_text_is_read_literally(tmp_path, suffix):
     assert texts(path) == values
 
 
+def test_carriage_returns_inside_cells_survive_or_are_refused(tmp_path):
+    values = ["a\rb", "a\r\nb", "\r", "tab\tand\rreturn"]
+    for suffix in ("csv", "jsonl", "parquet", "arrow"):
+        path = tmp_path / f"a.{suffix}"
+        WRITERS[suffix][0](path, values)
+        assert texts(path) == values, suffix
+    path = tmp_path / "a.tsv"
+    path.write_bytes(b"text\tlabel\na\rb\tx\n")  # a row break to some readers, text to others
+    with pytest.raises(BadInput, match="Expected 2 columns, got 1"):
+        texts(path)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_text_that_is_not_utf8_is_refused_with_its_line(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    WRITERS[suffix][0](path, ["fine", "caf\u00e9", "fine"])
+    path.write_bytes(path.read_bytes().replace("\u00e9".encode(), b"\xe9").replace(
+        b"\\u00e9", b"\xe9"))
+    line = 2 if suffix == "jsonl" else 3
+    with pytest.raises(BadInput, match=f"line {line} is not UTF-8 .byte [0-9]+ of the line"):
+        texts(path)
+
+
 def test_unquoted_csv_cells_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes('\ufefftext,label\nNA,x\nnull,x\n"",x\n,x\n'.encode())
@@ -216,7 +239,7 @@ WRONG_FILES = [
     ("a.csv", "text,label\n", "holds no rows"),
     ("a.csv", "text,lable\nfine,x\n", "no column 'label'.*columns: {label: lable}"),
     ("a.csv", "text,label\nfine,x,y\n", "cannot be read as csv.*Expected 2 columns, got 3"),
-    ("a.csv", b"text,label\nf\xffine,x\n", "cannot be read as csv.*utf-8"),
+    ("a.csv", b"text,label\nf\xffine,x\n", "cannot be read as csv.*line 2 is not UTF-8"),
     ("a.csv", 'text,label\n"fine,x\n', "cannot be read as csv"),
     ("a.csv", "text,label,text\nfine,x,y\n", "two columns 'text'"),
     ("a.csv", "id,text,label\n1,fine,x\n2,bad,y\n1,odd,x\n", "id '1' stands on several rows"),
@@ -294,6 +317,64 @@ def test_csv_cannot_hold_choices(tmp_path):
     path.write_text("question,choices,answer\nq,a|b,0\n")
     with pytest.raises(BadInput, match="choices holds string, not lists of texts.*JSONL"):
         sources.check(spec(path, "multiple_choice"), "data.x")
+
+
+TASK_ROWS = {
+    "nli": {"premise": "It rains.", "hypothesis": "It is wet.", "label": "entailment"},
+    "statements": {
+        "question": "Do pigs fly?",
+        "best_answer": "No.",
+        "correct_answers": ["No, they walk.", "They do not."],
+        "incorrect_answers": ["Yes."],
+        "best_incorrect_answer": "Yes.",
+        "category": "animals",
+    },
+    "open_question": {"question": "Who?", "answers": ["NA", "null"], "category": ""},
+    "text": {"text": "Once\tupon\na time."},
+}
+
+
+@pytest.mark.parametrize("task", TASK_ROWS)
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "hub"])
+def test_every_task_is_read_alike_from_files_and_hub(monkeypatch, tmp_path, task, suffix):
+    import datasets
+
+    row = TASK_ROWS[task]
+    path = tmp_path / f"a.{suffix}"
+    given = spec(path, task)
+    if suffix == "hub":
+        given = DataSpec(task=task, source="hub:a/b@1#test")
+        found = datasets.Dataset.from_list([row])
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
+    elif suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        path.write_text(json.dumps(row) + "\n")
+    assert sources.load(given).table.to_pylist() == [row]
+
+
+WRONG_ROWS = [
+    ("nli", {"label": None}, "1 of 1 rows have no label"),
+    ("statements", {"incorrect_answers": []}, "row 0 needs one or more incorrect_answers"),
+    ("statements", {"correct_answers": ["a", ""]}, "none of them empty"),
+    ("open_question", {"answers": None}, "answers holds null, not lists of texts"),
+    ("open_question", {"question": 4}, "question holds int64, not text"),
+]
+
+
+@pytest.mark.parametrize(("task", "changed", "message"), WRONG_ROWS)
+def test_wrong_rows_of_a_task_are_refused(tmp_path, task, changed, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(TASK_ROWS[task] | changed) + "\n")
+    with pytest.raises(BadInput, match=message):
+        sources.check(spec(path, task), "data.x")
+
+
+def test_labels_of_nli_are_mapped(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("premise\thypothesis\tlabel\nIt rains.\tIt is dry.\t2\n")
+    table = sources.load(spec(path, "nli", labels={"2": "contradiction"})).table
+    assert table["label"].to_pylist() == ["contradiction"]
 
 
 def test_hub_class_labels_are_read_as_names_and_hidden_ones_refused(monkeypatch):

@@ -1,0 +1,256 @@
+"""Natural language inference: does the premise entail the hypothesis, contradict it, or neither?
+
+The rows of one premise are one document, so that the bootstrap resamples them together.
+"""
+
+from stages.data import originals
+from stages.data.published import Form, Hub, Published, Split, Web
+
+LABELS = ("entailment", "neutral", "contradiction")
+
+_NUMBERED = {str(number): label for number, label in enumerate(LABELS)}
+_NAMED = {label: label for label in LABELS}
+# "-" is SNLI's mark for no agreement, -1 the hub's; an empty cell was never labelled.
+_UNLABELLED = ("-", "-1", "")
+
+_HUB = Form(
+    {"premise": "premise", "hypothesis": "hypothesis", "label": "label", "document": "premise"},
+    labels=_NUMBERED | _NAMED,
+    unlabelled=_UNLABELLED,
+)
+_STANFORD = Form(
+    {
+        "premise": "sentence1",
+        "hypothesis": "sentence2",
+        "label": "gold_label",
+        "document": "sentence1",
+    },
+    labels=_NAMED,
+    unlabelled=_UNLABELLED,
+)
+_BOSS = Form(
+    {"premise": "Premise", "hypothesis": "Hypothesis", "label": "Label", "document": "Premise"},
+    labels=_NUMBERED | {f"{number}.0": label for number, label in enumerate(LABELS)},
+    unlabelled=_UNLABELLED,
+    quoted=True,
+)
+_ANLI = Form(
+    _HUB.columns,
+    labels=_HUB.labels | {"e": "entailment", "n": "neutral", "c": "contradiction"},
+    unlabelled=_UNLABELLED,
+)
+_GLUE = Hub("nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")
+_COUNTERFACTUAL = (
+    "https://raw.githubusercontent.com/acmi-lab/counterfactually-augmented-data/"
+    "6f232a1d2a11462a30ce08fb4825b734ab30828e/NLI/"
+)
+ADVERSARIAL_GLUE = Web(
+    "https://raw.githubusercontent.com/AI-secure/adversarial-glue/"
+    "2e18301c3e6b0fed775834d64e9e431745df92ed/dev.json",
+    "ddbaffce5a1ff0c1fb15812aa6546656f27372402c1141bbfbb2a86270ba3477",
+)
+
+
+def _anli(number: int, train: int, test: int) -> Published:
+    """One round of ANLI; counts from its hub card."""
+    files = {name: (f"plain_text/{name}_r{number}-*.parquet",) for name in ("test", "dev", "train")}
+    return Published(
+        task="nli",
+        title=f"Adversarial NLI, round {number}",
+        citation="Nie et al. 2020, Adversarial NLI, ACL",
+        licence="CC BY-NC 4.0",
+        splits={
+            "test": Split(files["test"], rows=test),
+            "validation": Split(files["dev"], rows=test),
+            "train": Split(files["train"], rows=train),
+        },
+        forms=(_ANLI, _BOSS),
+        hub=Hub("facebook/anli", "8e4813d81f46d313dac7892e1c28076917cfcdf9"),
+        files=f"R{number}/test.jsonl of anli_v1.0.zip",
+        labels=LABELS,
+    )
+
+
+def _counterfactual(part: str, title: str, parts: dict[str, tuple[int, str]]) -> Published:
+    """One part of counterfactually augmented SNLI; rows counted in the files."""
+    return Published(
+        task="nli",
+        title=title,
+        citation="Kaushik et al. 2020, ICLR",
+        licence="Apache-2.0; SNLI CC BY-SA 4.0",
+        splits={
+            split: Split(
+                web=Web(f"{_COUNTERFACTUAL}{part}/{name}.tsv", parts[name][1]),
+                rows=parts[name][0],
+            )
+            for split, name in (("test", "test"), ("validation", "dev"), ("train", "train"))
+        },
+        forms=(
+            Form(_STANFORD.columns, labels=_NAMED, unlabelled=_UNLABELLED, quoted=True),
+        ),
+        files=f"NLI/{part}/test.tsv",
+        labels=LABELS,
+    )
+
+
+def _adversarial_glue(task: str, rows: int, form: Form, labels: tuple[str, ...]) -> Published:
+    """One task of AdvGLUE's development set; rows counted in the file."""
+    return Published(
+        task="nli",
+        title=f"AdvGLUE {task.upper()}",
+        citation="Wang et al. 2021, Adversarial GLUE, NeurIPS Datasets and Benchmarks",
+        licence="CC BY-SA 4.0",
+        splits={"test": Split(web=ADVERSARIAL_GLUE, rows=rows)},
+        forms=(form,),
+        files="dev.json of AdvGLUE",
+        original=originals.adversarial_glue(task),
+        original_suffix=".json",
+        labels=labels,
+    )
+
+
+_BINARY = ("entailment", "not_entailment")
+_RTE = Form(
+    {"premise": "sentence1", "hypothesis": "sentence2", "label": "label", "document": "sentence1"},
+    labels={"0": "entailment", "1": "not_entailment"},
+)
+# Does the sentence answer the question?
+_QNLI = Form(
+    {"premise": "sentence", "hypothesis": "question", "label": "label", "document": "sentence"},
+    labels=_RTE.labels,
+)
+
+SETS: dict[str, Published] = {
+    "snli": Published(
+        task="nli",
+        title="Stanford NLI",
+        citation="Bowman et al. 2015, EMNLP",
+        licence="CC BY-SA 4.0",
+        splits={
+            "test": Split(("plain_text/test-*.parquet",), rows=10_000),
+            "validation": Split(("plain_text/validation-*.parquet",), rows=10_000),
+            "train": Split(("plain_text/train-*.parquet",), rows=550_152),
+        },
+        forms=(_HUB, _STANFORD, _BOSS),
+        hub=Hub("stanfordnlp/snli", "cdb5c3d5eed6ead6e5a341c8e56e669bb666725b"),
+        files="snli_1.0_test.jsonl or .txt",
+        original=originals.headed_text,
+        original_suffix=".txt",
+        labels=LABELS,
+    ),
+    "snli_hard": Published(
+        task="nli",
+        title="SNLI-hard: test pairs that the hypothesis alone does not give away",
+        citation="Gururangan et al. 2018, NAACL",
+        licence="CC BY-SA 4.0 (SNLI)",
+        splits={
+            "test": Split(
+                web=Web("https://nlp.stanford.edu/projects/snli/snli_1.0_test_hard.jsonl")
+            )
+        },
+        forms=(_STANFORD, _BOSS),
+        files="snli_1.0_test_hard.jsonl",
+        labels=LABELS,
+    ),
+    "anli_r1": _anli(1, 16_946, 1_000),
+    "anli_r2": _anli(2, 45_460, 1_000),
+    "anli_r3": _anli(3, 100_459, 1_200),
+    "anli": Published(
+        task="nli",
+        title="Adversarial NLI, all rounds (BOSS)",
+        citation="Nie et al. 2020, Adversarial NLI, ACL",
+        licence="CC BY-NC 4.0",
+        splits={
+            "test": Split(tuple(f"plain_text/test_r{n}-*.parquet" for n in (1, 2, 3)), rows=3_200),
+            "train": Split(
+                tuple(f"plain_text/train_r{n}-*.parquet" for n in (1, 2, 3)), rows=162_865
+            ),
+        },
+        forms=(_ANLI, _BOSS),
+        hub=Hub("facebook/anli", "8e4813d81f46d313dac7892e1c28076917cfcdf9"),
+        files="BOSS NaturalLanguageInference/anli/test.tsv",
+        labels=LABELS,
+    ),
+    "mnli": Published(
+        task="nli",
+        title="Multi-Genre NLI",
+        citation="Williams et al. 2018, NAACL",
+        licence="OANC and others, see its paper",
+        splits={
+            "validation_matched": Split(("mnli/validation_matched-*.parquet",), rows=9_815),
+            "validation_mismatched": Split(
+                ("mnli/validation_mismatched-*.parquet",), rows=9_832
+            ),
+            "train": Split(("mnli/train-*.parquet",), rows=392_702),
+        },
+        forms=(_HUB, _STANFORD, _BOSS),
+        hub=_GLUE,
+        files="multinli_1.0_dev_matched.jsonl or .txt",
+        original=originals.headed_text,
+        original_suffix=".txt",
+        labels=LABELS,
+    ),
+    "wanli": Published(
+        task="nli",
+        title="WANLI: written by workers and a model together",
+        citation="Liu et al. 2022, Findings of EMNLP",
+        licence="CC BY 4.0",
+        splits={"test": Split(("test.jsonl",)), "train": Split(("train.jsonl",))},
+        forms=(
+            Form(_HUB.columns | {"label": "gold"}, labels=_NAMED, unlabelled=_UNLABELLED),
+            _BOSS,
+        ),
+        hub=Hub("alisawuffles/WANLI", "61c95318fd71c55b6ba355d76253254615f387ec"),
+        files="test.jsonl",
+        labels=LABELS,
+    ),
+    "contract_nli": Published(
+        task="nli",
+        title="ContractNLI: a contract entails a statement or not",
+        citation="Koreeda and Manning 2021, Findings of EMNLP",
+        licence="CC BY 4.0",
+        splits={"test": Split(), "train": Split()},
+        forms=(
+            Form(
+                {
+                    "premise": "premise",
+                    "hypothesis": "hypothesis",
+                    "label": "label",
+                    "document": "document",
+                },
+                labels={
+                    "Entailment": "entailment",
+                    "NotMentioned": "neutral",
+                    "Contradiction": "contradiction",
+                },
+            ),
+            _BOSS,
+        ),
+        files="test.json of contract-nli.zip (stanfordnlp.github.io/contract-nli)",
+        original=originals.contract_nli,
+        original_suffix=".json",
+        labels=LABELS,
+    ),
+    "counterfactual_snli": _counterfactual(
+        "revised_combined",
+        "Counterfactually revised SNLI, premise or hypothesis",
+        {
+            "test": (1600, "e5a3e55f7df0319decbb34dfa8ab4a4820be1b5ae4af9ee54aeaba539b9636f5"),
+            "dev": (800, "ff7d6d40a26c5bca5b9d9030db14000a42fbf5bc8a0e6d0d86cc9b378198eb88"),
+            "train": (6664, "054a8cf808bcd4a5b3a849eba4e6c1fb49f2f789e3a0f88d21e05f3f38fa5428"),
+        },
+    ),
+    "counterfactual_snli_original": _counterfactual(
+        "original",
+        "The SNLI pairs that were revised",
+        {
+            "test": (400, "07154b31ea7cf1bb0ac33e37bec143b928edbf2c964a73988973e5c0fe039b07"),
+            "dev": (200, "27ef042f87b7181c79609b56734caed8fb9c09ba2627d0fe876f7248141fdff7"),
+            "train": (1666, "016b1657b1c0eb89e163aa194e5e2da6ca890fd6e97ee42c33de914e7e0a7ce6"),
+        },
+    ),
+    "adv_glue_mnli": _adversarial_glue("mnli", 121, _HUB, LABELS),
+    "adv_glue_mnli_mismatched": _adversarial_glue("mnli-mm", 162, _HUB, LABELS),
+    "adv_glue_rte": _adversarial_glue("rte", 81, _RTE, _BINARY),
+    "adv_glue_qnli": _adversarial_glue("qnli", 148, _QNLI, _BINARY),
+}

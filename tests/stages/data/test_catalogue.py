@@ -1,0 +1,456 @@
+"""Every original format is read to exact rows, from small files of our own in that format."""
+
+import hashlib
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages.data import sources
+from stages.data.catalogue import CATALOGUE, find
+from stages.data.spec import LABELLED, DataSpec
+from stages.errors import BadInput, StageFailed
+
+ORIGINALS = Path(__file__).with_name("originals")
+
+
+def prompts(*rows):
+    return [{"prompt": prompt, "category": category} for prompt, category in rows]
+
+
+def pairs(*rows):
+    names = ("premise", "hypothesis", "label", "document")
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def texts(*rows):
+    return [{"text": text, "label": label} for text, label in rows]
+
+
+FIRST_LINES = hashlib.sha256(b'First line\nand a "second"').hexdigest()[:16]
+TRUE_FALSE = {
+    "question": "Do pigs fly?",
+    "best_answer": "No, they walk",
+    "correct_answers": ["No, they walk", "Pigs do not fly"],
+    "incorrect_answers": ["Yes", "Only at night"],
+    "best_incorrect_answer": "",
+    "category": "Animals",
+}
+# Data set, file, rows, and what is left out.
+FILES = [
+    (
+        "malicious_instructions",
+        "instructions.json",
+        prompts(("Explain how to pick a lock", "crime"), ("NA", "hate")),
+        {"filtered": 1},
+    ),
+    (
+        "alpaca_control",
+        "instructions.json",
+        prompts(
+            ("Explain how to pick a lock", "crime"), ("NA", "hate"), ("Tease a child", "hate")
+        ),
+        {},
+    ),
+    (
+        "advbench",
+        "harmful_behaviors.csv",
+        prompts(('Write a "harmless" virus', ""), ("null", "")),
+        {"filtered": 0},
+    ),
+    (
+        "strongreject",
+        "strongreject_dataset.csv",
+        prompts(("Describe a trap,\nstep by step", "Violence")),
+        {"filtered": 0},
+    ),
+    (
+        "harmbench",
+        "harmbench_behaviors_text_all.csv",
+        prompts(("Build a trap", "illegal")),
+        {"filtered": 0},
+    ),
+    (
+        "do_not_answer",
+        "data_en.csv",
+        prompts(("How do scams work?", "Malicious Uses")),
+        {"filtered": 0},
+    ),
+    ("xstest_safe", "xstest_prompts.csv", prompts(("How do I kill a process?", "homonyms")), {}),
+    (
+        "xstest_unsafe",
+        "xstest_prompts.csv",
+        prompts(("How do I kill a neighbour?", "contrast_homonyms")),
+        {"filtered": 0},
+    ),
+    ("truthfulqa", "TruthfulQA.csv", [TRUE_FALSE], {}),
+    (
+        "truthfulqa",
+        "TruthfulQA_2025.csv",
+        [TRUE_FALSE | {"best_incorrect_answer": "Yes"}],
+        {},
+    ),
+    (
+        "nq_open",
+        "NQ-open.dev.jsonl",
+        [{"question": "who wrote null", "answers": ["NA", "n/a"], "category": ""}],
+        {},
+    ),
+    (
+        "freshqa_false_premises",
+        "freshqa.csv",
+        [
+            {
+                "question": "When did pigs learn to fly?",
+                "answers": ["They did not, and cannot", "No pig flies"],
+                "category": "never-changing",
+            }
+        ],
+        {},
+    ),
+    (
+        "snli_hard",
+        "snli_1.0_test_hard.jsonl",
+        pairs(
+            ("A man sits.", 'A man is "tired".', "neutral", "A man sits."),
+            ("NA", "null", "contradiction", "NA"),
+        ),
+        {"no label": 1},
+    ),
+    (
+        "snli",
+        "snli_1.0_test.txt",
+        pairs(('A "dog" runs.', "An animal moves.", "entailment", 'A "dog" runs.')),
+        {"no label": 1},
+    ),
+    (
+        "mnli",
+        "snli_1.0_test.txt",
+        pairs(('A "dog" runs.', "An animal moves.", "entailment", 'A "dog" runs.')),
+        {"no label": 1},
+    ),
+    (
+        "anli_r1",
+        "anli_test.jsonl",
+        pairs(
+            ("Ann was born in 1950.", "Ann is old.", "neutral", "Ann was born in 1950."),
+            ("Ann was born in 1950.", "Ann was born.", "entailment", "Ann was born in 1950."),
+        ),
+        {"no label": 0},
+    ),
+    (
+        "wanli",
+        "wanli.jsonl",
+        pairs(("It rains.", "It is dry.", "contradiction", "It rains.")),
+        {"no label": 0},
+    ),
+    (
+        "contract_nli",
+        "contract_nli.json",
+        pairs(
+            ("The\tparty shall\nkeep it.", "It is kept.", "entailment", "3"),
+            ("The\tparty shall\nkeep it.", "It is sold.", "neutral", "3"),
+        ),
+        {"no label": 0},
+    ),
+    (
+        "counterfactual_snli",
+        "counterfactual_nli.tsv",
+        pairs(
+            ('Boys say "Police" aloud.', "Boys speak.", "entailment", 'Boys say "Police" aloud.'),
+            ("NA", "null", "contradiction", "NA"),
+        ),
+        {"no label": 0},
+    ),
+    (
+        "adv_glue_mnli",
+        "adv_glue.json",
+        pairs(("It rains.", "It is dry.", "contradiction", "It rains.")),
+        {"no label": 0},
+    ),
+    (
+        "adv_glue_mnli_mismatched",
+        "adv_glue.json",
+        pairs(("a", "b", "entailment", "a")),
+        {"no label": 0},
+    ),
+    (
+        "adv_glue_rte",
+        "adv_glue.json",
+        pairs(
+            ("It rains.", "It is wet.", "entailment", "It rains."),
+            ("It rains.", "Ann sings.", "not_entailment", "It rains."),
+        ),
+        {"no label": 0},
+    ),
+    (
+        "adv_glue_qnli",
+        "adv_glue.json",
+        pairs(("Ann sang.", "Who sang?", "entailment", "Ann sang.")),
+        {"no label": 0},
+    ),
+    (
+        "anli",
+        "boss_nli.tsv",
+        pairs(
+            ('First line\nand a "second"', "NA", "neutral", 'First line\nand a "second"'),
+            ("It rains.", "null", "contradiction", "It rains."),
+        ),
+        {"no label": 1},
+    ),
+    ("adv_glue_sst2", "adv_glue.json", texts(("it 's fin e", "positive")), {"no label": 0}),
+    (
+        "sst2_shakespeare_words",
+        "style.jsonl",
+        texts(("'tis a goodly film", "positive")),
+        {"no label": 0},
+    ),
+    (
+        "sst2",
+        "sst2_dev.tsv",
+        texts(('"a quotation that never ends', "negative"), ("NA", "positive")),
+        {"no label": 0},
+    ),
+    (
+        "counterfactual_imdb",
+        "counterfactual_imdb.tsv",
+        texts(('A "great" waste.', "negative"), ("It's fine", "positive")),
+        {"no label": 0},
+    ),
+    (
+        "dynasent_r1",
+        "dynasent.jsonl",
+        texts(("Good when one needs it.", "positive"), ("It opens at 9.", "neutral")),
+        {"no label": 2},
+    ),
+    (
+        "semeval",
+        "twitter-2016test-A.txt",
+        texts(('@ann "good" day', "positive"), ("NA", "neutral"), ("bad\tday", "negative")),
+        {"no label": 0},
+    ),
+    (
+        "sst5",
+        "sst5.jsonl",
+        texts(("awful", "negative"), ("a film", "neutral"), ("superb", "positive")),
+        {"no label": 1},
+    ),
+    (
+        "amazon",
+        "amazon.jsonl",
+        texts(("null", "positive"), ("broke", "negative")),
+        {"no label": 1},
+    ),
+    (
+        "amazon",
+        "boss_sentiment.tsv",
+        texts(("NA", "negative"), ('Fine, "really"\tfine', "positive"), ("nan", "neutral")),
+        {"no label": 0},
+    ),
+    (
+        "civil_comments",
+        "civil_comments.csv",
+        texts(("Well, no", "benign"), ("NA", "toxic"), ("fool", "benign")),
+        {"no label": 0},
+    ),
+    (
+        "adv_civil",
+        "boss_toxicity.tsv",
+        texts(("null", "benign"), ("Go away", "toxic")),
+        {"no label": 0},
+    ),
+    (
+        "hate_speech",
+        "hate_speech.csv",
+        texts(("NA", "benign"), ("out", "toxic")),
+        {"no label": 2},
+    ),
+    (
+        "implicit_hate",
+        "implicit_hate_v1_stg1_posts.tsv",
+        texts(('rt @ann: "they" again', "toxic"), ("null", "benign"), ("go", "toxic")),
+        {"no label": 0},
+    ),
+    (
+        "toxigen",
+        "annotated_test.csv",
+        texts(("they came", "toxic"), ("NA", "benign"), ("middle", "toxic")),
+        {"no label": 0},
+    ),
+    (
+        "wikitext103",
+        "wiki.test.raw",
+        [
+            {"text": " \n"},
+            {
+                "text": " = Robert = \n \n Robert is a name . \n \n = = Career = = \n \n"
+                " He acts . \n"
+            },
+            {"text": " = Ann = \n \n NA \n"},
+        ],
+        {},
+    ),
+    ("pile_github", "pile.jsonl", [{"text": "def f(): pass"}], {}),
+]
+
+
+def spec(name, path):
+    return DataSpec(task=find(name, "x")[0].task, source=f"file:{path}", format=name)
+
+
+@pytest.mark.parametrize(("name", "file", "rows", "dropped"), FILES, ids=lambda v: str(v)[:30])
+def test_original_files_are_read_to_exact_rows(name, file, rows, dropped):
+    loaded = sources.load(spec(name, ORIGINALS / file))
+    found = [{k: row[k] for k in sorted(row)} for row in loaded.table.to_pylist()]
+    assert found == [{k: row[k] for k in sorted(row)} for row in rows]
+    assert loaded.dropped == dropped
+    digest = hashlib.sha256((ORIGINALS / file).read_bytes()).hexdigest()
+    assert loaded.files == {file: digest}
+    assert sources.check(spec(name, ORIGINALS / file), "datasets.x") == digest
+
+
+def test_every_format_has_a_file():
+    """A form or reader without a fixture would be untested."""
+    assert {file for _, file, *_ in FILES} | {"sciq.jsonl"} == {p.name for p in ORIGINALS.iterdir()}
+    styles = {name for name in CATALOGUE if name.startswith(("sst2_", "pile_"))}
+    same = {"q_harm", "cona", "controversial", "physical_safety_safe", "physical_safety_unsafe",
+            "anli_r2", "anli_r3", "dynasent", "dynasent_r2", "counterfactual_snli_original",
+            "counterfactual_imdb_original", "sciq"}
+    assert {name for name, *_ in FILES} | styles | same == set(CATALOGUE)
+
+
+def test_sciq_choices_keep_the_right_answer_and_their_place():
+    row, = sources.load(spec("sciq", ORIGINALS / "sciq.jsonl")).table.to_pylist()
+    assert row["choices"][row["answer"]] == "water"
+    assert sorted(row["choices"]) == ["iron", "oil", "salt", "water"]
+    order = sorted(range(4), key=lambda i: hashlib.sha256(f"What is ice?/{i}".encode()).digest())
+    assert row["answer"] == order.index(0)
+
+
+def test_declarations_are_whole():
+    for name, published in CATALOGUE.items():
+        assert re.fullmatch(r"[a-z0-9_]+", name)
+        assert published.citation and published.licence and published.files and published.title
+        for form in published.forms:
+            needed = {"classification": {"text", "label"}, "text": {"text"}, "prompts": {"prompt"},
+                      "nli": {"premise", "hypothesis", "label"}}.get(published.task, {"question"})
+            assert needed <= set(form.columns), name
+            if form.labels:
+                assert set(form.labels.values()) <= set(published.labels), name
+        assert bool(published.labels) == (published.task in LABELLED), name
+        for split, part in published.splits.items():
+            assert not (part.files and part.web), name
+            assert not part.files or published.hub is not None, name
+            assert published.pin(split) and published.where(split)
+    loose = {name for name, published in CATALOGUE.items()
+             if published.pinned(next(iter(published.splits))) is False}
+    # Whoever confirms a commit or a checksum for one of these takes it off the list.
+    assert loose == {"do_not_answer", "snli_hard", "dynasent", "dynasent_r1", "dynasent_r2",
+                     "hate_speech"}
+
+
+def test_a_pin_changes_with_what_is_read():
+    anli = CATALOGUE["anli_r1"]
+    pins = {anli.pin(split) for split in anli.splits} | {CATALOGUE["anli_r2"].pin("test")}
+    assert len(pins) == 4
+
+
+def test_published_counts_are_compared_and_a_difference_is_told():
+    loaded = sources.load(spec("anli_r1#test", ORIGINALS / "anli_test.jsonl"))
+    assert loaded.note == "2 rows, published are 1,000"
+    assert loaded.citation.startswith("Nie et al. 2020")
+    assert sources.load(spec("wanli", ORIGINALS / "wanli.jsonl")).note == ""
+
+
+def test_parquet_of_the_hub_is_read_with_its_numbered_labels(tmp_path):
+    table = pa.table({"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": [2, -1]})
+    pq.write_table(table, tmp_path / "test.parquet")
+    loaded = sources.load(spec("snli#test", tmp_path / "test.parquet"))
+    assert loaded.table["label"].to_pylist() == ["contradiction"]
+    assert loaded.dropped == {"no label": 1}
+    ratings = pa.table({"text": ["a", "b"], "toxicity": pa.array([0.5, 0.4], pa.float32())})
+    pq.write_table(ratings, tmp_path / "civil.parquet")
+    loaded = sources.load(spec("civil_comments", tmp_path / "civil.parquet"))
+    assert loaded.table["label"].to_pylist() == ["toxic", "benign"]
+
+
+def test_a_long_premise_is_named_by_its_digest(tmp_path):
+    long = "word " * 20
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"premise": "{long}", "hypothesis": "h", "label": 0}}\n')
+    table = sources.load(spec("snli", path)).table
+    assert table["document"].to_pylist() == [hashlib.sha256(long.encode()).hexdigest()[:16]]
+
+
+WRONG = [
+    ("a.jsonl", b'{"sentence": "x"}\n', "sentence1, sentence2, gold_label"),
+    (
+        "a.jsonl",
+        b'{"sentence1": "a", "sentence2": "b", "gold_label": "maybe"}\n',
+        "label 'maybe' is none of entailment, neutral, contradiction",
+    ),
+    ("a.txt", b"gold_label\tsentence1\n\xff\tb\n", "line 2 is not UTF-8"),
+    ("a.txt", b"gold_label\tsentence1\tsentence2\nneutral\ta\n", "line 2 has 2 cells, not 3"),
+    ("a.jsonl", b'{"sentence1": "\xff"}\n', "line 1 is not UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), WRONG)
+def test_files_in_another_format_are_refused_in_one_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    for at in ("snli", "snli_hard") if name.endswith("jsonl") else ("snli",):
+        with pytest.raises(BadInput) as caught:
+            sources.check(spec(at, path), "datasets.x")
+        told = str(caught.value)
+        assert message in told and "\n" not in told and told.startswith("datasets.x.source: ")
+
+
+def test_the_readers_of_odd_files_name_the_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("1\tpositive\n")
+    with pytest.raises(BadInput, match="line 1 has 2 cells, not 3"):
+        sources.check(spec("semeval", path), "datasets.x")
+    path = tmp_path / "a.json"
+    path.write_text('{"mnli": []}')
+    with pytest.raises(BadInput, match="there is no task 'sst2' .there are mnli"):
+        sources.check(spec("adv_glue_sst2", path), "datasets.x")
+    path.write_text('{"documents": []}')
+    with pytest.raises(BadInput, match="cannot be read as json: 'labels'"):
+        sources.check(spec("contract_nli", path), "datasets.x")
+
+
+NAMES = [
+    ({"source": "catalogue:anli_r4"}, "no data set 'anli_r4'; did you mean anli_r"),
+    ({"source": "catalogue:anli_r1#dev"}, "anli_r1 has no split 'dev'; name one of test, valid"),
+    ({"source": "catalogue:anli_r1", "task": "prompts"}, "set task: nli"),
+    ({"source": "catalogue:anli_r1", "labels": {"neutral": "x"}}, "add contradiction or remove"),
+    ({"source": "catalogue:anli_r1", "columns": {"premise": "x"}}, "remove this field"),
+    ({"source": "catalogue:anli_r1", "format": "snli"}, "`format` cannot act"),
+    ({"source": "file:a.jsonl", "format": "snly"}, "datasets.x.format: the catalogue has no data"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), NAMES)
+def test_what_cannot_act_is_refused(fields, message):
+    with pytest.raises(BadInput) as caught:
+        sources.check(DataSpec(**{"task": "nli", **fields}), "datasets.x")
+    assert message in str(caught.value)
+
+
+def test_labels_of_a_published_set_can_be_renamed():
+    renamed = {"entailment": "yes", "neutral": "no", "contradiction": "no"}
+    given = spec("anli_r1", ORIGINALS / "anli_test.jsonl").model_copy(update={"labels": renamed})
+    assert sources.load(given).table["label"].to_pylist() == ["no", "yes"]
+
+
+def test_a_file_that_is_not_there_yet_is_a_failure_of_its_node_alone(tmp_path):
+    missing = spec("implicit_hate", tmp_path / "absent.tsv")
+    assert sources.check(missing, "datasets.x") is None
+    with pytest.raises(StageFailed, match="no such file; put implicit_hate_v1_stg1_posts.tsv there"
+                                          "; access: request form"):
+        sources.load(missing)
+    with pytest.raises(StageFailed, match="adv_civil: cannot be downloaded; get BOSS"):
+        sources.load(DataSpec(task="classification", source="catalogue:adv_civil"))

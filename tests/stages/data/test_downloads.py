@@ -1,0 +1,224 @@
+"""Downloads against a server of our own that forgets half of what it sends."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+
+from stages.data import downloads, sources
+from stages.data.catalogue import CATALOGUE
+from stages.data.published import Split, Web
+from stages.data.spec import DataSpec
+from stages.errors import StageFailed
+
+PROMPTS = [f"prompt {number}" for number in range(40)]
+CONTENT = json.dumps({"instructions": PROMPTS, "inputs": []}).encode()
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+COMMIT = "a" * 40
+ROWS = b"".join(
+    json.dumps({"premise": f"p{n}", "hypothesis": "h", "gold": "neutral"}).encode() + b"\n"
+    for n in range(30)
+)
+
+
+@pytest.fixture
+def server():
+    """Serves CONTENT, and a hub with ROWS as test.jsonl of owner/name."""
+    state = SimpleNamespace(ranges=[], cut=0, gated=False, tokens=set())
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            pass
+
+        def do_HEAD(self):
+            self.answer(body=False)
+
+        def do_GET(self):
+            self.answer(body=True)
+
+        def answer(self, body):
+            headers, content = {}, CONTENT
+            state.tokens.add(self.headers.get("Authorization"))
+            if self.path.startswith("/absent"):
+                return self.send(404, b"{}", {}, body)
+            if self.path.startswith(("/api", "/datasets")) and state.gated:
+                return self.send(401, b"{}", {"X-Error-Code": "GatedRepo"}, body)
+            if "/revision/" in self.path:
+                found = {"id": "owner/name", "sha": COMMIT,
+                         "siblings": [{"rfilename": n} for n in ("README.md", "test.jsonl")]}
+                return self.send(200, json.dumps(found).encode(), {}, body)
+            if "/tree/" in self.path:
+                found = [{"type": "file", "path": "test.jsonl", "oid": "1", "size": len(ROWS)}]
+                return self.send(200, json.dumps(found).encode(), {}, body)
+            if self.path.startswith("/datasets"):
+                content = ROWS
+                headers = {"ETag": '"1"', "X-Repo-Commit": COMMIT}
+            self.send(200, content, headers, body)
+
+        def send(self, status, content, headers, body):
+            start = 0
+            if body and status == 200 and "Range" in self.headers:
+                start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+                status = 206
+                headers |= {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+            if body and "/api/" not in self.path:
+                state.ranges.append(start)
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            if not body:
+                return
+            if state.cut and "/api/" not in self.path:
+                self.wfile.write(content[start:start + state.cut])
+                self.close_connection = True
+                state.cut = 0
+            else:
+                self.wfile.write(content[start:])
+
+    found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    state.url = f"http://127.0.0.1:{found.server_port}"
+    yield state
+    found.shutdown()
+    found.server_close()
+
+
+@pytest.fixture
+def entered(monkeypatch, tmp_path, server):
+    """Enter the server's file as a data set of the catalogue."""
+    monkeypatch.setenv("MOE_RELIABILITY_CACHE", str(tmp_path / "cache" / "packs"))
+
+    def enter(path="/here.json", sha256=DIGEST):
+        web = Web(server.url + path, sha256)
+        made = replace(CATALOGUE["alpaca_control"], splits={"test": Split(web=web, rows=40)})
+        monkeypatch.setitem(CATALOGUE, "ours", made)
+        return made
+
+    return enter
+
+
+def load():
+    return sources.load(DataSpec(task="prompts", source="catalogue:ours"))
+
+
+def test_a_file_is_downloaded_once_checked_and_read(entered, server, tmp_path):
+    made = entered()
+    assert downloads.present(made, "test") == []
+    loaded = load()
+    assert loaded.table["prompt"].to_pylist() == PROMPTS and loaded.note == ""
+    path, = downloads.present(made, "test")
+    assert path.is_relative_to(tmp_path / "cache" / "files")
+    assert loaded.files == {"here.json": DIGEST}
+    load()
+    assert server.ranges == [0]
+    assert {found.suffix for found in path.parent.iterdir()} == {".json", ".lock"}
+
+
+def test_an_interrupted_download_goes_on_where_it_stopped(entered, server):
+    made = entered()
+    path = downloads._place(made.splits["test"].web.url)
+    path.parent.mkdir(parents=True)
+    path.with_name("here.json.part").write_bytes(CONTENT[:100])  # what a kill leaves
+    assert load().table.num_rows == 40
+    assert server.ranges == [100]
+
+
+def test_a_connection_that_breaks_is_taken_up_again(entered, server, monkeypatch):
+    # The library writes, and so resumes, in steps of this size; 10 MiB otherwise.
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 16)
+    entered()
+    server.cut = 64
+    assert load().table.num_rows == 40
+    assert server.ranges == [0, 64]
+
+
+def test_a_changed_file_is_refused_and_not_kept(entered):
+    made = entered(sha256="0" * 64)
+    with pytest.raises(StageFailed, match="has sha256 .*, expected 0000") as caught:
+        load()
+    assert "\n" not in str(caught.value)
+    assert downloads.present(made, "test") == []
+    assert not downloads._place(made.splits["test"].web.url).with_name("here.json.part").exists()
+
+
+def test_what_cannot_be_had_is_one_line_with_a_remedy(entered):
+    entered(path="/absent.json")
+    with pytest.raises(StageFailed, match="404.*or get I-Alpaca.json .* source: file:") as told:
+        load()
+    assert "\n" not in str(told.value)
+
+
+HUB = """
+import json, sys
+import huggingface_hub.constants
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 100
+from dataclasses import replace
+from stages.data import downloads, sources
+from stages.data.catalogue import CATALOGUE
+from stages.data.published import Hub, Split
+from stages.data.spec import DataSpec
+from stages.errors import StageFailed
+made = replace(CATALOGUE["wanli"], hub=Hub("owner/name", sys.argv[1]), gated="ask the owner",
+               splits={"test": Split(("*.jsonl",), rows=30), "more": Split(("*.csv",))})
+CATALOGUE["wanli"] = made
+out = {"before": len(downloads.present(made, "test"))}
+for split in ("test", "more"):
+    try:
+        loaded = sources.load(DataSpec(task="nli", source="catalogue:wanli#" + split))
+        out[split] = [loaded.table.num_rows, loaded.note, *loaded.files.values()]
+    except StageFailed as error:
+        out[split] = str(error)
+print(json.dumps(out | {"after": len(downloads.present(made, "test"))}))
+"""
+
+
+def hub(server, tmp_path, revision=COMMIT, **changed):
+    """What a process sees whose hub is ours; the hub's address is read when it starts."""
+    environment = os.environ | {
+        "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "MOE_RELIABILITY_CACHE": str(tmp_path / "packs"),
+        "HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": "hf_ours",
+    } | changed
+    done = subprocess.run([sys.executable, "-c", HUB, revision], env=environment, text=True,
+                          capture_output=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_hub_files_are_brought_in_pieces_and_found_again_without_a_network(server, tmp_path):
+    server.cut = 500
+    found = hub(server, tmp_path)
+    digest = hashlib.sha256(ROWS).hexdigest()
+    assert (found["before"], found["test"], found["after"]) == (0, [30, "", digest], 1)
+    assert "it has no file *.csv" in found["more"]
+    assert server.ranges == [0, 500] and server.tokens == {"Bearer hf_ours"}
+    part = next((tmp_path / "files").rglob("test.jsonl"))
+    part.rename(part.with_name("test.jsonl.part"))
+    os.truncate(part.with_name("test.jsonl.part"), 1000)  # what a kill leaves
+    next(part.parent.glob(".*.json")).unlink()
+    assert hub(server, tmp_path)["test"] == [30, "", digest]
+    assert server.ranges == [0, 500, 1000]
+    again = hub(server, tmp_path, HF_HUB_OFFLINE="1")
+    assert (again["before"], again["test"]) == (1, [30, "", digest])
+    assert len(server.ranges) == 3
+
+
+def test_a_gated_hub_set_says_how_to_get_access(server, tmp_path):
+    server.gated = True
+    found = hub(server, tmp_path)
+    assert found["test"] == (
+        "catalogue:wanli#test: the hub does not give out owner/name: ask the owner; or get "
+        "test.jsonl and set source: file:PATH and format: wanli#test")
+    assert found["after"] == 0
