@@ -1,134 +1,300 @@
-"""Expert parallelism: DeepSpeed's AutoEP on Hugging Face models, checked block by block.
+"""Expert parallelism on Hugging Face models: only the experts change, in place.
 
-``deepspeed.initialize`` replaces each sparse block by one that holds the experts of its rank and
-exchanges tokens by all-to-all. ``observe_blocks`` before and ``check_blocks`` after it make sure
-that the replacement computes the same function; ``gather_state_dict`` undoes it for export.
+Of a sparse layer, the module that holds the routed experts keeps its path, its hooks and the names
+of its parameters; it loses the experts of the other ranks, and its forward pass exchanges tokens by
+DeepSpeed's all-to-all before and after the family's own computation. Router, shared experts,
+auxiliary loss and whatever hooks on them stay Hugging Face's own, so that every architecture whose
+experts are called with the tokens and their routing is exact by construction, whatever its router,
+activation, biases or weight layout.
+
+``convert`` before ``deepspeed.initialize`` does it; ``observe_blocks`` before and ``check_blocks``
+after it prove that each block still computes the same; ``gather_state_dict`` undoes it for export.
 """
 
-import dataclasses
+from dataclasses import dataclass
+from functools import cache
 
 import deepspeed.comm as dist
 import torch
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.module_inject.auto_ep_presets import base, registry
+import torch.nn.functional as F
+from deepspeed.module_inject.auto_ep_layer import (
+    AutoEPMoELayer,
+    _AllToAllV,
+    compute_split_plan,
+)
+from deepspeed.utils import groups
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 
 from stages.errors import StageFailed
 from stages.models.families import family
 
-# DeepSpeed ships no preset for OLMoE, and its pattern keys alone would lose the router logits that
-# the auxiliary loss needs.
-registry.PRESET_MODELS["olmoe"] = dataclasses.replace(
-    registry.PRESET_MODELS["mixtral"],
-    num_experts_attr="num_experts",
-    route_norm=False,
-    preset_adapter="olmoe",
-    hf_model_types=("olmoe",),
-)
-registry._PRESET_ADAPTERS["olmoe"] = base.TransformersTopLevelRouterLogitsAdapter(
-    display_name="OLMoE", hf_model_types=("olmoe",), class_name_fragments=("Olmoe",)
-)
+# Shape letters: T tokens of this rank, K experts per token, D hidden size, N token-expert pairs.
 
 PROBE_TOKENS = 16
 
 
-@torch.no_grad()
-def observe_blocks(model: PreTrainedModel, size: int) -> dict[str, torch.Tensor]:
-    """Output of each sparse block, by its path, on fixed random hidden states of shape (1, 16, D).
+class ExpertParallel(AutoEPMoELayer):
+    """Mixed into the class of an experts module (``MixtralExperts`` and the like) by ``convert``.
 
-    Raises StageFailed when the model has no sparse block, or experts that ``size`` does not divide.
+    The arguments of ``forward`` are those of the family, for the tokens of this rank and with the
+    numbers of all experts, so a pre-hook sees and may change the same as without parallelism. The
+    base class is never initialised: being one of its kind is how DeepSpeed's engine recognises a
+    sparse layer, binds the process groups and treats the parameters as experts'.
+    """
+
+    ep_group: torch.distributed.ProcessGroup
+    ep_group_name: str
+    ep_size: int
+    ep_rank: int
+    all_experts: int
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum of the chosen experts' outputs, shape (T, D).
+
+        ``hidden_states`` (T, D), ``top_k_index`` (T, K) and ``top_k_weights`` (T, K) as in
+        transformers' fused experts.
+        """
+        chosen = top_k_index.flatten()
+        order = torch.argsort(chosen, stable=True)
+        pairs_ND = self._exchange(hidden_states[order // top_k_index.shape[1]], chosen[order])
+        pairs_TKD = pairs_ND[torch.argsort(order)].unflatten(0, top_k_index.shape)
+        output_TD = (pairs_TKD * top_k_weights.unsqueeze(-1)).sum(dim=1)
+        return output_TD.to(hidden_states.dtype)
+
+    def _exchange(self, tokens_ND: torch.Tensor, expert_N: torch.Tensor) -> torch.Tensor:
+        """The output (N, D) of each pair's expert, unweighted; pairs are sorted by expert."""
+        local = self.all_experts // self.ep_size
+        plan = compute_split_plan(expert_N, self.all_experts, self.ep_size, local, self.ep_group)
+        there, back = plan.input_splits, plan.output_splits
+        received = _AllToAllV.apply(self.ep_group, tokens_ND, there, back)
+        ids = torch.arange(local, device=received.device).repeat(self.ep_size)
+        ids = ids.repeat_interleave(plan.local_counts_by_source.flatten())
+        pairs = len(ids)
+        if pairs == 0:
+            # One empty token, or this rank would have nothing to call the backward exchange with.
+            received = torch.cat([received, received.new_zeros(1, received.shape[1])])
+            ids = ids.new_zeros(1)
+        output = self._compute(received, ids)[:pairs]
+        return _AllToAllV.apply(self.ep_group, output, back, there)
+
+    def _compute(self, tokens_ND: torch.Tensor, local_N: torch.Tensor) -> torch.Tensor:
+        """The family's own computation, one local expert for each token, with weight 1."""
+        ones = tokens_ND.new_ones(len(tokens_ND), 1)
+        # Next to AutoEPMoELayer in the order of the base classes stands the family's own class.
+        return super(AutoEPMoELayer, self).forward(tokens_ND, local_N[:, None], ones)
+
+    def keep_local(self) -> None:
+        """Drop the experts of other ranks; the remaining ones are copies, to free the memory."""
+        local = self.all_experts // self.ep_size
+        for parameter in self.parameters():
+            own = parameter.data[self.ep_rank * local : (self.ep_rank + 1) * local]
+            parameter.data = own.clone()
+        self.num_experts = local
+
+    def extent(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Where a parameter's first entry stands among those of all ranks under the same name, and
+        how many entries they have together."""
+        return self.ep_rank * parameter.numel(), self.ep_size * parameter.numel()
+
+    def gathered(self, key: str, parts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A parameter of all experts by its name, from the same one of each rank of the group."""
+        return {key: torch.cat(parts)}
+
+
+class ExpertParallelModules(ExpertParallel):
+    """The same for experts that are modules of their own, ``expert_0`` and so on, each with the
+    number that it has among all experts, and routed by a mask (Switch Transformers)."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, selected_experts: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum of the chosen experts' outputs, shape (T, D).
+
+        ``hidden_states`` (T, D), ``selected_experts`` (T, 1, experts), 1 where a token goes to an
+        expert and nowhere 1 for a token beyond the capacity, ``weights`` (T, 1).
+        """
+        token, _, chosen = selected_experts.nonzero(as_tuple=True)
+        order = torch.argsort(chosen, stable=True)
+        token = token[order]
+        pairs_ND = self._exchange(hidden_states[token], chosen[order]) * weights[token]
+        return torch.zeros_like(hidden_states).index_add(
+            0, token, pairs_ND.to(hidden_states.dtype)
+        )
+
+    def _compute(self, tokens_ND: torch.Tensor, local_N: torch.Tensor) -> torch.Tensor:
+        first = self.ep_rank * (self.all_experts // self.ep_size)
+        mask = F.one_hot(first + local_N, self.all_experts)[:, None]
+        ones = tokens_ND.new_ones(len(tokens_ND), 1)
+        return super(AutoEPMoELayer, self).forward(tokens_ND, mask, ones)
+
+    def keep_local(self) -> None:
+        """Drop the experts of other ranks."""
+        local = self.all_experts // self.ep_size
+        for expert in range(self.all_experts):
+            if expert // local != self.ep_rank:
+                del self[f"expert_{expert}"]
+
+    def extent(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """No other rank has a parameter of this name."""
+        return 0, parameter.numel()
+
+    def gathered(self, key: str, parts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A parameter of one expert of each rank, by their names."""
+        expert, _, name = key.removeprefix("expert_").partition(".")
+        local = self.all_experts // self.ep_size
+        first = int(expert) % local
+        return {f"expert_{first + rank * local}.{name}": t for rank, t in enumerate(parts)}
+
+
+class ExpertParallelSorted(ExpertParallel):
+    """The same for one matrix of each expert, applied to tokens that the caller has sorted
+    (JetMoE, whose sparse layers call two of them one after the other)."""
+
+    def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
+        """The product of each input (N, in) with its expert's matrix, shape (N, out).
+
+        The first ``expert_size[0]`` inputs are for expert 0, and so on.
+        """
+        sizes = torch.tensor(expert_size, device=inputs.device)
+        experts = torch.arange(self.all_experts, device=inputs.device)
+        return self._exchange(inputs, experts.repeat_interleave(sizes))
+
+    def _compute(self, tokens_ND: torch.Tensor, local_N: torch.Tensor) -> torch.Tensor:
+        order = torch.argsort(local_N, stable=True)
+        sizes = torch.bincount(local_N, minlength=self.num_experts).tolist()
+        output = super(AutoEPMoELayer, self).forward(tokens_ND[order], sizes)
+        return output[torch.argsort(order)]
+
+
+@cache
+def _parallel_class(kind: type[nn.Module]) -> type[ExpertParallel]:
+    mixin = ExpertParallelModules if issubclass(kind, nn.ModuleDict) else ExpertParallel
+    if kind is JetMoeParallelExperts:
+        mixin = ExpertParallelSorted
+    return type(f"ExpertParallel{kind.__name__}", (mixin, kind), {})
+
+
+@torch.no_grad()
+def convert(model: PreTrainedModel, size: int, *, grouped_mm: bool) -> None:
+    """Spread the routed experts of a model over groups of ``size`` ranks, in place.
+
+    Called by every rank, after DeepSpeed's process group is there and before
+    ``deepspeed.initialize``; the parameters stay the same objects. ``grouped_mm`` computes the
+    experts of a rank by one grouped matrix product, otherwise one after the other (as do always
+    the families whose experts are not fused).
+
+    Raises StageFailed when the family is refused, or ``size`` does not divide its experts.
     """
     entry = family(model)
-    if registry.preset_name_for_hf_model_type(entry.model_type) is None:
-        known = ", ".join(
-            sorted(t for p in registry.PRESET_MODELS.values() for t in p.hf_model_types)
-        )
+    if entry.no_expert_parallel:
         raise StageFailed(
-            f"expert_parallel: DeepSpeed has no preset for model_type {entry.model_type!r} "
-            f"(known: {known}); set expert_parallel to 1"
+            f"expert_parallel: refused for {entry.model_type}: {entry.no_expert_parallel}; set "
+            "expert_parallel to 1"
         )
     experts = getattr(model.config, entry.num_experts)
     if experts % size:
         raise StageFailed(f"expert_parallel: {size} does not divide the model's {experts} experts")
-    return {
-        path: _output(model.get_submodule(path), model.config.hidden_size)
-        for path in (path.rpartition(".")[0] for path in entry.modules(model, "expert"))
-    }
+    name = f"ep_size_{size}"
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(size)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("grouped_mm" if grouped_mm else "eager")
+    for module in entry.modules(model, "expert").values():
+        module.__class__ = _parallel_class(type(module))
+        module.all_experts, module.ep_size, module.ep_group_name = experts, size, name
+        module.ep_group = groups._get_expert_parallel_group(name)
+        module.ep_rank = groups._get_expert_parallel_rank(name)
+        module.keep_local()
+        for parameter in module.parameters():
+            # What DeepSpeed's engine and ZeRO know an expert's parameter by.
+            parameter.allreduce = False
+            parameter.group_name = name
+
+
+@dataclass
+class Observation:
+    """One call of an experts module: its arguments and what it returned."""
+
+    arguments: tuple
+    output: torch.Tensor
 
 
 @torch.no_grad()
-def check_blocks(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
-    """Compare every converted block with what it computed before; called by every rank.
+def observe_blocks(model: PreTrainedModel) -> dict[str, Observation]:
+    """What each experts module does, by its path, while the model reads 16 random tokens.
 
-    In fp32 no token may differ by more than 1e-5 of the block's largest output. bf16 rounds a few
-    tokens onto other experts, so there half of them must agree within 5 %.
+    Each rank draws its own, so that tokens which end up at the wrong rank are seen.
     """
-    for path, expected in before.items():
-        block = model.get_submodule(path)
-        if not isinstance(block, AutoEPMoELayer):
-            raise StageFailed(
-                f"{path}: DeepSpeed left this sparse block as it is; set expert_parallel to 1"
-            )
-        output = _output(block, expected.shape[-1])
-        tokens = (output.float() - expected.to(output.device)).abs().amax(dim=-1)
-        fp32 = output.dtype == torch.float32
-        difference = (tokens.max() if fp32 else tokens.median()) / expected.abs().max()
+    found, hooks = {}, []
+
+    def watch(path: str) -> None:
+        def note(_, arguments: tuple, output: torch.Tensor) -> None:
+            found[path] = Observation(arguments, output)
+
+        hooks.append(model.get_submodule(path).register_forward_hook(note))
+
+    for path in family(model).modules(model, "expert"):
+        watch(path)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    tokens = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
+    model(tokens, labels=tokens, use_cache=False)  # labels: a decoder's input, where there is one
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
+def check_blocks(model: nn.Module, before: dict[str, Observation]) -> None:
+    """Ask every converted experts module the same again; called by every rank.
+
+    All else in a block is as it was, so equal experts are equal blocks. No output may differ by
+    more than 1e-5 (bf16: 5 %) of the largest one. Raises StageFailed with the layer's path.
+    """
+    for path, seen in before.items():
+        module = model.get_submodule(path)
+        weight = next(module.parameters())
+        output = module(*(_moved(argument, weight) for argument in seen.arguments)).float()
+        expected = seen.output.to(weight.device)
+        difference = (output - expected).abs().max() / expected.abs().max()
         # All ranks raise together, for a rank that goes on alone would wait for ever.
         torch.distributed.all_reduce(difference, op=torch.distributed.ReduceOp.MAX)
-        if not difference <= (1e-5 if fp32 else 0.05):
+        if not difference <= (1e-5 if weight.dtype == torch.float32 else 0.05):
             raise StageFailed(
-                f"{path}: the expert-parallel block differs from the original by "
+                f"{path}: the expert-parallel layer differs from the original by "
                 f"{difference:.1e} of its largest output; set expert_parallel to 1"
             )
 
 
-def _output(block: nn.Module, hidden_size: int) -> torch.Tensor:
-    weight = next(block.parameters())
-    probe = torch.randn((1, PROBE_TOKENS, hidden_size), generator=torch.Generator().manual_seed(0))
-    output = block(probe.to(weight))
-    return output[0] if isinstance(output, tuple) else output
+def _moved(argument: object, weight: torch.Tensor) -> object:
+    """An argument on the device of the weights, floating-point ones in their type."""
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    return argument.to(weight) if argument.is_floating_point() else argument.to(weight.device)
 
 
 @torch.no_grad()
 def gather_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """The state dict in the original Hugging Face layout on the CPU of rank 0, None elsewhere.
+    """The state dict with all experts on the CPU of rank 0, None elsewhere.
 
-    Called by every rank; the experts of rank 0's expert-parallel group are gathered layer by layer.
+    Called by every rank; the experts of rank 0's expert-parallel group are gathered one parameter
+    at a time.
     """
-    entry = family(model)
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, AutoEPMoELayer)}
-    state: dict[str, torch.Tensor] = {}
-    if dist.get_rank() == 0:
-        state |= {
-            key: tensor.cpu()
-            for key, tensor in model.state_dict().items()
-            if not any(key.startswith(f"{path}.") for path in layers)
-        }
-    for path, layer in layers.items():
-        w1, w2, w3 = (_gather_experts(layer, name) for name in ("w1", "w2", "w3"))
-        if dist.get_rank() != 0:
-            continue
-
-        def put(pattern: str, parameters: dict[str, torch.Tensor], path: str = path) -> None:
-            child = pattern.rpartition(".")[2]
-            state.update({f"{path}.{child}.{key}": t.cpu() for key, t in parameters.items()})
-
-        put(entry.experts, {"gate_up_proj": torch.cat([w1, w3], dim=1), "down_proj": w2})
-        put(entry.router, layer.router.gate.state_dict())
-        if layer.shared_experts is not None:
-            put(entry.shared_expert, layer.shared_experts.state_dict())
-        if layer.shared_experts_gate is not None:
-            put(entry.shared_expert_gate, layer.shared_experts_gate.state_dict())
-    return state if dist.get_rank() == 0 else None
-
-
-def _gather_experts(layer: AutoEPMoELayer, name: str) -> torch.Tensor | None:
-    """One expert matrix of all experts, shape (E, out, in), on rank 0."""
-    local = getattr(layer.experts, name).detach().contiguous()
-    if 0 not in torch.distributed.get_process_group_ranks(layer.ep_group):
-        return None
     leader = dist.get_rank() == 0
-    parts = [torch.empty_like(local) for _ in range(layer.ep_size)] if leader else None
-    torch.distributed.gather(local, parts, dst=0, group=layer.ep_group)
-    return torch.cat(parts) if leader else None
+    state = {key: t.cpu() for key, t in model.state_dict().items()} if leader else None
+    for path, module in model.named_modules():
+        if not isinstance(module, ExpertParallel):
+            continue
+        for key, local in module.state_dict().items():
+            if 0 not in torch.distributed.get_process_group_ranks(module.ep_group):
+                continue
+            local = local.contiguous()
+            parts = [torch.empty_like(local) for _ in range(module.ep_size)] if leader else None
+            torch.distributed.gather(local, parts, dst=0, group=module.ep_group)
+            if leader:
+                complete = module.gathered(key, [part.cpu() for part in parts])
+                state.update({f"{path}.{name}": t for name, t in complete.items()})
+    return state

@@ -29,11 +29,18 @@ Role = Literal[
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. The path fields are empty for a dense one."""
+    """One architecture. The fields about experts are empty for a dense one.
+
+    A router is a module whose forward returns a tuple: at ``logits`` the raw scores (T, experts)
+    before any softmax, at ``weights`` (T, K) and ``index`` (T, K) the chosen experts of each token
+    and the weight of each. The experts' module is called as
+    ``experts(hidden_states (T, D), index (T, K), weights (T, K))``, with and without expert
+    parallelism, and returns the weighted sum (T, D). Families that do otherwise say so.
+    """
 
     model_type: str
     router: str = ""
-    """Module whose parameters score the experts."""
+    """Module whose parameters score the experts; several paths are separated by spaces."""
     experts: str = ""
     """Module that holds all routed experts of a layer; the first axis of its fused parameters, or
     the index of its children, is the expert."""
@@ -43,32 +50,102 @@ class Family:
     """Module that scales the shared expert's output per token."""
     num_experts: str = "num_experts"
     """Configuration attribute: routed experts of a sparse layer."""
-    top_k: str = "num_experts_per_tok"
-    """Configuration attribute: experts that one token passes."""
+    top_k: str | int = "num_experts_per_tok"
+    """Configuration attribute: experts that one token passes; a number where it is fixed."""
+    layer_counts: tuple[str, ...] = ("num_hidden_layers",)
+    """Configuration attributes that count the layers together."""
     sparse_layers: Callable[[Mapping], tuple[int, ...]] = lambda config: ()
     """Indices of the sparse layers, from the content of ``config.json``."""
-    auxiliary_loss: bool = False
-    """``forward(output_router_logits=True)`` returns the load-balancing loss as ``aux_loss``,
-    unweighted, and adds it to ``loss`` times ``config.router_aux_loss_coef``."""
+    scores: Literal["softmax", "softmax of the chosen", "sigmoid", "sparsemixer"] = "softmax"
+    """How the raw scores become weights."""
+    normalised: bool | str = True
+    """Whether the weights of the chosen experts are made to sum to 1 (before any scaling factor),
+    or the configuration attribute that says so."""
+    logits: int = 0
+    """Place of the raw scores in what the router returns."""
+    weights: int | None = 1
+    """Place of the chosen experts' weights; None where they cannot be read off."""
+    index: int | None = 2
+    """Place of the chosen experts' numbers; None where they cannot be read off."""
+    auxiliary_loss: tuple[str, ...] = ()
+    """What ``forward(output_router_logits=True)`` calls the load-balancing loss, unweighted, or its
+    parts, whose sum it is; empty where it returns none."""
     capacity: bool = False
     """Experts drop tokens beyond a capacity, so that a token's output depends on the tokens that
     share its batch: sequences must not be packed together."""
+    recurrent: bool = False
+    """Some layers carry a state from token to token that no attention mask cuts: sequences must not
+    be packed together."""
+    masks_by_position: bool = True
+    """Attention keeps sequences of one row apart by positions that start again at 0."""
+    encoder_decoder: bool = False
+    """The prompt goes through an encoder, the answer through a decoder that attends to it; layers
+    are counted through both, the encoder's first."""
+    no_evaluation: str = ""
+    """Why evaluation is refused; empty where it is exact."""
+    no_training: str = ""
+    """Why training is refused; empty where it is exact."""
+    no_expert_parallel: str = ""
+    """Why expert parallelism is refused; empty where it is exact."""
 
     @property
     def is_moe(self) -> bool:
         """Whether the architecture has routed experts."""
         return bool(self.router)
 
+    def experts_of(self, config: Mapping) -> tuple[int | None, int | None]:
+        """Routed experts of a sparse layer and those that one token passes, from the content of
+        ``config.json``; None where it leaves them to the architecture's default."""
+        if not self.is_moe:
+            return 0, 0
+        chosen = self.top_k if isinstance(self.top_k, int) else config.get(self.top_k)
+        # transformers reads the count of experts under a second name and may write that.
+        names = (self.num_experts, "num_experts", "num_local_experts")
+        return next((config[name] for name in names if name in config), None), chosen
+
+    def layers_of(self, config: Mapping) -> int | None:
+        """The number of layers, from the content of ``config.json``; None where it leaves that to
+        the architecture's default."""
+        counts = [config.get(name) for name in self.layer_counts]
+        return None if None in counts else sum(counts)
+
+    @property
+    def packs(self) -> bool:
+        """Whether sequences may stand one after the other in a row without padding, kept apart by
+        their positions alone."""
+        return self.masks_by_position and not (
+            self.capacity or self.recurrent or self.encoder_decoder
+        )
+
     def modules(self, model: "PreTrainedModel", role: Role) -> dict[str, "nn.Module"]:
-        """The modules of a role by their path, in the order of the layers."""
-        path = getattr(self, "experts" if role == "expert" else role)
-        pattern = re.compile(re.escape(path).replace(r"\*", r"[^.]+"))
+        """The modules of a role by their path, in the order of the layers.
+
+        The same paths before and after ``expert_parallel.convert``.
+        """
+        paths = getattr(self, "experts" if role == "expert" else role).split()
+        pattern = re.compile("|".join(re.escape(p).replace(r"\*", r"[^.]+") for p in paths))
         # The root module's path is empty, like the path of a part that the family lacks.
         return {name: m for name, m in model.named_modules() if name and pattern.fullmatch(name)}
 
 
 def _every_layer(config: Mapping) -> tuple[int, ...]:
     return tuple(range(config["num_hidden_layers"]))
+
+
+def _after(field: str, default: int) -> Callable[[Mapping], tuple[int, ...]]:
+    """All layers but the first ones, whose number is a field of the configuration."""
+    return lambda config: tuple(range(config.get(field, default), config["num_hidden_layers"]))
+
+
+def _listed(dense: int) -> Callable[[Mapping], tuple[int, ...]]:
+    """The layers that ``mlp_layer_types`` calls sparse; without it, all but the first ``dense``."""
+
+    def layers(config: Mapping) -> tuple[int, ...]:
+        count = config["num_hidden_layers"]
+        kinds = config.get("mlp_layer_types") or ["dense"] * dense + ["sparse"] * (count - dense)
+        return tuple(i for i in range(count) if kinds[i] == "sparse")
+
+    return layers
 
 
 def _qwen2_moe_layers(config: Mapping) -> tuple[int, ...]:
@@ -78,30 +155,266 @@ def _qwen2_moe_layers(config: Mapping) -> tuple[int, ...]:
     )
 
 
+def _jamba_layers(config: Mapping) -> tuple[int, ...]:
+    period, offset = config.get("expert_layer_period", 2), config.get("expert_layer_offset", 1)
+    return tuple(i for i in range(config["num_hidden_layers"]) if i % period == offset)
+
+
+def _ernie_layers(config: Mapping) -> tuple[int, ...]:
+    count, step = config["num_hidden_layers"], config.get("moe_layer_interval", 1)
+    last = config.get("moe_layer_end_index", -1) % count
+    first = config.get("moe_layer_start_index", 1)
+    return tuple(i for i in range(first, last + 1) if (i + 1) % step == 0)
+
+
+def _switch_layers(config: Mapping) -> tuple[int, ...]:
+    found, first = [], 0
+    for half, count in zip(("encoder", "decoder"), _SWITCH_LAYERS, strict=True):
+        layers, sparse = config[count], config.get(f"num_sparse_{half}_layers", 3)
+        step = layers // sparse if sparse else layers
+        found += [first + i for i in range(layers) if i % step == 1 or step == 1]
+        first += layers
+    return tuple(found)
+
+
+def _nllb_layers(config: Mapping) -> tuple[int, ...]:
+    found, first = [], 0
+    for half in ("encoder", "decoder"):
+        layers, step = config[f"{half}_layers"], config.get(f"{half}_sparse_step", 4)
+        found += [first + i for i in range(layers) if step and (i + 1) % step == 0]
+        first += layers
+    return tuple(found)
+
+
+def _decoder(
+    model_type: str,
+    *,
+    block: str = "mlp",
+    router: str = "gate",
+    shared: str = "",
+    shared_gate: str = "",
+    sparse_layers: Callable[[Mapping], tuple[int, ...]] = _every_layer,
+    **fields,
+) -> Family:
+    """A decoder of transformers, whose sparse blocks hold a router and ``experts``."""
+    path = f"model.layers.*.{block}."
+    return Family(
+        model_type,
+        router=path + router,
+        experts=path + "experts",
+        shared_expert=shared and f"model.layers.*.{shared}",
+        shared_expert_gate=shared_gate and f"model.layers.*.{shared_gate}",
+        sparse_layers=sparse_layers,
+        **fields,
+    )
+
+
+# One-hot of a one-hot: its experts are asked for "0" and "1" instead of for the chosen ones.
+_NLLB = (
+    "NllbMoeExperts of the installed transformers sends every token to experts 0 and 1, whatever "
+    "the router says"
+)
+_UNEQUAL = (
+    "ten steps differ from those of a plain loop by up to 2e-3 of the loss, which is not understood"
+)
+_AUX = ("aux_loss",)
+_SWITCH_LAYERS = ("num_layers", "num_decoder_layers")
+_LOCAL = {"num_experts": "num_local_experts"}
+_DEEPSEEK_V3 = {
+    "shared": "mlp.shared_experts",
+    "num_experts": "n_routed_experts",
+    "scores": "sigmoid",
+    "normalised": "norm_topk_prob",
+}
+_GRANITE = {
+    "block": "block_sparse_moe",
+    "router": "router",
+    "scores": "softmax of the chosen",
+    "auxiliary_loss": _AUX,
+    **_LOCAL,
+}
 _MOE = (
+    _decoder("mixtral", auxiliary_loss=_AUX, **_LOCAL),
+    _decoder(
+        "qwen2_moe",
+        shared="mlp.shared_expert",
+        shared_gate="mlp.shared_expert_gate",
+        sparse_layers=_qwen2_moe_layers,
+        normalised="norm_topk_prob",
+        auxiliary_loss=_AUX,
+    ),
+    _decoder(
+        "qwen3_moe",
+        sparse_layers=_qwen2_moe_layers,
+        normalised="norm_topk_prob",
+        auxiliary_loss=_AUX,
+    ),
+    _decoder("olmoe", normalised="norm_topk_prob", auxiliary_loss=_AUX),
+    _decoder("flex_olmo", normalised="norm_topk_prob", auxiliary_loss=_AUX),
+    _decoder(
+        "deepseek_v2",
+        shared="mlp.shared_experts",
+        sparse_layers=_after("first_k_dense_replace", 0),
+        num_experts="n_routed_experts",
+        normalised=False,
+    ),
+    _decoder("deepseek_v3", sparse_layers=_after("first_k_dense_replace", 3), **_DEEPSEEK_V3),
+    _decoder("glm4_moe", sparse_layers=_after("first_k_dense_replace", 1), **_DEEPSEEK_V3),
+    _decoder("glm4_moe_lite", sparse_layers=_listed(1), **_DEEPSEEK_V3),
+    _decoder("dots1", sparse_layers=_after("first_k_dense_replace", 0), **_DEEPSEEK_V3),
+    _decoder("solar_open", **_DEEPSEEK_V3),
+    _decoder(
+        "exaone_moe",
+        sparse_layers=_listed(1),
+        **_DEEPSEEK_V3 | {"num_experts": "num_experts"},
+    ),
+    _decoder("mimo_v2_flash", sparse_layers=_listed(1), **_DEEPSEEK_V3 | {"shared": ""}),
+    _decoder(
+        "afmoe",
+        router="router",
+        shared="mlp.shared_experts",
+        sparse_layers=_after("num_dense_layers", 1),
+        scores="sigmoid",
+        masks_by_position=False,
+    ),
+    _decoder(
+        "hy_v3",
+        shared="mlp.shared_experts",
+        sparse_layers=_listed(1),
+        scores="sigmoid",
+    ),
+    _decoder("minimax_m2", scores="sigmoid", auxiliary_loss=_AUX, **_LOCAL),
+    _decoder(
+        "laguna",
+        shared="mlp.shared_experts",
+        sparse_layers=_listed(1),
+        scores="sigmoid",
+        auxiliary_loss=_AUX,
+    ),
+    _decoder("granitemoe", **_GRANITE),
+    _decoder("granitemoeshared", shared="shared_mlp", **_GRANITE),
+    _decoder(
+        "gpt_oss",
+        router="router",
+        scores="softmax of the chosen",
+        auxiliary_loss=_AUX,
+        masks_by_position=False,
+        **_LOCAL,
+    ),
+    _decoder(
+        "phimoe",
+        router="router",
+        scores="sparsemixer",
+        normalised=False,
+        auxiliary_loss=_AUX,
+        **_LOCAL,
+    ),
+    _decoder(
+        "ernie4_5_moe",
+        shared="mlp.shared_experts",
+        sparse_layers=_ernie_layers,
+        num_experts="moe_num_experts",
+        top_k="moe_k",
+        auxiliary_loss=_AUX,
+    ),
+    _decoder("hunyuan_v1_moe", shared="mlp.shared_mlp", top_k="moe_topk"),
+    _decoder("mellum", sparse_layers=_listed(0), normalised="norm_topk_prob", auxiliary_loss=_AUX),
+    _decoder(
+        "cohere2_moe",
+        shared="mlp.shared_experts",
+        sparse_layers=_listed(0),
+        scores="softmax of the chosen",
+    ),
+    _decoder("minimax", auxiliary_loss=_AUX, recurrent=True, **_LOCAL),
+    _decoder(
+        "granitemoehybrid",
+        shared="shared_mlp",
+        recurrent=True,
+        no_training=_UNEQUAL,
+        **_GRANITE,
+    ),
+    _decoder(
+        "qwen3_next",
+        shared="mlp.shared_expert",
+        shared_gate="mlp.shared_expert_gate",
+        sparse_layers=_qwen2_moe_layers,
+        normalised="norm_topk_prob",
+        auxiliary_loss=_AUX,
+        recurrent=True,
+        no_training=_UNEQUAL,
+    ),
+    _decoder(
+        "jamba",
+        block="feed_forward",
+        router="router",
+        sparse_layers=_jamba_layers,
+        normalised=False,
+        auxiliary_loss=_AUX,
+        recurrent=True,
+        no_training=_UNEQUAL,
+    ),
+    _decoder(
+        "lfm2_moe",
+        block="feed_forward",
+        sparse_layers=_after("num_dense_layers", 2),
+        scores="sigmoid",
+        normalised="norm_topk_prob",
+        recurrent=True,
+    ),
     Family(
-        "mixtral",
-        router="model.layers.*.mlp.gate",
-        experts="model.layers.*.mlp.experts",
+        "gpt_neox_moe",  # stages/models/gpt_neox_moe.py
+        router="gpt_neox.layers.*.mlp.gate",
+        experts="gpt_neox.layers.*.mlp.experts",
+        sparse_layers=_qwen2_moe_layers,
+        scores="softmax of the chosen",
+        auxiliary_loss=_AUX,
+    ),
+    Family(
+        "jetmoe",
+        router="model.layers.*.mlp.router model.layers.*.self_attention.experts.router",
+        experts=(
+            "model.layers.*.mlp.input_linear model.layers.*.mlp.output_linear "
+            "model.layers.*.self_attention.experts.input_linear "
+            "model.layers.*.self_attention.experts.output_linear"
+        ),
         num_experts="num_local_experts",
         sparse_layers=_every_layer,
-        auxiliary_loss=True,
+        scores="softmax of the chosen",
+        logits=4,
+        weights=None,
+        index=None,
+        auxiliary_loss=_AUX,
     ),
     Family(
-        "qwen2_moe",
-        router="model.layers.*.mlp.gate",
-        experts="model.layers.*.mlp.experts",
-        shared_expert="model.layers.*.mlp.shared_expert",
-        shared_expert_gate="model.layers.*.mlp.shared_expert_gate",
-        sparse_layers=_qwen2_moe_layers,
-        auxiliary_loss=True,
+        "switch_transformers",
+        router="*coder.block.*.layer.*.mlp.router",
+        experts="*coder.block.*.layer.*.mlp.experts",
+        top_k=1,
+        layer_counts=_SWITCH_LAYERS,
+        sparse_layers=_switch_layers,
+        normalised=False,
+        logits=2,
+        weights=1,
+        index=None,
+        auxiliary_loss=("encoder_aux_loss", "decoder_aux_loss"),
+        capacity=True,
+        encoder_decoder=True,
     ),
     Family(
-        "olmoe",
-        router="model.layers.*.mlp.gate",
-        experts="model.layers.*.mlp.experts",
-        sparse_layers=_every_layer,
-        auxiliary_loss=True,
+        "nllb-moe",
+        router="model.*coder.layers.*.ffn.router",
+        experts="model.*coder.layers.*.ffn.experts",
+        top_k=2,
+        layer_counts=("encoder_layers", "decoder_layers"),
+        sparse_layers=_nllb_layers,
+        logits=2,
+        weights=None,
+        index=None,
+        capacity=True,
+        encoder_decoder=True,
+        no_evaluation=_NLLB,
+        no_training=_NLLB,
+        no_expert_parallel=_NLLB,
     ),
 )
 _DENSE = (
@@ -109,8 +422,10 @@ _DENSE = (
     *("llama", "mistral", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3"),
     *("qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
 )
+_T5 = Family("t5", layer_counts=_SWITCH_LAYERS, encoder_decoder=True)
 FAMILIES: dict[str, Family] = {
-    entry.model_type: entry for entry in (*_MOE, *(Family(name) for name in _DENSE))
+    entry.model_type: entry
+    for entry in (*_MOE, *map(Family, _DENSE), _T5)
 }
 
 

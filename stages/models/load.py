@@ -1,14 +1,29 @@
 """Loading a model folder: safetensors only, and never with weights that it does not hold."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.initialization import no_init_weights
 
 from stages.errors import StageFailed
+from stages.models import gpt_neox_moe  # noqa: F401 - registers the architecture
+from stages.models.families import family
+
+
+def auto_class(config: PretrainedConfig | Mapping) -> type:
+    """The class of transformers that makes a language model of a configuration."""
+    return AutoModelForSeq2SeqLM if family(config).encoder_decoder else AutoModelForCausalLM
 
 
 def load(
@@ -16,20 +31,19 @@ def load(
     *,
     dtype: str = "float32",
     device: str = "cpu",
-    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The causal language model of a Hugging Face folder, in evaluation mode.
+    """The language model of a Hugging Face folder, in evaluation mode.
 
     ``dtype`` names a torch type. Raises StageFailed when the folder cannot be read, or lacks
     weights of its architecture (transformers would draw them at random and go on).
     """
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        kind = auto_class(json.loads((folder / "config.json").read_text()))
+        model, report = kind.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             device_map=device,
-            trust_remote_code=trust_remote_code,
             local_files_only=True,
             output_loading_info=True,
         )
@@ -40,17 +54,20 @@ def load(
             f"{folder}: {len(missing)} weights of {model.config.model_type} are missing from its "
             f"safetensors, first {missing[0]}; it is incomplete or of another architecture"
         )
+    with torch.device("meta"):
+        fresh = type(model)(model.config)
+    # Loading forgets which parameters are not meant to be trained (biases of a router's choice).
+    for parameter, meant in zip(model.parameters(), fresh.parameters(), strict=True):
+        parameter.requires_grad_(meant.requires_grad)
     return model.eval()
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder; without a padding token of its own it pads with the
     end-of-text token. Raises StageFailed when there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise StageFailed(f"{folder}: cannot load a tokenizer: {_one_line(error)}") from error
     if tokenizer.pad_token is None:

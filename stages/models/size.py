@@ -16,9 +16,7 @@ def measure(model: PreTrainedModel, origin: str, notes: dict | None = None) -> M
     not. Attention scores (they grow with the sequence), norms and activations are left out.
     """
     entry, config = family(model), model.config
-    experts, top_k = 0, 0
-    if entry.is_moe:
-        experts, top_k = getattr(config, entry.num_experts), getattr(config, entry.top_k)
+    experts, top_k = entry.experts_of(config.to_dict())
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     role_of = roles(model)
     total = active = multiplied = 0
@@ -26,7 +24,9 @@ def measure(model: PreTrainedModel, origin: str, notes: dict | None = None) -> M
         size = parameter.numel()
         used = size * top_k // experts if role_of[name] == "expert" else size
         total, active = total + size, active + used
-        if parameter.ndim >= 2 and id(parameter) not in looked_up:
+        # The fused biases of experts have two axes too.
+        matrix = parameter.ndim >= 2 and not name.endswith("bias")
+        if matrix and id(parameter) not in looked_up:
             multiplied += used
     head = model.get_output_embeddings().weight
     if id(head) in looked_up:
@@ -40,7 +40,7 @@ def measure(model: PreTrainedModel, origin: str, notes: dict | None = None) -> M
         experts=experts,
         top_k=top_k,
         moe_layers=entry.sparse_layers(config.to_dict()),
-        layers=config.num_hidden_layers,
+        layers=sum(getattr(config, name) for name in entry.layer_counts),
         origin=origin,
         notes=notes or {},
     )

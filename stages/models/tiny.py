@@ -2,9 +2,11 @@
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from stages.models.sources import TINY
+from stages.models.families import roles
+from stages.models.load import auto_class
+from stages.models.tiny_shapes import TINY
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -34,16 +36,31 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_model(name: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
     """The tiny model of a family, its weights drawn from the seed."""
+    shape = TINY[name]
     config = AutoConfig.for_model(
         name,
-        **TINY[name],
+        **shape,
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
         # As wide as SmolLM2's for its size; smaller, and a model hardly depends on its layers.
-        initializer_range=TINY[name]["hidden_size"] ** -0.5,
+        initializer_range=(shape.get("hidden_size") or shape["d_model"]) ** -0.5,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = auto_class(config).from_config(config, dtype=torch.float32).eval()
+        _draw_routers(model, config.initializer_range)
+        return model
+
+
+@torch.no_grad()
+def _draw_routers(model: PreTrainedModel, std: float) -> None:
+    """Fill what some architectures start at zero: routers, and their biases of the choice."""
+    role_of = roles(model)
+    for name, tensor in model.state_dict().items():
+        bias = name.endswith(("e_score_correction_bias", "expert_bias"))
+        drawn = tensor.is_meta or tensor.any()
+        if (bias or role_of.get(name) == "router") and not drawn:
+            tensor.normal_(std=std)

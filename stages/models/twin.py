@@ -1,13 +1,20 @@
 """What the twins of a dense model share: what they can be made of, the proof that they compute the
-same function, and the noise that tells their copies apart afterwards.
+same function, and what tells their copies apart afterwards.
 """
 
-
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.errors import StageFailed
+from stages.models.dense import refusal
+from stages.models.spec import UpcycleSpec, WidenSpec
+
+Probe = tuple[list[torch.Tensor], float]
+"""Logits (1, tokens, vocabulary) of each probe text, and the mean loss over all tokens."""
+Weights = list[tuple[torch.Tensor, int]]
+"""Views of a feed-forward block's weights, each with the axis on which its neurons lie; the last
+one is the down-projection (D, F)."""
 
 TOLERANCE = 1e-3
 """Largest logit difference to the dense model; rounding alone stays below 1e-4 for logits of 30."""
@@ -21,28 +28,16 @@ PROBE_TEXTS = (
 )
 
 
-def require_llama_like(dense: PreTrainedModel) -> None:
-    """Raise StageFailed unless the model is a Llama: pre-norm RMSNorm, rotary positions, gated
-    feed-forward, no biases, no norms on queries and keys, full attention.
-    """
-    config = dense.config
-    # OLMo and Cohere have the same weights as a Llama and other norms, so the type is asked too.
-    reason = None
-    if config.model_type not in ("llama", "mistral"):
-        reason = f"is of type {config.model_type}"
-    elif biases := [name for name, _ in dense.named_parameters() if name.endswith(".bias")]:
-        reason = f"has biases ({biases[0]})"
-    elif getattr(config, "sliding_window", None) is not None:
-        reason = f"attends to a sliding window of {config.sliding_window}"
-    if reason:
-        raise StageFailed(
-            f"the dense model {reason}; twins are made of Llama-like models only (llama, or "
-            "mistral without sliding window)"
-        )
+def require_possible(spec: UpcycleSpec | WidenSpec, config: PretrainedConfig) -> None:
+    """Raise StageFailed when no such twin can be made of a dense model with this configuration."""
+    problem = refusal(spec, config.to_dict())
+    if problem:
+        kind = "upcycle" if isinstance(spec, UpcycleSpec) else "widen"
+        raise StageFailed(f"{kind}{problem}")
 
 
-def probe(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[list[torch.Tensor], float]:
-    """Logits (1, tokens, vocabulary) of each probe text, and the mean loss over all tokens."""
+def probe(model: PreTrainedModel, tokenizer: Tokenizer) -> Probe:
+    """What a model makes of the probe texts."""
     logits, losses = [], []
     for text in PROBE_TEXTS:
         tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
@@ -64,13 +59,13 @@ def require_same_function(twin: list[torch.Tensor], dense: list[torch.Tensor]) -
     if not found < TOLERANCE:
         raise StageFailed(
             f"the twin's logits differ from the dense model's by {found:.3g} (allowed: "
-            f"{TOLERANCE}) before any noise; its dense model is not of the supported kind"
+            f"{TOLERANCE}) where it must be the same; its dense model is not of the supported kind"
         )
     return found
 
 
 def add_noise(
-    matrix: torch.Tensor, scale: float, generator: torch.Generator, where: torch.Tensor | int = 1
+    matrix: torch.Tensor, scale: float, generator: torch.Generator, where: torch.Tensor | int
 ) -> None:
     """Add Gaussian noise to a matrix in place, ``scale`` times the matrix's own std.
 
@@ -81,18 +76,54 @@ def add_noise(
     matrix.add_(noise * where, alpha=scale * std)
 
 
-def noise_notes(
-    before: float,
-    dense: tuple[list[torch.Tensor], float],
-    twin: tuple[list[torch.Tensor], float],
-    scale: float,
-    seed: int,
-) -> dict[str, float | str]:
-    """The card's notes: logit difference before and after the noise, loss of both models."""
-    return {
-        "logit_difference": before,
-        "noise": f"Gaussian, {scale:g} of each matrix's own standard deviation, seed {seed}",
-        "logit_difference_after_noise": difference(twin[0], dense[0]),
+def draw_anew(weights: Weights, neurons: torch.Tensor, generator: torch.Generator) -> None:
+    """Replace some neurons of a block in place, by draws with the mean and deviation they had.
+
+    Drop-Upcycling, arXiv 2502.19261: the same neurons in all matrices, and one
+    Gaussian per matrix, fitted to the entries that it replaces.
+    """
+    for tensor, axis in weights:
+        old = tensor.index_select(axis, neurons)
+        std, mean = torch.std_mean(old, correction=0)
+        new = torch.randn(old.shape, generator=generator) * std + mean
+        tensor.index_copy_(axis, neurons, new)
+
+
+def break_symmetry(
+    weights: Weights,
+    spec: UpcycleSpec | WidenSpec,
+    generator: torch.Generator,
+    copied: torch.Tensor | None = None,
+) -> None:
+    """Draw a share of a block's neurons anew, then add noise to its matrices, as the spec says.
+
+    Only to the neurons whose indices are in ``copied``, where it is given.
+    """
+    neurons = weights[-1][0].shape[1]
+    if copied is None:
+        copied = torch.arange(neurons)
+    if spec.drop:
+        order = torch.randperm(len(copied), generator=generator)
+        draw_anew(weights, copied[order[: round(spec.drop * len(copied))]], generator)
+    if spec.noise:
+        where = torch.zeros(neurons).index_fill_(0, copied, 1)
+        for tensor, axis in weights:
+            if tensor.ndim == 2:
+                mask = where if axis == 1 else where[:, None]
+                add_noise(tensor, spec.noise, generator, mask)
+
+
+def notes(dense: Probe, twin: Probe, spec: UpcycleSpec | WidenSpec) -> dict[str, float | str]:
+    """The card's notes: how the copies were told apart, and what that did to logits and loss."""
+    made: dict[str, float | str] = {}
+    if spec.drop:
+        made["drawn_anew"] = f"{spec.drop:g} of the neurons of each copy, seed {spec.seed}"
+    if spec.noise:
+        made["noise"] = (
+            f"Gaussian, {spec.noise:g} of each matrix's own standard deviation, seed {spec.seed}"
+        )
+    return made | {
+        "logit_difference_of_twin": difference(twin[0], dense[0]),
         "loss_of_dense": dense[1],
-        "loss_after_noise": twin[1],
+        "loss_of_twin": twin[1],
     }

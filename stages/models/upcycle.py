@@ -1,40 +1,23 @@
-"""Sparse upcycling (arXiv 2212.05055): a Mixture-of-Experts model that computes what its dense
-model computes.
+"""Upcycling: a Mixture-of-Experts model made of a dense one.
 
-Every expert is a copy of its layer's feed-forward block and the chosen experts' weights sum to 1,
-so the function is preserved whatever the router says; this is measured, then noise makes the
-experts differ (with equal experts the router would get no gradient).
-
-Experts in every layer make a Mixtral. Experts in some layers make a Qwen2-MoE, the architecture of
-transformers that can hold dense layers between sparse ones: its attention biases are switched off
-and its shared expert, which cannot be, is one neuron of zeros. Such a neuron gets a zero gradient
-and stays zero; none at all would be cleaner, but ZeRO-3 cannot hold empty parameters.
+Whole copies as experts compute what the dense model computes, whatever the router says, because
+the weights of the chosen ones sum to 1 (sparse upcycling, arXiv 2212.05055). A split computes it
+with all experts and even weights. This is measured on real text before anything else happens, and
+a larger difference than rounding refuses the model; then the twin gets what makes it differ (fewer
+experts per token, its router, neurons drawn anew, noise), and the card says by how much it does.
 """
 
 import torch
-from transformers import (
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-)
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from stages.models import twin
+from stages.models import experts, targets, twin
+from stages.models.dense import DENSE, becomes
 from stages.models.families import family
 from stages.models.load import filled
-from stages.models.spec import UpcycleSpec
+from stages.models.spec import UpcycleSpec, indices
 
-# Shape letters: E experts, F feed-forward neurons, D hidden size.
-
-SHARED_CONFIG = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "attention_dropout"),
-    *("max_position_embeddings", "rope_parameters", "rms_norm_eps", "initializer_range"),
-    *("tie_word_embeddings", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
-)
-"""Configuration fields that mean the same in the dense model and in its twin."""
+# Shape letters: E experts, N neurons of an expert, D hidden size.
 
 
 @torch.no_grad()
@@ -43,64 +26,77 @@ def upcycle(
 ) -> tuple[PreTrainedModel, dict]:
     """The upcycled twin of a float32 model, and the notes of its card.
 
-    Raises StageFailed for a dense model that is not Llama-like or whose function was not kept.
+    The dense model is one that ``twin.require_possible`` accepts. Raises StageFailed when its
+    function was not kept where it must be.
     """
-    twin.require_llama_like(dense)
-    model = _build(dense, spec)
+    generator = torch.Generator().manual_seed(spec.seed)
+    model, routers = _build(dense, spec, generator)
     dense_probe = twin.probe(dense, tokenizer)
-    before = twin.require_same_function(twin.probe(model, tokenizer)[0], dense_probe[0])
-    generator = torch.Generator().manual_seed(spec.seed)
-    for experts in family(model).modules(model, "expert").values():
-        for gate_up_2FD, down_DF in zip(experts.gate_up_proj, experts.down_proj, strict=True):
-            for matrix in (*gate_up_2FD.chunk(2), down_DF):
-                twin.add_noise(matrix, spec.noise, generator)
-    after = twin.probe(model, tokenizer)
-    return model, twin.noise_notes(before, dense_probe, after, spec.noise, spec.seed)
+    copies = spec.experts_from == "copies"
+    if copies:
+        _route(model, routers, spec.top_k)
+    kept = twin.require_same_function(twin.probe(model, tokenizer)[0], dense_probe[0])
+    if not copies:
+        _route(model, routers, spec.top_k)
+        if not spec.rescale:
+            for block in family(model).modules(model, "expert").values():
+                block.down_proj *= spec.top_k / spec.experts
+    for weights in experts.expert_weights(model):
+        twin.break_symmetry(weights, spec, generator)
+    how = "as routed" if copies else "with all experts at even weights"
+    notes = {"logit_difference": kept, "logit_difference_measured": how}
+    notes |= twin.notes(dense_probe, twin.probe(model, tokenizer), spec)
+    if model.config.model_type == "gpt_neox_moe":
+        notes["loading"] = "import stages.models.gpt_neox_moe before transformers' from_pretrained"
+    return model, notes
 
 
-def _build(dense: PreTrainedModel, spec: UpcycleSpec) -> PreTrainedModel:
-    layers = range(dense.config.num_hidden_layers) if spec.layers == "all" else spec.layers
-    shared = {name: getattr(dense.config, name) for name in SHARED_CONFIG}
-    if spec.layers == "all":
-        config = MixtralConfig(
-            **shared,
-            num_local_experts=spec.experts,
-            num_experts_per_tok=spec.top_k,
-            sliding_window=None,
-        )
-        kind = MixtralForCausalLM
-    else:
-        config = Qwen2MoeConfig(
-            **shared,
-            num_experts=spec.experts,
-            num_experts_per_tok=spec.top_k,
-            norm_topk_prob=True,
-            moe_intermediate_size=dense.config.intermediate_size,
-            shared_expert_intermediate_size=1,
-            decoder_sparse_step=1,
-            mlp_only_layers=[i for i in range(dense.config.num_hidden_layers) if i not in layers],
-            qkv_bias=False,
-        )
-        kind = Qwen2MoeForCausalLM
-
-    generator = torch.Generator().manual_seed(spec.seed)
-    state = dense.state_dict()
+def _build(
+    dense: PreTrainedModel, spec: UpcycleSpec, generator: torch.Generator
+) -> tuple[PreTrainedModel, list[torch.Tensor]]:
+    """The model with all experts chosen at even weights, and the routers (E, D) that it gets."""
+    layout, old = DENSE[dense.config.model_type], dense.config
+    layers = indices(spec.layers, old.num_hidden_layers)
+    name = becomes(spec, old.model_type, old.num_hidden_layers)
+    state, routers = dense.state_dict(), []
+    names = [*layout.inputs, layout.output, *filter(None, [layout.output_bias])]
     for layer in layers:
-        block = f"model.layers.{layer}.mlp"
-        gate_FD = state.pop(f"{block}.gate_proj.weight")
-        up_FD = state.pop(f"{block}.up_proj.weight")
-        down_DF = state.pop(f"{block}.down_proj.weight")
-        gate_up_2FD = torch.cat([gate_FD, up_FD])
-        state[f"{block}.experts.gate_up_proj"] = gate_up_2FD.expand(spec.experts, -1, -1)
-        state[f"{block}.experts.down_proj"] = down_DF.expand(spec.experts, -1, -1)
-        router_ED = torch.randn(spec.experts, config.hidden_size, generator=generator)
-        state[f"{block}.gate.weight"] = router_ED * config.initializer_range
-        if spec.layers != "all":
-            zeros_1D = torch.zeros(1, config.hidden_size)
-            state[f"{block}.shared_expert.gate_proj.weight"] = zeros_1D
-            state[f"{block}.shared_expert.up_proj.weight"] = zeros_1D
-            state[f"{block}.shared_expert.down_proj.weight"] = zeros_1D.T
-            state[f"{block}.shared_expert_gate.weight"] = zeros_1D
-    model = filled(kind, config, state)
+        path = layout.block.format(layer)
+        block = {parameter: state.pop(f"{path}.{parameter}") for parameter in names}
+        neurons_EN = experts.neurons_of_experts(spec, block, layout, generator)
+        routers.append(
+            experts.router_rows(spec, block, layout, neurons_EN, old.initializer_range, generator)
+        )
+        if neurons_EN is None:
+            whole = targets.expert(name, block)
+            sparse = {key: t.expand(spec.experts, *t.shape) for key, t in whole.items()}
+        else:
+            parts = [
+                targets.expert(name, experts.part(block, layout, neurons_N, spec.experts))
+                for neurons_N in neurons_EN
+            ]
+            sparse = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
+        sparse["gate.weight"] = torch.zeros(spec.experts, old.hidden_size)
+        sparse |= targets.shared_expert(name, old.hidden_size)
+        state |= {f"{path}.{parameter}": tensor for parameter, tensor in sparse.items()}
+    share = 1 if spec.experts_from == "copies" else spec.experts
+    config = targets.configuration(
+        name,
+        old,
+        layers,
+        experts=spec.experts,
+        top_k=spec.experts,
+        neurons=old.intermediate_size // share,
+    )
+    model = filled(targets.CLASSES[name], config, state)
     model.generation_config = dense.generation_config
-    return model
+    return model, routers
+
+
+def _route(model: PreTrainedModel, routers: list[torch.Tensor], top_k: int) -> None:
+    """Give the model its routers, which choose ``top_k`` experts."""
+    entry = family(model)
+    setattr(model.config, entry.top_k, top_k)
+    for router, rows_ED in zip(entry.modules(model, "router").values(), routers, strict=True):
+        router.top_k = top_k
+        router.weight.copy_(rows_ED)

@@ -6,11 +6,17 @@ import sys
 import pytest
 
 from stages.data.packs import PACKS
-from stages.models.sources import TINY, Facts, check, content, describe
-from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec
+from stages.models.sources import Facts, check, content, describe
+from stages.models.spec import EveryNth, LastN, SourceSpec, UpcycleSpec, WidenSpec
+from stages.models.tiny_shapes import TINY
 from tests.stages.models.tiny_folders import llama_folder
 
-DENSE = Facts("dense", "llama", layers=30, experts=0, top_k=0, moe_layers=())
+CONFIG = {"model_type": "llama", "num_hidden_layers": 30, "intermediate_size": 1536}
+DENSE = Facts("dense", "llama", layers=30, experts=0, top_k=0, moe_layers=(), config=CONFIG)
+
+
+def facts_of(**config):
+    return Facts("dense", config["model_type"], config.get("num_hidden_layers"), config=config)
 
 
 def test_planning_imports_neither_torch_nor_transformers():
@@ -75,8 +81,40 @@ def test_a_folder_needs_a_known_configuration_and_safetensors(tmp_path):
         (UpcycleSpec(layers=(4, 4)), DENSE, "m.layers: names a layer twice"),
         (WidenSpec(layers=()), DENSE, "m.layers: is empty"),
         (WidenSpec(layers=(30,)), DENSE, "m.layers: 30 is no layer"),
-        (UpcycleSpec(), Facts("dense", "gpt2", 12), "m: its dense model is of the gpt2 arch"),
-        (WidenSpec(), Facts("moe", "mixtral", 4), "m: its dense model is of the mixtral arch"),
+        (UpcycleSpec(), facts_of(model_type="gpt2"), "m: its dense model is of the gpt2 arch"),
+        (WidenSpec(), facts_of(model_type="gpt2"), "m: its dense model is of the gpt2 arch"),
+        (WidenSpec(), Facts("moe", "mixtral", 4), "m: its dense model is a Mixture-of-Experts"),
+        (UpcycleSpec(layers=EveryNth(every=31)), DENSE, "m.layers.every: 31 is more than the"),
+        (UpcycleSpec(layers=LastN(last=31)), DENSE, "m.layers.last: 31 is more than the dense"),
+        (UpcycleSpec(rescale=True), DENSE, "m.rescale: the weights of whole copies sum to 1"),
+        (UpcycleSpec(router="centroid"), DENSE, "m.router: copies all have the same centroid"),
+        (UpcycleSpec(router="zero"), Facts(), "m.router: zero sends every token to the same 2"),
+        (
+            UpcycleSpec(experts_from="random_split", drop=0.5),
+            DENSE,
+            "m.drop: the experts of a split share no neuron",
+        ),
+        (
+            UpcycleSpec(experts_from="clustered_split", experts=7),
+            DENSE,
+            "m.experts: 7 does not divide the 1536 neurons of a feed-forward block",
+        ),
+        (UpcycleSpec(drop=1e-4), DENSE, "m.drop: 0.0001 of 1536 neurons is none; raise it"),
+        (
+            UpcycleSpec(layers=(1,)),
+            facts_of(model_type="olmo2", num_hidden_layers=4),
+            "m.layers: no architecture has the norms of olmo2 and both",
+        ),
+        (
+            UpcycleSpec(),
+            facts_of(model_type="llama", mlp_bias=True),
+            "m: its dense model has mlp_bias, which mixtral cannot hold",
+        ),
+        (
+            UpcycleSpec(layers=(1,)),
+            facts_of(model_type="mistral", num_hidden_layers=4, sliding_window=9),
+            "m: its dense model attends to a sliding window of 9 in some layers, which qwen2_moe",
+        ),
     ],
 )
 def test_wrong_twins_are_named(spec, dense, message):
@@ -87,6 +125,12 @@ def test_right_twins_pass():
     assert check(UpcycleSpec(layers=(0, 29), experts=2), "m", DENSE) is None
     assert check(UpcycleSpec(layers=(99,)), "m", Facts()) is None  # a hub model not yet seen
     assert check(WidenSpec(), "m", DENSE) is None
+    split = {"experts_from": "random_split", "experts": 8}
+    assert check(UpcycleSpec(**split, rescale=True, router="centroid"), "m", DENSE) is None
+    assert check(UpcycleSpec(**split, top_k=8, router="zero"), "m", DENSE) is None
+    assert check(UpcycleSpec(layers=(1,)), "m", facts_of(model_type="olmo2")) is None
+    window = facts_of(model_type="mistral", num_hidden_layers=4, sliding_window=9)
+    assert check(UpcycleSpec(layers=LastN(last=4)), "m", window) is None
 
 
 def test_facts_without_weights(tmp_path):
@@ -104,8 +148,27 @@ def test_facts_without_weights(tmp_path):
     assert some == Facts("moe", "qwen2_moe", 30, 8, 2, (4, 9))
     every = describe(UpcycleSpec(), DENSE)
     assert (every.family, every.moe_layers) == ("mixtral", tuple(range(30)))
-    assert describe(UpcycleSpec(), Facts()) == Facts("moe", "mixtral", None, 4, 2, None)
+    assert describe(UpcycleSpec(), Facts()) == Facts("moe", None, None, 4, 2, None)
+    assert describe(UpcycleSpec(layers=EveryNth(every=10)), DENSE).moe_layers == (9, 19, 29)
+    assert describe(UpcycleSpec(layers=LastN(last=2)), DENSE).moe_layers == (28, 29)
+    for name, layers, family in (
+        ("qwen3", (1,), "qwen3_moe"),
+        ("qwen2", "all", "qwen2_moe"),
+        ("olmo2", "all", "flex_olmo"),
+        ("gpt_neox", "all", "gpt_neox_moe"),
+        ("mistral", (0, 1, 2), "mixtral"),
+    ):
+        dense = facts_of(model_type=name, num_hidden_layers=3)
+        assert describe(UpcycleSpec(layers=layers), dense).family == family
     assert describe(WidenSpec(), DENSE) == DENSE
+
+
+def test_a_widened_model_is_split_by_the_neurons_that_it_then_has():
+    wide = describe(WidenSpec(top_k=2, layers=(0, 1, 2)), DENSE)
+    assert wide.config["intermediate_size"] == 1536 + 154  # 3 × 1536 / 30 = 153.6
+    split = UpcycleSpec(experts_from="random_split", experts=8)
+    assert check(split, "m", DENSE) is None
+    assert "does not divide the 1690 neurons" in check(split, "m", wide)
 
 
 def test_facts_of_tiny_models_are_those_of_their_cards(tmp_path):

@@ -55,8 +55,6 @@ def test_a_local_folder_is_copied_without_code_and_foreign_files(dense, tmp_path
     card = ModelCard.read(folder)
     assert card.origin == f"file:{source}"  # and not the card that lay in the folder
     assert card.notes == {"pad_token": "<|im_end|>"}
-    trusted = taken(f"file:{source}", tmp_path / "trusted", trust_remote_code=True)
-    assert (trusted / "modeling.py").exists()
 
 
 def test_the_hub_is_asked_for_the_pinned_revision_and_safetensors_only(

@@ -3,17 +3,19 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from stages.models.size import measure
 from stages.models.tiny import tiny_tokenizer
 
 
-def llama_folder(folder: Path, seed: int = 0, **changes) -> Path:
-    """A Llama of 4 layers with its tokenizer and card; ``changes`` are configuration fields."""
-    tokenizer = tiny_tokenizer()
+def dense_model(family: str = "llama", seed: int = 0, **changes) -> PreTrainedModel:
+    """A dense model of 4 layers, with biases and norms that are not those of its initialisation.
+
+    ``changes`` are configuration fields.
+    """
     fields = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": len(tiny_tokenizer()),
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 4,
@@ -26,9 +28,27 @@ def llama_folder(folder: Path, seed: int = 0, **changes) -> Path:
         "eos_token_id": 2,
         "pad_token_id": 2,
     }
+    if family in ("qwen3", "mistral"):
+        fields["head_dim"] = 16
+    if family == "mistral":
+        fields["sliding_window"] = None
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**fields | changes))
-    return save(model, folder)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields | changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn(parameter.shape)
+    return model
+
+
+def dense_folder(folder: Path, family: str = "llama", seed: int = 0, **changes) -> Path:
+    """The folder of a ``dense_model``, with its tokenizer and card."""
+    return save(dense_model(family, seed, **changes), folder)
+
+
+def llama_folder(folder: Path, seed: int = 0, **changes) -> Path:
+    """A Llama of 4 layers with its tokenizer and card; ``changes`` are configuration fields."""
+    return dense_folder(folder, "llama", seed, **changes)
 
 
 def save(model: PreTrainedModel, folder: Path) -> Path:

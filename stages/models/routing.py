@@ -1,0 +1,176 @@
+"""Seeing and changing which experts a token goes to: the one place that intercepts routing.
+
+It works on the two modules that every sparse block has, whatever its family and however its
+experts are spread over workers: the router, which turns hidden states into logits by one matrix
+product and then follows the family's own rule, and ``experts(hidden_states, top_k_index,
+top_k_weights)``. Nothing is installed outside ``intercept``, so it costs nothing when unused.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from stages.errors import StageFailed
+from stages.models.families import family
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one sparse block decided for the T tokens of one forward pass."""
+
+    layer: str
+    """Path of the block, such as ``model.layers.3.mlp``."""
+    logits: torch.Tensor
+    """Router logits that the choice was made from, shape (T, E)."""
+    experts: torch.Tensor
+    """Chosen experts, shape (T, K), integers."""
+    weights: torch.Tensor
+    """Factors of their outputs, shape (T, K)."""
+
+    def only(self, tokens: torch.Tensor) -> "Routing":
+        """The same for those of the T tokens that the mask (T,) names."""
+        return replace(self, logits=self.logits[tokens], experts=self.experts[tokens],
+                       weights=self.weights[tokens])
+
+    def change(self, **fields: torch.Tensor) -> "Routing":
+        """A copy with other ``experts`` or ``weights``."""
+        return replace(self, **fields)
+
+
+Blocks = dict[str, tuple[nn.Module, nn.Module | None]]
+"""Router and experts of sparse blocks, by the block's path, in the order of the layers."""
+
+
+def blocks(model: PreTrainedModel) -> Blocks:
+    """All sparse blocks of a model. They stay the same while it is trained, so ask once.
+
+    In a family whose experts are not called with the choice (Switch, NLLB, JetMoE), only the logits
+    can be seen and changed: there are no experts then, and the path is the router's.
+    """
+    entry = family(model)
+    routers, experts = entry.modules(model, "router"), entry.modules(model, "expert")
+    if entry.index is None:
+        return {path: (router, None) for path, router in routers.items()}
+    return {
+        path.rpartition(".")[0]: (router, module)
+        for router, (path, module) in zip(routers.values(), experts.items(), strict=True)
+    }
+
+
+@contextmanager
+def intercept(
+    of: Blocks,
+    *,
+    logits: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    choice: Callable[[Routing], Routing | None] | None = None,
+) -> Iterator[None]:
+    """Every forward pass inside goes through the given functions, for each of the blocks.
+
+    ``logits`` maps a block's path and its router logits, shape (T, E), to those from which the
+    family's own rule then chooses. ``choice`` sees the outcome just before the experts run, and
+    may return another one for them. Both are part of the graph, so gradients flow through them.
+    Where a block has no experts to be seen, ``choice`` is not called.
+    """
+    with ExitStack() as undo:
+        for path, (router, experts) in of.items():
+            product = _FirstProduct(path, logits)
+            undo.enter_context(replaced(router, "forward", _inside(router.forward, product)))
+            if choice is not None and experts is not None:
+                hook = _chosen(path, product, choice)
+                undo.enter_context(experts.register_forward_pre_hook(hook))
+        yield
+
+
+class _FirstProduct(TorchFunctionMode):
+    """Catches the result of the first matrix product inside it: a router's logits.
+
+    The families differ in what they do with the logits and whether they return them, not in how
+    they come about.
+    """
+
+    def __init__(self, path: str, change: Callable[[str, torch.Tensor], torch.Tensor] | None):
+        self.path, self.change = path, change
+        self.logits: torch.Tensor | None = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is F.linear and self.logits is None:
+            if self.change is not None:
+                result = self.change(self.path, result)
+            self.logits = result
+        return result
+
+
+def _inside(forward: Callable, product: _FirstProduct) -> Callable:
+    def scored(*args: Any, **kwargs: Any) -> Any:
+        product.logits = None
+        with product:
+            return forward(*args, **kwargs)
+
+    return scored
+
+
+def _chosen(path: str, product: _FirstProduct, choice: Callable) -> Callable:
+    def hook(module: nn.Module, args: tuple) -> tuple | None:
+        hidden_states, experts, weights = args
+        changed = choice(Routing(path, product.logits, experts, weights))
+        if changed is None:
+            return None
+        return hidden_states, changed.experts, changed.weights.to(weights.dtype)
+
+    return hook
+
+
+@contextmanager
+def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """A module's attribute with another value; what stood on the instance before comes back."""
+    before = dict(vars(module))
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if name in before:
+            setattr(module, name, before[name])
+        else:
+            delattr(module, name)
+
+
+@torch.no_grad()
+def weighing(model: PreTrainedModel) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The family's rule from logits (T, E) and chosen experts (T, K) to their weights (T, K).
+
+    Found by comparing the known rules with what the first router does on random hidden states:
+    the score is a softmax or a sigmoid of the logits, divided by its sum over the chosen experts
+    or not, times a constant. Raises StageFailed for a router with another rule.
+    """
+    seen: list[Routing] = []
+    path, (router, experts) = next(iter(blocks(model).items()))
+    weight = next(router.parameters())
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn((1, 16, model.config.hidden_size), generator=generator).to(weight)
+    with intercept({path: (router, experts)}, choice=seen.append):
+        model.get_submodule(path)(probe)
+    routing = seen[0]
+    scores = {"softmax": lambda x: x.float().softmax(-1), "sigmoid": lambda x: x.float().sigmoid()}
+    for score in scores.values():
+        for normalised in (False, True):
+
+            def weigh(logits, experts, score=score, normalised=normalised):
+                chosen = score(logits).gather(-1, experts)
+                return chosen / chosen.sum(-1, keepdim=True) if normalised else chosen
+
+            found = weigh(routing.logits, routing.experts)
+            scale = (routing.weights.float().sum() / found.sum()).item()
+            if torch.allclose(routing.weights.float(), scale * found, rtol=1e-4, atol=1e-6):
+                return lambda logits, experts, weigh=weigh: scale * weigh(logits, experts)
+    raise StageFailed(
+        f"{model.config.model_type}: its router weighs the chosen experts by a rule of its own, so "
+        "others cannot be put in their place; set router.assignment to top_k"
+    )

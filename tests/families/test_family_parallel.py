@@ -1,0 +1,252 @@
+"""Every Mixture-of-Experts family computes and trains the same with its experts spread out, and so
+does the dense encoder-decoder over several workers.
+
+Four families of different shape run always, the others under ``make test-families``.
+"""
+
+import json
+import os
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.finetune.spec import FinetuneSpec, TrainSet
+from stages.models.families import FAMILIES
+from stages.models.size import measure
+from stages.models.tiny import tiny_model, tiny_tokenizer
+from stages.models.tiny_shapes import TINY
+from tests.stages.finetune.conftest import data  # noqa: F401
+from tests.stages.finetune.reference import assert_same_training, curve, weights
+from tests.stages.finetune.runs import Run, launch
+
+QUICK = ("mixtral", "deepseek_v3", "gpt_oss", "switch_transformers")
+PARALLEL = [n for n in TINY if FAMILIES[n].is_moe and not FAMILIES[n].no_expert_parallel]
+TRAINED = [*(n for n in PARALLEL if not FAMILIES[n].no_training), "t5"]
+SPEC = FinetuneSpec(
+    data=(TrainSet(dataset="reviews", template="sentiment"), TrainSet(dataset="refusals")),
+    steps=10,
+    batch_size=8,
+    learning_rate=1e-3,
+    warmup_steps=2,
+    weight_decay=0.1,
+    gradient_clipping=0.5,
+    workers=2,
+    expert_parallel=2,
+    micro_batch=2,
+    checkpoint_every=8,
+    seed=5,
+)
+
+
+def families(names: list[str]):
+    return pytest.mark.parametrize(
+        "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.families) for n in names]
+    )
+
+
+def spec(name: str) -> FinetuneSpec:
+    entry = FAMILIES[name]
+    weight, size = (0.05 if entry.auxiliary_loss else 0.0), (2 if entry.is_moe else 1)
+    return SPEC.model_copy(update={"auxiliary_loss_weight": weight, "expert_parallel": size})
+
+
+@pytest.fixture(scope="session")
+def selected(request) -> list[str]:
+    """The families that this run of the tests is about."""
+    names = {
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.path == Path(__file__) and hasattr(item, "callspec")
+    }
+    return [name for name in TINY if name in names]
+
+
+@pytest.fixture(scope="session")
+def folders(selected, tmp_path_factory) -> dict[str, Path]:
+    found, tokenizer = {}, tiny_tokenizer()
+    for name in selected:
+        found[name] = tmp_path_factory.mktemp(name)
+        model = tiny_model(name, tokenizer, seed=3)
+        tokenizer.save_pretrained(found[name])
+        model.save_pretrained(found[name])
+        measure(model, f"tiny:{name}").write(found[name])
+    return found
+
+
+@pytest.fixture(scope="session")
+def compared(folders, tmp_path_factory) -> Path:
+    """What each rank saw of each family, plain and spread over two ranks."""
+    output = tmp_path_factory.mktemp("compared")
+    context = torch.multiprocessing.spawn(
+        _compare, args=(folders, output, output / "store"), nprocs=2, join=False
+    )
+    deadline = time.monotonic() + 600
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, "not finished after 600 s"
+    finally:
+        for process in context.processes:
+            process.kill()
+    return output
+
+
+def _compare(rank: int, folders: dict[str, Path], output: Path, store: Path) -> None:
+    from stages.finetune.loop import start_distributed
+
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    start_distributed()
+    for name, folder in folders.items():
+        if name not in PARALLEL:
+            continue
+        try:
+            result = _differences(name, folder, rank)
+        except Exception:
+            result = {"crashed": traceback.format_exc()}
+        (output / f"{name}_{rank}.json").write_text(json.dumps(result))
+
+
+def _differences(name: str, folder: Path, rank: int) -> dict[str, float]:
+    from stages.models.expert_parallel import convert
+    from stages.models.families import roles
+    from stages.models.load import load
+
+    generator = torch.Generator().manual_seed(rank)
+    tokens = torch.randint(3, 259, (2, 24 + rank), generator=generator)  # ranks differ in length
+    plain = _everything(name, load(folder), tokens)
+    found = {"logit_size": plain["logits"].abs().max().item()}
+    for grouped in (True, False):
+        model, entry, asked = load(folder), FAMILIES[name], set()
+        before, paths = roles(model), list(entry.modules(model, "expert"))
+        for path, module in entry.modules(model, "expert").items():
+            module.register_forward_pre_hook(partial(_note, asked, path))
+        convert(model, 2, grouped_mm=grouped)
+        assert list(entry.modules(model, "expert")) == paths
+        assert all(before[name] == role for name, role in roles(model).items())
+        for what, value in _everything(name, model, tokens).items():
+            difference = (value - plain[what]).abs().max() / plain[what].abs().max()
+            found[f"{what}, grouped {grouped}"] = difference.item()
+        assert asked == set(paths)  # hooks of before still see the same arguments
+        found[f"all to one expert, grouped {grouped}"] = _crowded(name, model, folder, tokens)
+    return found
+
+
+def _crowded(name: str, parallel, folder: Path, tokens: torch.Tensor) -> float:
+    """How much the first experts' input gradient differs when every token goes to expert 0, so that
+    one rank gets none."""
+    from stages.models.load import load
+
+    gradients = []
+    for model in (load(folder), parallel):
+        paths = FAMILIES[name].modules(model, "expert")
+        path = next((p for p in paths if p.endswith("experts")), None)
+        if path is None:
+            return 0.0  # JetMoE sorts its tokens itself
+        module = model.get_submodule(path)
+        generator = torch.Generator().manual_seed(tokens.shape[1])
+        hidden = torch.randn(tokens.shape[1], 64, generator=generator).requires_grad_()
+        chosen = torch.zeros(tokens.shape[1], 2, dtype=torch.long)
+        weights = torch.full((tokens.shape[1], 2), 0.5)
+        if isinstance(module, torch.nn.ModuleDict):
+            chosen = torch.nn.functional.one_hot(chosen[:, :1], module.num_experts)
+            weights = weights[:, :1]
+        module(hidden, chosen, weights).square().sum().backward()
+        gradients.append(hidden.grad)
+    return ((gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max()).item()
+
+
+def _note(asked: set[str], path: str, *_) -> None:
+    asked.add(path)
+
+
+def _everything(name: str, model, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits, loss, auxiliary loss, and the gradient that each router gets of the latter."""
+    entry = FAMILIES[name]
+    balance = {"output_router_logits": True} if entry.auxiliary_loss else {}
+    out = model(tokens, labels=tokens, use_cache=False, **balance)
+    seen = {"logits": out.logits.detach(), "loss": out.loss.detach()}
+    if entry.auxiliary_loss:
+        auxiliary = sum(out[part] for part in entry.auxiliary_loss)
+        auxiliary.backward()
+        seen["auxiliary loss"] = auxiliary.detach()
+        for path, router in entry.modules(model, "router").items():
+            weight = next(p for p in router.parameters() if p.requires_grad)
+            assert weight.grad.abs().max() > 0
+            seen[f"gradient of {path}"] = weight.grad
+    return seen
+
+
+@families(PARALLEL)
+def test_two_ranks_compute_what_plain_transformers_does(name, compared):
+    for rank in (0, 1):
+        result = json.loads((compared / f"{name}_{rank}.json").read_text())
+        assert "crashed" not in result, result["crashed"]
+        assert result.pop("logit_size") > 0.1
+        assert max(result.values()) <= 1e-5, result
+
+
+def no_noise() -> None:
+    """Keep Phi-MoE from drawing experts at random in training; processes would draw differently."""
+    from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
+
+    PhimoeTopKRouter.train = lambda self, mode=True: torch.nn.Module.train(self, False)
+
+
+@pytest.fixture(scope="session")
+def trained(folders, data, tmp_path_factory) -> Path:  # noqa: F811
+    """Ten steps of each family over two ranks that share the experts, and the last two of them
+    again from the checkpoint of the eighth: with whole experts, and over four ranks.
+    """
+    output = tmp_path_factory.mktemp("trained")
+    two, four = [], []
+
+    def plan(runs: list[Run], name: str, suffix: str = "", **layout: int) -> None:
+        (output / (name + suffix)).mkdir()
+        checkpoints = output / f"{name}-checkpoint"
+        checkpoints.mkdir(exist_ok=True)
+        prepare = no_noise if name == "phimoe" else None
+        planned = spec(name).model_copy(update=layout)
+        inputs = {"model": folders[name], **data}
+        runs.append(Run(planned, inputs, output / (name + suffix), None, checkpoints, prepare))
+
+    for name in sorted(folders.keys() & set(TRAINED)):
+        plan(two, name)
+        plan(two, name, "-whole", expert_parallel=1)
+        plan(four, name, "-four", expert_parallel=4 if FAMILIES[name].is_moe else 1, workers=4)
+    launch(2, two, tmp_path_factory.mktemp("two") / "store", keep_going=True)
+    launch(4, four, tmp_path_factory.mktemp("four") / "store", keep_going=True)
+    return output
+
+
+def finished(folder: Path) -> Path:
+    for file in folder.glob("*ed_?.txt"):
+        raise AssertionError(file.read_text())
+    return folder
+
+
+@families(TRAINED)
+def test_ten_steps_of_two_ranks_equal_ten_of_one(name, trained, folders, data):  # noqa: F811
+    if name == "phimoe":
+        no_noise()
+    # Rounding differences grow from step to step, in the norm of the gradient the most.
+    assert_same_training(finished(trained / name), spec(name), folders[name], data, norm=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["whole", "four"])
+@families(TRAINED)
+def test_a_checkpoint_goes_on_with_other_ranks_and_experts(name, layout, trained):
+    got, expected = curve(finished(trained / f"{name}-{layout}")), curve(trained / name)
+    # The first eight rows are those of the checkpoint, to the second.
+    assert got["seconds"][:8].to_list() == expected["seconds"][:8].to_list()
+    for column, rel in (("loss", 1e-5), ("gradient_norm", 1e-4), ("learning_rate", 1e-9)):
+        assert got[column].to_numpy() == pytest.approx(expected[column].to_numpy(), rel=rel)
+    state = weights(trained / name)
+    for key, value in weights(trained / f"{name}-{layout}").items():
+        torch.testing.assert_close(value, state[key], rtol=0, atol=2e-4, msg=key)

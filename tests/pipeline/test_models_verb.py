@@ -1,0 +1,26 @@
+"""``moe-reliability models`` says of each architecture what the registry says."""
+
+import subprocess
+import sys
+
+from pipeline.models import model_lines
+from stages.models.families import FAMILIES
+
+
+def test_every_architecture_stands_once_with_its_reasons():
+    lines = model_lines()
+    names = [line.split()[0] for line in lines[1:] if line and ":" not in line]
+    assert sorted(names) == sorted(FAMILIES)
+    mixtral = next(line for line in lines if line.startswith("mixtral")).split(maxsplit=4)
+    assert mixtral == ["mixtral", "✓", "✓", "✓", "the model's     into one  ✓"]
+    nllb = [line for line in lines if line.startswith("nllb-moe: no experts spread: ")]
+    assert nllb[0].endswith(FAMILIES["nllb-moe"].no_expert_parallel)
+
+
+def test_the_verb_imports_neither_torch_nor_ray():
+    code = (
+        "import sys; from pipeline.cli import main; assert main(['models']) == 0\n"
+        "print([m for m in ('torch', 'transformers', 'ray', 'deepspeed') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
