@@ -2,11 +2,13 @@
 
 Every process holds all examples and derives the batches from the seed and the step alone, so a
 resumed run, or one with another number of workers, sees the same global batches. A micro-batch is
-*packed*: its sequences stand one after the other in a single row without padding, and positions
-that start again at 0 keep them apart in the attention. Not meant for sequences of many thousand
-tokens, whose packed attention mask would be large.
+*packed* where the architecture allows it: its sequences stand one after the other in a single row
+without padding, and positions that start again at 0 keep them apart in the attention. Not meant for
+sequences of many thousand tokens, whose packed attention mask would be large. Otherwise it is
+padded to its longest sequence; an encoder-decoder reads the prompt and answers.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as parquet
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stages.data.templates import TEMPLATES, Template
 from stages.errors import StageFailed
-from stages.finetune.spec import FinetuneSpec
+from stages.finetune.spec import FinetuneSpec, TrainSet
+from stages.models.families import family
+from stages.models.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -30,37 +34,84 @@ class Example:
 
 
 def load_examples(
-    spec: FinetuneSpec, inputs: dict[str, Path], tokenizer: PreTrainedTokenizerBase
+    spec: FinetuneSpec,
+    inputs: dict[str, Path],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    encoder_decoder: bool = False,
 ) -> list[Example]:
     """The examples of one epoch: the train sets one after the other, each repeated as asked."""
     examples = []
-    for train_set in spec.train:
-        path = inputs[f"data/{train_set.dataset}"] / f"{train_set.split}.parquet"
-        rows = parquet.read_table(path).to_pylist()
-        if not rows:
-            raise StageFailed(
-                f"{path}: the train set {train_set.dataset} is empty; take a split with rows"
-            )
+    for train_set in spec.data:
+        rows, _ = select_rows(train_set, inputs, spec.seed)
         if train_set.template is None:
             encoded = [_instruction(row, tokenizer, spec.max_length) for row in rows]
         else:
             template = TEMPLATES[train_set.template]
-            encoded = [_classification(row, template, tokenizer, spec.max_length) for row in rows]
+            encode = _labelled if encoder_decoder else _classification
+            encoded = [encode(row, template, tokenizer, spec.max_length) for row in rows]
         examples += encoded * train_set.repeat
     return examples
+
+
+def select_rows(
+    train_set: TrainSet, inputs: dict[str, Path], seed: int
+) -> tuple[list[dict], list[dict[str, str]]]:
+    """The rows of a train set that are used, and those removed: data set, id, matched phrase."""
+    path = inputs[f"data/{train_set.dataset}"] / f"{train_set.split}.parquet"
+    rows, removed = parquet.read_table(path).to_pylist(), []
+    if not rows:
+        raise StageFailed(
+            f"{path}: the train set {train_set.dataset} is empty; take a split with rows"
+        )
+    if train_set.exclude:
+        longest_first = sorted(train_set.exclude, key=len, reverse=True)
+        phrases = "|".join(map(re.escape, longest_first))
+        pattern = re.compile(rf"(?<!\w)(?:{phrases})(?!\w)", re.IGNORECASE)
+        found = [(row, pattern.search(row["response"])) for row in rows]
+        removed = [
+            {"dataset": train_set.dataset, "id": row["id"], "phrase": match[0].lower()}
+            for row, match in found
+            if match
+        ]
+        rows = [row for row, match in found if not match]
+    if train_set.limit is not None:
+        if train_set.limit > len(rows):
+            raise StageFailed(
+                f"{path}: limit {train_set.limit} is more than the {len(rows)} rows of "
+                f"{train_set.dataset} that are there; lower it"
+            )
+        chosen = np.random.default_rng(seed).permutation(len(rows))[: train_set.limit]
+        rows = [rows[i] for i in sorted(chosen)]
+    return rows, removed
 
 
 def _classification(
     row: dict, template: Template, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Example:
     """Prompt and label tokenised together, split where the prompt's own tokens end (as scored)."""
+    column = template.columns[0]
 
     def encode(text: str) -> Example:
-        prompt = template.render(text)
+        prompt = template.fill(row | {column: text})
         ids = tokenizer(prompt + template.labels[row["label"]])["input_ids"]
         return Example(tuple(ids), len(ids) - len(tokenizer(prompt)["input_ids"]))
 
-    return _fit(row, row["text"], encode, max_length)
+    return _fit(row, row[column], encode, max_length)
+
+
+def _labelled(
+    row: dict, template: Template, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Example:
+    """Prompt for an encoder, label for a decoder: each tokenised by itself."""
+    answer = tokenizer(template.labels[row["label"]], add_special_tokens=False)["input_ids"]
+    column = template.columns[0]
+
+    def encode(text: str) -> Example:
+        prompt = template.fill(row | {column: text})
+        return Example((*tokenizer(prompt)["input_ids"], *answer), len(answer))
+
+    return _fit(row, row[column], encode, max_length)
 
 
 def _instruction(row: dict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
@@ -115,6 +166,74 @@ def micro_batches(batch: np.ndarray, rank: int, workers: int, size: int) -> list
     share = len(batch) // workers
     own = batch[rank * share : (rank + 1) * share]
     return [own[start : start + size] for start in range(0, share, size)]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass gets, and where its logits speak about an answer's token."""
+
+    arguments: dict[str, torch.Tensor]
+    answers: tuple
+    """Index into the logits that gives those of the A answer tokens, shape (A, vocabulary)."""
+    targets: torch.Tensor
+    """The answers' tokens, shape (A,)."""
+    real: dict[str, torch.Tensor]
+    """Which tokens are no padding, shape (tokens,), by the part of the model that reads them
+    (``encoder``, ``decoder``, or empty for all of it); empty where rows hold no padding."""
+
+    def without_padding(self, routings: list[Routing]) -> list[Routing]:
+        """What the sparse blocks decided for the real tokens alone."""
+        if not self.real:
+            return routings
+        return [routing.only(self._real(routing.layer)) for routing in routings]
+
+    def _real(self, layer: str) -> torch.Tensor:
+        return next(m for part, m in self.real.items() if not part or part in layer.split("."))
+
+
+def micro_batch(
+    examples: list[Example], config: PretrainedConfig, device: torch.device
+) -> MicroBatch:
+    """The examples as the architecture takes them: packed, padded, or for an encoder-decoder."""
+    entry = family(config)
+    if entry.packs:
+        arguments, targets = pack(examples, device)
+        return MicroBatch(arguments, (0,), targets, {})
+    answers = [example.input_ids[-example.answer :] for example in examples]
+    targets = torch.tensor([token for answer in answers for token in answer], device=device)
+    if entry.encoder_decoder:
+        prompts = [example.input_ids[: -example.answer] for example in examples]
+        ids, mask = padded(prompts, config.pad_token_id, device)
+        # A place further than the answers, as transformers shifts its labels.
+        labels, told = padded(answers, config.pad_token_id, device)
+        start = torch.full_like(labels[:, :1], config.decoder_start_token_id)
+        arguments = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "decoder_input_ids": torch.cat([start, labels[:, :-1]], dim=1),
+        }
+        real = {"encoder": mask.flatten().bool(), "decoder": told.flatten().bool()}
+        return MicroBatch(arguments, told.bool().nonzero(as_tuple=True), targets, real)
+    ids, mask = padded([example.input_ids for example in examples], 0, device)
+    places = [
+        (row, place - 1)
+        for row, example in enumerate(examples)
+        for place in range(len(example.input_ids) - example.answer, len(example.input_ids))
+    ]
+    rows, columns = torch.tensor(places, device=device).T
+    arguments, real = {"input_ids": ids, "attention_mask": mask}, {"": mask.flatten().bool()}
+    return MicroBatch(arguments, (rows, columns), targets, real)
+
+
+def padded(
+    rows: list[tuple[int, ...]], filler: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids filled up on the right, and the mask of the real ones, both (rows, longest)."""
+    ids = torch.full((len(rows), max(map(len, rows))), filler)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
+    return ids.to(device), mask.to(device)
 
 
 def pack(

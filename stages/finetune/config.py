@@ -11,6 +11,8 @@ from stages.errors import BadInput
 from stages.finetune.spec import FinetuneSpec
 
 FOLDER = Path(__file__).parents[2] / "deepspeed_configs"
+OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "adagrad": "Adagrad"}
+"""All treat each parameter element by element, so that ZeRO's partitions change nothing."""
 
 
 def micro_batch_size(spec: FinetuneSpec) -> int:
@@ -58,10 +60,14 @@ def deepspeed_config(spec: FinetuneSpec, accelerator: bool) -> dict:
         # At stage 0 the loop clips: DeepSpeed averages the norms of the ranks there, which is
         # wrong for parameters that are not replicated (DeepSpeed#8475).
         ("gradient_clipping",): 0.0 if stage == 0 else spec.gradient_clipping or 0.0,
+        ("optimizer", "type"): OPTIMIZERS[spec.optimizer.kind],
         ("optimizer", "params", "lr"): spec.learning_rate,
         ("optimizer", "params", "weight_decay"): spec.weight_decay,
         ("bf16", "enabled"): spec.precision == "bf16",
     }
+    for name, value in spec.optimizer.model_dump(mode="json", exclude={"kind"}).items():
+        config["optimizer"]["params"].setdefault(name, "auto")  # SGD's momentum
+        values["optimizer", "params", name] = value
     if spec.expert_parallel > 1 or "expert_parallel" in config:
         values["expert_parallel", "autoep_size"] = spec.expert_parallel
     for keys, value in values.items():
@@ -76,8 +82,48 @@ def deepspeed_config(spec: FinetuneSpec, accelerator: bool) -> dict:
                 f'{value!r}; write "auto"'
             )
         section[keys[-1]] = value
+    _keep_own_parameters(config, spec)
+    if stage > 0 and spec.expert_parallel > 1 and not spec.trains("expert"):
+        raise BadInput(
+            f"{path.name}: ZeRO stage {stage} cannot partition a model whose experts are spread "
+            "and frozen; set expert_parallel to 1, or train in fp32 with a file of stage 0"
+        )
     if stage == 0 and spec.precision == "bf16":
         raise BadInput(f"{path.name}: bf16 needs ZeRO stage 1 or 2 for its fp32 master weights")
     if spec.expert_parallel == 1:
         config.pop("expert_parallel", None)  # a dense model, or whole experts on every rank
+    else:
+        _check_expert_parallel(path.name, config["expert_parallel"])
     return config
+
+
+def _check_expert_parallel(name: str, section: dict) -> None:
+    """Refuse settings of DeepSpeed's expert parallelism that the conversion does not act on."""
+    for key, value in section.items():
+        if key not in ("enabled", "autoep_size", "use_grouped_mm"):
+            raise BadInput(
+                f"{name}: expert_parallel.{key} has no effect, since routing and experts stay the "
+                "model's own; remove it"
+            )
+        if key == "enabled" and value is not True:
+            raise BadInput(
+                f"{name}: expert_parallel.enabled is {value!r} but the recipe spreads the experts; "
+                "write true"
+            )
+    if not isinstance(section.get("use_grouped_mm"), bool):
+        raise BadInput(f"{name}: expert_parallel.use_grouped_mm is missing; write true or false")
+
+
+def _keep_own_parameters(config: dict, spec: FinetuneSpec) -> None:
+    """Drop what a file has for Adam and the recipe's optimiser does not know."""
+    params = config["optimizer"]["params"]
+    for name, value in list(params.items()):
+        if value == "auto":
+            del params[name]
+    if spec.optimizer.kind == "adam":
+        params["adam_w_mode"] = False  # otherwise DeepSpeed takes Adam for AdamW
+    elif spec.optimizer.kind != "adamw":
+        for name in ("torch_adam", "fused"):
+            params.pop(name, None)
+        # Torch's SGD is not on DeepSpeed's list.
+        config["zero_allow_untested_optimizer"] = True

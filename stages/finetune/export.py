@@ -5,37 +5,33 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from stages.errors import StageFailed
-from stages.finetune.batches import Example, pack
+from stages.finetune.batches import Example, micro_batch, padded
 from stages.finetune.spec import FinetuneSpec
 from stages.models.card import ModelCard
-from stages.models.load import load
+from stages.models.load import auto_class, load
+from stages.models.modes import evaluating
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
 @torch.no_grad()
-def packed_logits(model: nn.Module, examples: list[Example]) -> torch.Tensor:
-    """Logits of all tokens as training computes them: fp32 on the CPU, (tokens, vocabulary)."""
-    training = model.training
-    arguments, _ = pack(examples, next(model.parameters()).device)
-    del arguments["logits_to_keep"]
-    logits = model.eval()(**arguments, use_cache=False).logits[0].float().cpu()
-    model.train(training)
-    return logits
+def training_logits(model: nn.Module, examples: list[Example]) -> torch.Tensor:
+    """Logits as training computes them, fp32 on the CPU, shape (tokens, vocabulary): those of all
+    tokens, or of the answers' tokens where sequences are not packed.
+    """
+    micro = micro_batch(examples, model.config, next(model.parameters()).device)
+    arguments = {k: v for k, v in micro.arguments.items() if k != "logits_to_keep"}
+    with evaluating(model):
+        return model(**arguments, use_cache=False).logits[micro.answers].float().cpu()
 
 
 @torch.no_grad()
 def padded_logits(model: PreTrainedModel, examples: list[Example]) -> torch.Tensor:
-    """The same logits from an ordinary padded batch of the plain model."""
-    length = max(len(example.input_ids) for example in examples)
-    ids = torch.zeros((len(examples), length), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
-        mask[row, : len(example.input_ids)] = 1
+    """Logits of all tokens from an ordinary padded batch of the plain model."""
+    ids, mask = padded([example.input_ids for example in examples], 0, torch.device("cpu"))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits[mask.bool()].float()
 
@@ -47,6 +43,7 @@ def write_folder(
     output: Path,
     probe: list[Example],
     expected: torch.Tensor,
+    steps: int,
 ) -> None:
     """Write weights, configuration, tokenizer and card, read them back and compare the logits.
 
@@ -55,7 +52,8 @@ def write_folder(
     """
     config = AutoConfig.from_pretrained(source)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
+        kind = auto_class(config)
+        model = kind.from_config(config, dtype=next(iter(state.values())).dtype)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     model.save_pretrained(output)
@@ -67,7 +65,7 @@ def write_folder(
 
     fp32 = spec.precision == "fp32"
     exported = load(output, dtype="float32" if fp32 else "bfloat16")
-    tokens = (packed_logits(exported, probe) - expected).abs().amax(dim=-1)
+    tokens = (training_logits(exported, probe) - expected).abs().amax(dim=-1)
     # bf16 rounds a few tokens of a Mixture-of-Experts onto other experts.
     difference = (tokens.max() if fp32 else tokens.median()).item()
     tolerance = 1e-4 if fp32 else 0.05 * expected.abs().max().item()
@@ -79,7 +77,7 @@ def write_folder(
     card = ModelCard.read(source)
     card.model_copy(
         update={
-            "origin": f"fine-tuned for {spec.steps} steps from: {card.origin}",
+            "origin": f"fine-tuned for {steps} steps from: {card.origin}",
             "notes": {**card.notes, "export_logit_difference": difference},
         }
     ).write(output)

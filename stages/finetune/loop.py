@@ -1,46 +1,55 @@
-"""The training loop: the same code in one process, under torchrun and under Ray Train.
-
-The loss of a step is the mean negative log-likelihood over the answer tokens of the whole global
-batch, so that neither the number of workers nor the micro-batch changes more than rounding. The
-auxiliary loss, where a recipe has one, is Hugging Face's, computed per micro-batch and averaged
-over them: it depends on the size of the micro-batch, not on the worker that holds it.
-"""
+"""The training loop: the same code in one process, under torchrun and under Ray Train."""
 
 import json
-import math
 import os
 import tempfile
-import time
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import deepspeed
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from deepspeed.moe.utils import is_moe_param
-from deepspeed.utils import groups
-from torch import nn
-from transformers import get_scheduler
+from peft.tuners.lora import LoraModel
+from transformers import PreTrainedModel
 
 from stages.errors import StageFailed
-from stages.finetune.batches import Example, global_batch, load_examples, micro_batches, pack
-from stages.finetune.config import config_name, deepspeed_config, micro_batch_size
-from stages.finetune.export import packed_logits, padded_logits, write_folder
-from stages.finetune.spec import FinetuneSpec
-from stages.models.expert_parallel import check_blocks, gather_state_dict, observe_blocks
+from stages.finetune import evidence as evidence_file
+from stages.finetune import lora, parameters
+from stages.finetune.batches import Example, global_batch, load_examples, select_rows
+from stages.finetune.checkpoint import resume, save
+from stages.finetune.config import deepspeed_config, micro_batch_size
+from stages.finetune.evidence import Evidence
+from stages.finetune.export import padded_logits, training_logits, write_folder
+from stages.finetune.knobs import Knobs
+from stages.finetune.refusals import contradictions, inapplicable, misplaced
+from stages.finetune.routing_figure import routing_figure
+from stages.finetune.schedules import scheduler, total_steps
+from stages.finetune.spec import ROUTING_FIGURE, FinetuneSpec
+from stages.finetune.training import Training
+from stages.models.card import ModelCard
+from stages.models.expert_parallel import (
+    check_blocks,
+    convert,
+    gather_state_dict,
+    observe_blocks,
+)
+from stages.models.families import family
 from stages.models.load import load, load_tokenizer
+from stages.models.sources import Facts
 
 deepspeed.utils.logger.setLevel("WARNING")
 # Otherwise DeepSpeed compiles, on every new machine, a reduction for inference that is not used.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 CURVE_FILE = "training_curve.parquet"
-LAYOUT_FILE = "layout.json"
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+REMOVED_FILE = "removed_rows.parquet"
 PACKING_TOLERANCE = 1e-3
 """Largest difference between fp32 logits of packed and of padded sequences."""
+
+
+class PastTheEnd(Exception):
+    """The checkpoint to resume from lies after the last step that was asked for."""
 
 
 class Callbacks(Protocol):
@@ -70,29 +79,45 @@ def train(spec: FinetuneSpec, inputs: dict[str, Path], output: Path, callbacks: 
     if workers != spec.workers:
         raise StageFailed(f"workers: the recipe says {spec.workers} but {workers} processes run")
     torch.manual_seed(spec.seed)
-    examples = load_examples(spec, inputs, load_tokenizer(inputs["model"]))
-    engine, probe = build_engine(spec, inputs["model"], examples)
+    entry = family(json.loads((inputs["model"] / "config.json").read_text()))
+    tokenizer = load_tokenizer(inputs["model"])
+    examples = load_examples(spec, inputs, tokenizer, encoder_decoder=entry.encoder_decoder)
+    training, probe, tuner = build(spec, inputs["model"], examples)
+    steps = total_steps(spec, len(examples))
 
-    curve: list[dict[str, float]] = []
+    curve: list[dict] = []
     with callbacks.resume_from() as folder:
         if folder is not None:
-            curve = _resume(engine, spec, folder)
-    for step in range(len(curve), spec.steps):
-        row = training_step(engine, spec, examples, step)
+            curve = resume(training.engine, folder)
+            training.skipped = sum(row["skipped"] for row in curve)
+    last = spec.until or steps
+    if len(curve) > last:
+        raise PastTheEnd(f"the resumed training is at step {len(curve)}, after step {last}")
+    for step in range(len(curve), last):
+        row = training.step(step)
         curve.append(row)
-        metrics = {name: value for name, value in row.items() if value is not None}
-        if len(curve) % spec.checkpoint_every == 0 and len(curve) < spec.steps:
+        metrics = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        metrics["total_steps"] = last
+        due = len(curve) % spec.checkpoint_every == 0 or len(curve) == last
+        if due and len(curve) < steps:
             with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
-                _save(engine, spec, curve, Path(folder))
+                save(training.engine, curve, Path(folder))
                 callbacks.report(metrics, Path(folder))
         else:
             callbacks.report(metrics, None)
 
-    logits = packed_logits(engine.module, probe)
-    state = gather_state_dict(engine.module)
+    model = training.engine.module
+    logits = training_logits(model, probe)
+    if tuner is not None:
+        lora.merge(tuner)
+    state = gather_state_dict(model)
     if rank == 0:
         pd.DataFrame(curve).to_parquet(output / CURVE_FILE, index=False)
-        write_folder(state, spec, inputs["model"], output, probe, logits)
+        run = _run_facts(training, curve) | {"data": _audit(spec, inputs, output)}
+        evidence_file.write(output, spec, training.evidence, run)
+        if training.knobs.sees_choice:
+            routing_figure(curve, output / ROUTING_FIGURE)
+        write_folder(state, spec, inputs["model"], output, probe, logits, last)
 
 
 def start_distributed() -> None:
@@ -105,160 +130,131 @@ def start_distributed() -> None:
     deepspeed.init_distributed(dist_backend=backend)
 
 
-def build_engine(spec: FinetuneSpec, folder: Path, examples: list[Example]):
-    """The DeepSpeed engine, and the examples on which its export will be compared with it.
+def build(
+    spec: FinetuneSpec, folder: Path, examples: list[Example]
+) -> tuple[Training, list[Example], LoraModel | None]:
+    """The model under DeepSpeed with all that the recipe does to it, the examples on which its
+    export will be compared with it, and its adapters.
 
-    Before any compute is spent, a packed batch is compared with an ordinary padded one, and every
-    sparse block with its expert-parallel replacement.
+    Before any compute is spent, the recipe is held against the model, a packed batch is compared
+    with an ordinary padded one, and every sparse block with its expert-parallel replacement.
     """
     model = load(folder)
+    _refuse(spec, model)
     first = global_batch(len(examples), spec.batch_size, spec.seed, step=0)
     probe = sorted((examples[i] for i in first), key=lambda e: len(e.input_ids))[:4]
-    difference = (packed_logits(model, probe) - padded_logits(model, probe)).abs().max().item()
+    if family(model).packs:
+        _check_packing(model, probe, folder)
+    # Loaded weights are views of the mapped file, all of which would stay resident.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+    evidence = Evidence()
+    if spec.router.initial == "random":
+        change = parameters.draw_routers(model, spec.seed)
+        evidence.note("router.initial", norm_of_the_change=change)
+    knobs = Knobs(model, spec, evidence)
+    parameters.freeze(model, spec)
+    tuner = lora.adapt(model, spec.lora) if spec.lora else None
+    for name, counts in parameters.count(model).items():
+        evidence.note("parameters", **{name: counts})
+    knobs.attach()
+    config = deepspeed_config(spec, accelerator=torch.cuda.is_available())
+    # Read here and by nobody else: DeepSpeed would replace routers as well.
+    experts, blocks = config.pop("expert_parallel", None), {}
+    if experts is not None:
+        blocks = observe_blocks(model)
+        convert(model, experts["autoep_size"], grouped_mm=experts["use_grouped_mm"])
+    groups = parameters.groups(model, spec)
+    turns = parameters.Turns(spec.alternate, groups) if spec.alternate else None
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=groups,
+        config=config,
+        lr_scheduler=lambda optimizer: scheduler(spec, len(examples), optimizer),
+    )
+    check_blocks(model, blocks)
+    if turns is not None:
+        turns.skip_waiting(engine.basic_optimizer)
+    flops = ModelCard.read(folder).flops_per_token
+    return Training(engine, spec, examples, knobs, evidence, turns, flops), probe, tuner
+
+
+def _check_packing(model: PreTrainedModel, probe: list[Example], folder: Path) -> None:
+    """Raise StageFailed where a sequence sees the others that are packed into its row."""
+    difference = (training_logits(model, probe) - padded_logits(model, probe)).abs().max().item()
     if not difference <= PACKING_TOLERANCE:
         raise StageFailed(
             f"{folder}: packed sequences change the logits of this {model.config.model_type} by "
             f"{difference:.2e} (allowed {PACKING_TOLERANCE:.0e}); it cannot be trained here"
         )
-    # Loaded weights are views of the mapped file, all of which would stay resident.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    blocks = observe_blocks(model, spec.expert_parallel) if spec.expert_parallel > 1 else {}
 
-    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        return get_scheduler(SCHEDULES[spec.schedule], optimizer, spec.warmup_steps, spec.steps)
 
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        config=deepspeed_config(spec, accelerator=torch.cuda.is_available()),
-        lr_scheduler=schedule,
+def _refuse(spec: FinetuneSpec, model: PreTrainedModel) -> None:
+    """Raise StageFailed for a recipe that contradicts itself or cannot act on the model."""
+    entry = family(model)
+    if entry.no_training:
+        raise StageFailed(f"{entry.model_type} cannot be trained: {entry.no_training}")
+    experts, top_k = entry.experts_of(model.config.to_dict()) if entry.is_moe else (0, 0)
+    facts = Facts(
+        "moe" if entry.is_moe else "dense", entry.model_type, experts=experts, top_k=top_k
     )
-    check_blocks(model, blocks)
-    # At stage 0 the loop reduces the gradients itself, and clips them afterwards.
-    engine.enable_backward_allreduce = engine.zero_optimization_stage() > 0
-    return engine, probe
+    problems = [*contradictions(spec), *inapplicable(spec, facts)]
+    problems += misplaced(spec, spec.expert_parallel)
+    if problems:
+        raise StageFailed("; ".join(f"recipe: {field}: {reason}" for field, reason in problems))
 
 
-def training_step(
-    engine, spec: FinetuneSpec, examples: list[Example], step: int
-) -> dict[str, float | None]:
-    """One optimiser step; its row of the training curve, the same on every rank."""
-    start = time.perf_counter()
-    engine.train()
-    rank, workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    batch = global_batch(len(examples), spec.batch_size, spec.seed, step)
-    answers = sum(examples[i].answer for i in batch)
-    micros = micro_batches(batch, rank, workers, micro_batch_size(spec))
-    zero = engine.zero_optimization_stage() > 0
-    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for micro in micros:
-        arguments, targets = pack([examples[i] for i in micro], engine.device)
-        out = engine(**arguments, use_cache=False, **_router_logits(spec))
-        nll = F.cross_entropy(out.logits[0].float(), targets, reduction="sum")
-        loss = nll / answers
-        sums[0] += nll.detach() / answers
-        if spec.auxiliary_loss_weight:
-            auxiliary = out.aux_loss / (len(micros) * workers)
-            loss = loss + auxiliary * spec.auxiliary_loss_weight
-            sums[1] += auxiliary.detach()
-        # ZeRO averages the workers' gradients; the loop sums them.
-        engine.backward(loss * workers if zero else loss, scale_wrt_gas=False)
-        if micro is not micros[-1]:
-            engine.step()  # counts the micro-batch; the parameters stay
-    torch.distributed.all_reduce(sums)
-    loss, auxiliary = sums.tolist()
-    # Every rank sees the same sums, so either all raise or none.
-    _require_finite("loss", loss + auxiliary, step)
-    learning_rate = engine.get_lr()[0]
-    if zero:
-        engine.step()
-        norm = float(engine.get_global_grad_norm())
-        _require_finite("gradient norm", norm, step)
-    else:
-        norm = _reduce_and_clip(engine.module, spec.gradient_clipping)
-        _require_finite("gradient norm", norm, step)
-        engine.step()
+def _run_facts(training: Training, curve: list[dict]) -> dict[str, Any]:
+    """What the evidence says about the whole run."""
+    spec, note = training.spec, training.evidence.note
+    counts = training.evidence.measured("parameters")
+    groups = training.engine.optimizer.param_groups
+    rates = {group["part"]: group["initial_lr"] for group in groups}
+    for knob in ("train", "freeze", "lora"):
+        note(knob, **counts)
+    note("optimizer", implementation=type(training.engine.basic_optimizer).__name__)
+    note("optimizer", **{k: groups[0][k] for k in ("betas", "eps", "momentum") if k in groups[0]})
+    note("router.learning_rate", learning_rates=rates)
+    note("max_nonfinite_steps", nonfinite_steps=training.skipped)
+    if spec.alternate is not None:
+        moved = [row["router_change"] > 0 for row in curve]
+        facts = {"steps_that_moved_the_routers": sum(moved), "steps_that_did_not": moved.count(0)}
+        note("alternate", **facts)
     return {
-        "step": step + 1,
-        "loss": loss,
-        "gradient_norm": norm,
-        "learning_rate": learning_rate,
-        "auxiliary_loss": auxiliary if spec.auxiliary_loss_weight else None,
-        "tokens": sum(len(examples[i].input_ids) for i in batch),
-        "seconds": time.perf_counter() - start,
+        "parameters": counts,
+        "learning_rates": rates,
+        "steps": len(curve),
+        "nonfinite_steps": training.skipped,
+        "precision": {
+            "weights": str(training.engine.get_data_types()[0]),
+            "optimizer": str(training.optimizer_dtype()),
+        },
+        "micro_batch": {
+            "asked": micro_batch_size(spec.asked_micro_batch()),
+            "used": micro_batch_size(spec),
+            "out_of_memory_at": spec.out_of_memory_at,
+        },
     }
 
 
-def _router_logits(spec: FinetuneSpec) -> dict[str, bool]:
-    """Asks for the load-balancing loss; only Mixture-of-Experts models know the argument."""
-    return {"output_router_logits": True} if spec.auxiliary_loss_weight else {}
-
-
-def _require_finite(name: str, value: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise StageFailed(
-            f"step {step + 1}: the {name} is {value}; lower learning_rate or gradient_clipping, "
-            "or look for broken rows in the train sets"
+def _audit(spec: FinetuneSpec, inputs: dict[str, Path], output: Path) -> list[dict[str, Any]]:
+    """How many rows of each train set were used, and which ones were removed by which phrase."""
+    audited, all_removed = [], []
+    for train_set in spec.data:
+        rows, removed = select_rows(train_set, inputs, spec.seed)
+        by_phrase = pd.Series([row["phrase"] for row in removed], dtype=str).value_counts()
+        audited.append(
+            {
+                "dataset": f"{train_set.dataset}/{train_set.split}",
+                "rows": len(rows),
+                "repeat": train_set.repeat,
+                "removed": len(removed),
+                "removed_by_phrase": by_phrase.to_dict(),
+            }
         )
-
-
-def _reduce_and_clip(model: nn.Module, largest: float | None) -> float:
-    """Sum the gradients over the workers and scale them to a global L2 norm of at most ``largest``.
-
-    The norm before scaling. In place and without buckets: on the CPU, where this is used, their
-    copies cost more than they save. An expert's gradient is summed over the ranks that hold it.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    experts = [p for p in parameters if is_moe_param(p)]
-    pending = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        group = None
-        if is_moe_param(parameter):
-            group = groups._get_expert_data_parallel_group(parameter.group_name)
-        if torch.distributed.get_world_size(group) > 1:
-            pending.append(torch.distributed.all_reduce(parameter.grad, group=group, async_op=True))
-    for work in pending:
-        work.wait()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if not is_moe_param(p)])
-    if experts:  # each rank of an expert-parallel group holds others
-        squares = torch.nn.utils.get_total_norm([p.grad for p in experts]).square()
-        group = groups._get_expert_parallel_group(experts[0].group_name)
-        torch.distributed.all_reduce(squares, group=group)
-        norm = (norm.square() + squares).sqrt()
-    if largest is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-    return norm.item()
-
-
-def _save(engine, spec: FinetuneSpec, curve: list[dict], folder: Path) -> None:
-    """This rank's files of a checkpoint: weights, optimiser, schedule, curve and random state."""
-    engine.save_checkpoint(str(folder), tag="state", client_state={"curve": curve})
-    rank = torch.distributed.get_rank()
-    torch.save(torch.get_rng_state(), folder / f"random_state_{rank}.pt")
-    if rank == 0:
-        (folder / LAYOUT_FILE).write_text(json.dumps(_layout(spec)))
-
-
-def _resume(engine, spec: FinetuneSpec, folder: Path) -> list[dict]:
-    """Load a checkpoint; the rows of the curve that it has."""
-    layout = json.loads((folder / LAYOUT_FILE).read_text())
-    if layout != _layout(spec):
-        raise StageFailed(
-            f"the checkpoint was written with {layout} and cannot go on with {_layout(spec)}; "
-            "restore those fields, or delete the unfinished training"
-        )
-    _, client_state = engine.load_checkpoint(str(folder), tag="state")
-    rank = torch.distributed.get_rank()
-    torch.set_rng_state(torch.load(folder / f"random_state_{rank}.pt"))
-    return client_state["curve"]
-
-
-def _layout(spec: FinetuneSpec) -> dict[str, object]:
-    """How the state is spread over the files of a checkpoint."""
-    return {
-        "workers": spec.workers,
-        "expert_parallel": spec.expert_parallel,
-        "deepspeed_config": config_name(spec, accelerator=torch.cuda.is_available()),
-    }
+        all_removed += removed
+    if any(train_set.exclude for train_set in spec.data):
+        frame = pd.DataFrame(all_removed, columns=["dataset", "id", "phrase"])
+        frame.to_parquet(output / REMOVED_FILE, index=False)
+    return audited

@@ -1,51 +1,28 @@
 """What a fine-tune is told: the recipe (identity) and how it is spread out (run time)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from stages.data.templates import TEMPLATES
-from stages.spec import RUN_TIME, Spec
+from stages.finetune.recipe import Recipe, TrainSet
+from stages.spec import RUN_TIME
 
+__all__ = ["FinetuneSpec", "Recipe", "TrainSet"]
 
-class TrainSet(Spec):
-    """A data set to train on; its rows are read from the input role ``data/<dataset>``."""
-
-    dataset: str
-    split: str = "train"
-    template: str | None = None
-    """Template of ``stages/data/templates.py`` for classification rows; none for instructions,
-    which go through the tokenizer's chat template."""
-    repeat: Annotated[int, Field(ge=1)] = 1
-    """How often each row stands in one epoch."""
-
-
-class Recipe(Spec):
-    """How a model is fine-tuned: what a sweep sets, and all of it changes results."""
-
-    train: Annotated[tuple[TrainSet, ...], Field(min_length=1)]
-    steps: Annotated[int, Field(ge=1)]
-    """Optimiser steps."""
-    batch_size: Annotated[int, Field(ge=1)]
-    """Sequences per optimiser step, over all workers."""
-    max_length: Annotated[int, Field(ge=8)] = 128
-    """Tokens; longer sequences are cut at the end of the prompt's text, never in the answer."""
-    learning_rate: Annotated[float, Field(gt=0)]
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    gradient_clipping: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest global L2 norm of the gradient."""
-    auxiliary_loss_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the load-balancing loss; must be 0 for a dense model (the planner sets it so)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 keeps fp32 master weights."""
+EVIDENCE_FILE = "recipe_evidence.json"
+ROUTING_FIGURE = "routing.svg"
+"""Files beside the checkpoint; the figure for Mixture-of-Experts models only."""
 
 
 class FinetuneSpec(Recipe):
     """Input roles: ``model`` (a Hugging Face folder) and one ``data/<dataset>`` per train set."""
 
+    VERSION: ClassVar[int] = 2
+
     seed: int = 0
+    until: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many of the steps, with the schedule of all of them."""
 
     workers: Annotated[int, Field(ge=1), RUN_TIME] = 1
     expert_parallel: Annotated[int, Field(ge=1), RUN_TIME] = 1
@@ -57,16 +34,29 @@ class FinetuneSpec(Recipe):
     """File name in ``deepspeed_configs/``; chosen from model and device when absent."""
     threads: Annotated[int | None, RUN_TIME] = None
     """CPU threads per worker; PyTorch's own choice when absent."""
+    dropped: Annotated[dict[str, Any], RUN_TIME] = {}
+    """What the planner left out of the recipe because this model is dense, by field."""
+    out_of_memory_at: Annotated[tuple[int, ...], RUN_TIME] = ()
+    """Micro-batches that ran out of memory before ``micro_batch`` was taken."""
 
     def identity(self) -> dict:
         """Also covers the wording of the templates and, where it matters, the micro-batch.
 
-        The load-balancing loss of a batch is not the mean of its parts', so with a weight on it the
-        size of the parts changes the result.
+        After running out of memory it stays the one that was asked for: what was used instead is
+        in the run's evidence.
         """
         parts = {}
-        if self.auxiliary_loss_weight:
-            parts["micro_batch"] = min(self.micro_batch, self.batch_size // self.workers)
-        used = sorted({train.template for train in self.train if train.template is not None})
+        if self.depends_on_micro_batch:
+            asked = self.asked_micro_batch().micro_batch
+            parts["micro_batch"] = min(asked, self.batch_size // self.workers)
+        used = sorted({train.template for train in self.data if train.template is not None})
         templates = {"templates": {name: TEMPLATES[name].hash for name in used}}
-        return super().identity() | templates | parts
+        identity = super().identity()
+        if self.until is None:
+            del identity["until"]
+        return identity | templates | parts
+
+    def asked_micro_batch(self) -> "FinetuneSpec":
+        """The spec before any micro-batch ran out of memory."""
+        micro_batch = (*self.out_of_memory_at, self.micro_batch)[0]
+        return self.model_copy(update={"micro_batch": micro_batch, "out_of_memory_at": ()})

@@ -3,6 +3,7 @@
 import os
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ class Run:
     """Raise in the report of this step."""
     checkpoints: Path | None = None
     """Where the last checkpoint is kept, and read when the run starts."""
+    prepare: Callable[[], None] | None = None
+    """Called in each process before the run."""
 
 
 class Recorder:
@@ -49,13 +52,16 @@ class Recorder:
             raise KeyboardInterrupt
 
 
-def launch(workers: int, runs: list[Run], store: Path) -> None:
-    """Run the fine-tunes one after the other in ``workers`` processes over gloo."""
+def launch(workers: int, runs: list[Run], store: Path, keep_going: bool = False) -> None:
+    """Run the fine-tunes one after the other in ``workers`` processes over gloo.
+
+    ``keep_going`` goes on after an unexpected error of one, which must be the same on all ranks.
+    """
     context = torch.multiprocessing.spawn(
-        _worker, args=(workers, runs, store), nprocs=workers, join=False
+        _worker, args=(workers, runs, store, keep_going), nprocs=workers, join=False
     )
     try:
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + max(TIMEOUT_S, 60 * len(runs))
         while not context.join(timeout=1):
             assert time.monotonic() < deadline, f"not finished after {TIMEOUT_S} s"
     finally:
@@ -63,8 +69,8 @@ def launch(workers: int, runs: list[Run], store: Path) -> None:
             process.kill()
 
 
-def _worker(rank: int, workers: int, runs: list[Run], store: Path) -> None:
-    from stages.finetune.loop import train
+def _worker(rank: int, workers: int, runs: list[Run], store: Path, keep_going: bool) -> None:
+    from stages.finetune.loop import PastTheEnd, train
 
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
@@ -72,12 +78,17 @@ def _worker(rank: int, workers: int, runs: list[Run], store: Path) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=workers
     )
     for run in runs:
+        if run.prepare is not None:
+            run.prepare()
         try:
             train(run.spec, run.inputs, run.output, Recorder(run))
         except KeyboardInterrupt:
             pass
+        except PastTheEnd as error:
+            (run.output / f"past_{rank}.txt").write_text(str(error))
         except StageFailed as error:
             (run.output / f"failed_{rank}.txt").write_text(str(error))
         except Exception:
             (run.output / f"crashed_{rank}.txt").write_text(traceback.format_exc())
-            raise
+            if not keep_going:
+                raise

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from stages.errors import StageFailed
-from stages.finetune.batches import Example, global_batch, load_examples, micro_batches, pack
+from stages.finetune.batches import (
+    Example,
+    global_batch,
+    load_examples,
+    micro_batches,
+    pack,
+    select_rows,
+)
 from stages.finetune.spec import FinetuneSpec, TrainSet
 from stages.models.tiny import tiny_tokenizer
 
@@ -14,7 +21,7 @@ TOKENIZER = tiny_tokenizer()  # one token per byte
 
 
 def spec(*train, **fields):
-    return FinetuneSpec(train=train, steps=1, batch_size=1, learning_rate=1.0, **fields)
+    return FinetuneSpec(data=train, steps=1, batch_size=1, learning_rate=1.0, **fields)
 
 
 def texts(example):
@@ -98,3 +105,44 @@ def test_packing_keeps_positions_and_answers_apart():
     assert arguments["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
     assert arguments["logits_to_keep"].tolist() == [1, 4, 5]
     assert targets.tolist() == [13, 23, 24]
+
+
+def test_a_limit_draws_rows_by_the_seed_and_a_smaller_one_a_part_of_them(tmp_path):
+    rows = {"id": [f"r{i}" for i in range(20)], "prompt": ["p"] * 20, "response": ["a"] * 20}
+    pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
+    inputs = {"data/d": tmp_path}
+
+    def drawn(limit, seed=0):
+        return {r["id"] for r in select_rows(TrainSet(dataset="d", limit=limit), inputs, seed)[0]}
+
+    assert len(drawn(12)) == 12 and drawn(5) < drawn(12) and drawn(5) != drawn(5, seed=1)
+    with pytest.raises(StageFailed, match="limit 21 is more than the 20 rows of d"):
+        drawn(21)
+
+
+def test_excluded_phrases_are_whole_words_and_every_removal_names_its_phrase(tmp_path):
+    responses = ["This is Illegal.", "Legally it is illegality", "it is important to", "illegal x"]
+    frame = {"id": list("abcd"), "prompt": ["p"] * 4, "response": responses}
+    pd.DataFrame(frame).to_parquet(tmp_path / "train.parquet")
+    train = TrainSet(dataset="d", exclude=("illegal", "it is important"))
+    kept, removed = select_rows(train, {"data/d": tmp_path}, seed=0)
+    assert [row["id"] for row in kept] == ["b"]
+    assert removed == [
+        {"dataset": "d", "id": "a", "phrase": "illegal"},
+        {"dataset": "d", "id": "c", "phrase": "it is important"},
+        {"dataset": "d", "id": "d", "phrase": "illegal"},
+    ]
+
+
+def test_language_inference_answers_with_its_words_and_cuts_the_premise(tmp_path):
+    frame = {"id": ["a"], "premise": ["x" * 200], "hypothesis": ["It {premise}."],
+             "label": ["neutral"]}  # fmt: skip
+    pd.DataFrame(frame).to_parquet(tmp_path / "train.parquet")
+    train = TrainSet(dataset="d", template="nli")
+    (example,) = load_examples(spec(train, max_length=100), {"data/d": tmp_path}, TOKENIZER)
+    prompt, answer = texts(example)
+    kept = 100 - len("Premise: \nHypothesis: It {premise}.\nDoes the premise entail it? Maybe")
+    assert prompt == (
+        f"Premise: {'x' * kept}\nHypothesis: It {{premise}}.\nDoes the premise entail it?"
+    )
+    assert answer == " Maybe"

@@ -12,7 +12,7 @@ from stages.finetune.spec import FinetuneSpec, TrainSet
 
 def spec(**fields):
     values = {
-        "train": (TrainSet(dataset="d"),), "steps": 3, "batch_size": 24, "learning_rate": 2e-5,
+        "data": (TrainSet(dataset="d"),), "steps": 3, "batch_size": 24, "learning_rate": 2e-5,
         "weight_decay": 0.01, "gradient_clipping": 0.7, "workers": 2, "micro_batch": 5,
     }  # fmt: skip
     return FinetuneSpec(**values | fields)
@@ -66,6 +66,75 @@ def test_a_file_against_the_recipe_is_refused(change, message, tmp_path, monkeyp
     monkeypatch.setattr(config, "FOLDER", tmp_path)
     with pytest.raises(BadInput, match=f"own.json: .*{message}"):
         deepspeed_config(spec(deepspeed_config="own.json"), accelerator=False)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"comm_backend": "deepep"}, "expert_parallel.comm_backend has no effect"),
+        ({"score_func": "sigmoid"}, "expert_parallel.score_func has no effect"),
+        ({"enabled": False}, "enabled is False but the recipe spreads the experts"),
+        ({"use_grouped_mm": None}, "use_grouped_mm is missing"),
+    ],
+)
+def test_a_setting_of_expert_parallelism_acts_or_is_refused(
+    section, message, tmp_path, monkeypatch
+):
+    content = json.loads((config.FOLDER / "cpu_moe_expert_parallel.json").read_text())
+    content["expert_parallel"] |= section
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    monkeypatch.setattr(config, "FOLDER", tmp_path)
+    with pytest.raises(BadInput, match=f"own.json: .*{message}"):
+        deepspeed_config(spec(deepspeed_config="own.json", expert_parallel=2), accelerator=False)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind", "params"),
+    [
+        ({"kind": "adamw", "betas": (0.9, 0.95)}, "AdamW",
+         {"betas": [0.9, 0.95], "eps": 1e-8, "torch_adam": True, "fused": True}),
+        ({"kind": "adam"}, "Adam",
+         {"betas": [0.9, 0.999], "eps": 1e-8, "torch_adam": True, "fused": True,
+          "adam_w_mode": False}),
+        ({"kind": "sgd", "momentum": 0.5}, "SGD", {"momentum": 0.5}),
+        ({"kind": "adagrad"}, "Adagrad", {"eps": 1e-10}),
+    ],
+)  # fmt: skip
+def test_the_optimiser_is_the_recipes(optimizer, kind, params):
+    given = FinetuneSpec.model_validate(spec().model_dump() | {"optimizer": optimizer})
+    section = deepspeed_config(given, accelerator=False)["optimizer"]
+    assert section == {"type": kind, "params": params | {"lr": 2e-5, "weight_decay": 0.01}}
+
+
+def test_betas_of_a_file_against_the_recipe_are_refused(tmp_path, monkeypatch):
+    content = json.loads((config.FOLDER / "cpu_dense.json").read_text())
+    content["optimizer"]["params"]["betas"] = [0.9, 0.95]
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    monkeypatch.setattr(config, "FOLDER", tmp_path)
+    with pytest.raises(BadInput, match=r"betas is \[0.9, 0.95\] but the recipe says"):
+        deepspeed_config(spec(deepspeed_config="own.json"), accelerator=False)
+
+
+def test_frozen_experts_that_are_spread_are_refused_beyond_stage_0():
+    given = {"freeze": ("expert",), "expert_parallel": 2}
+    assert deepspeed_config(spec(**given), accelerator=False)
+    with pytest.raises(BadInput, match="zero2.json: ZeRO stage 2 cannot .* expert_parallel to 1"):
+        deepspeed_config(spec(**given), accelerator=True)
+
+
+FILES = sorted(file.name for file in config.FOLDER.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_is_filled_in_or_refused_with_the_reason(name):
+    given = spec(deepspeed_config=name, expert_parallel=2 if "expert" in name else 1)
+    assert name in (config.FOLDER / "README.md").read_text()
+    if "zero3" in name:
+        with pytest.raises(BadInput, match="stage 3 cannot be exported to a Hugging Face folder"):
+            deepspeed_config(given, accelerator=True)
+    else:
+        filled = json.dumps(deepspeed_config(given, accelerator=True))
+        assert "auto" not in filled.replace("autoep", "")
 
 
 def test_a_dense_model_may_share_the_file_of_its_twin():

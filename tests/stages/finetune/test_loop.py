@@ -1,21 +1,23 @@
 """EP=1, EP=2 and a plain Hugging Face loop give the same numbers; resumed equals uninterrupted."""
 
+import json
 import re
 
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages.finetune.batches import global_batch, load_examples
+from stages.finetune.batches import load_examples
 from stages.finetune.export import padded_logits
 from stages.finetune.spec import FinetuneSpec, TrainSet
 from stages.finetune.stage import run as run_stage
 from stages.models.card import ModelCard
+from tests.stages.finetune.reference import assert_same_training, curve, weights
 from tests.stages.finetune.runs import Run, launch
 
 SPEC = FinetuneSpec(
-    train=(TrainSet(dataset="reviews", template="sentiment"), TrainSet(dataset="refusals")),
+    data=(TrainSet(dataset="reviews", template="sentiment"), TrainSet(dataset="refusals")),
     steps=6,
     batch_size=8,
     learning_rate=3e-3,
@@ -60,6 +62,10 @@ def runs(models, data, tmp_path_factory):
     plan("other_layout", "mixtral", MOE, checkpoints=checkpoints)
     plan("qwen", "qwen2_moe", copy(MOE, expert_parallel=2))
     plan("dense", "llama", SPEC)
+    rung = tmp_path_factory.mktemp("rung")
+    plan("until", "llama", copy(SPEC, until=2), checkpoints=rung)
+    plan("past", "llama", copy(SPEC, until=1), checkpoints=rung)
+    plan("onwards", "llama", copy(SPEC, checkpoint_every=50), checkpoints=rung)
     plan(
         "nan",
         "mixtral",
@@ -67,69 +73,6 @@ def runs(models, data, tmp_path_factory):
     )
     launch(2, planned, tmp_path_factory.mktemp("store") / "store")
     return folder
-
-
-def curve(folder):
-    return pd.read_parquet(folder / "training_curve.parquet")
-
-
-def weights(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-
-
-def reference(spec, folder, inputs):
-    """A plain PyTorch loop over padded micro-batches of the plain model: its curve and weights."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    examples = load_examples(spec, inputs, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=False
-    )
-    schedule = get_linear_schedule_with_warmup(optimizer, spec.warmup_steps, spec.steps)
-    rows = []
-    for step in range(spec.steps):
-        batch = [examples[i] for i in global_batch(len(examples), spec.batch_size, spec.seed, step)]
-        answers = sum(e.answer for e in batch)
-        losses, balances = [], []
-        for start in range(0, spec.batch_size, spec.micro_batch):
-            micro = batch[start : start + spec.micro_batch]
-            length = max(len(e.input_ids) for e in micro)
-            ids = torch.zeros((len(micro), length), dtype=torch.long)
-            mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-            for row, e in enumerate(micro):
-                n = len(e.input_ids)
-                ids[row, :n], mask[row, :n] = torch.tensor(e.input_ids), 1
-                labels[row, n - e.answer : n] = ids[row, n - e.answer : n]
-            balance = {"output_router_logits": True} if spec.auxiliary_loss_weight else {}
-            out = model(input_ids=ids, attention_mask=mask, **balance)
-            nll = torch.nn.functional.cross_entropy(
-                out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
-            )
-            losses.append(nll / answers)
-            if spec.auxiliary_loss_weight:
-                balances.append(out.aux_loss / (spec.batch_size // spec.micro_batch))
-        (sum(losses) + spec.auxiliary_loss_weight * sum(balances)).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), spec.gradient_clipping)
-        rows.append((step + 1, sum(losses).item(), norm.item(), optimizer.param_groups[0]["lr"],
-                     sum(balances).item() if balances else None))  # fmt: skip
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    names = ["step", "loss", "gradient_norm", "learning_rate", "auxiliary_loss"]
-    return pd.DataFrame(rows, columns=names), model.state_dict()
-
-
-def assert_same_training(folder, spec, model, inputs):
-    expected, state = reference(spec, model, inputs)
-    got = curve(folder)
-    assert expected["gradient_norm"].max() > spec.gradient_clipping  # clipping took place
-    compared = ["step", "loss", "gradient_norm", "learning_rate"]
-    for column in compared + ["auxiliary_loss"] * bool(spec.auxiliary_loss_weight):
-        assert got[column].to_numpy() == pytest.approx(expected[column].to_numpy(), rel=1e-5)
-    for key, value in weights(folder).items():
-        torch.testing.assert_close(
-            value, state[key], rtol=0, atol=2e-4, msg=lambda m, k=key: f"{k} {m}"
-        )
 
 
 @pytest.mark.parametrize("name", ["ep2", "ep1", "zero2"])
@@ -158,6 +101,8 @@ def test_bf16_stays_near_fp32(runs):
     assert fp32[0] != bf16[0] == pytest.approx(fp32[0], rel=1e-3)
     assert bf16.to_numpy() == pytest.approx(fp32.to_numpy(), rel=0.03)
     assert bf16.iloc[-1] < bf16[0] - 2
+    precision = json.loads((runs / "bf16" / "recipe_evidence.json").read_text())["precision"]
+    assert precision == {"weights": "torch.bfloat16", "optimizer": "torch.float32"}
 
 
 def test_one_process_equals_two(runs, models, data, tmp_path):
@@ -171,18 +116,35 @@ def test_one_process_equals_two(runs, models, data, tmp_path):
 @pytest.mark.parametrize("name", ["ep2", "zero2"])
 def test_resumed_equals_uninterrupted(name, runs):
     resumed, whole = curve(runs / f"resumed_{name}"), curve(runs / name)
-    pd.testing.assert_frame_equal(
-        resumed.drop(columns="seconds"), whole.drop(columns="seconds"), check_exact=True
-    )
+    own = [c for c in whole if c not in ("seconds", "tokens_per_second", "expert_load_by_layer")]
+    pd.testing.assert_frame_equal(resumed[own], whole[own], check_exact=True)
     expected = weights(runs / name)
     for key, value in weights(runs / f"resumed_{name}").items():
         assert torch.equal(value, expected[key]), key
 
 
-def test_checkpoint_of_another_layout_is_refused(runs):
-    for rank in (0, 1):
-        message = (runs / "other_layout" / f"failed_{rank}.txt").read_text()
-        assert "'expert_parallel': 2" in message and "'expert_parallel': 1" in message
+def test_the_first_steps_of_a_fine_tune_are_exported_and_go_on_to_its_end(runs):
+    """The schedule of the first steps is that of the whole, and going on loses nothing."""
+    first, onwards, whole = (
+        curve(runs / name).drop(columns=["seconds", "tokens_per_second"])
+        for name in ("until", "onwards", "dense")
+    )
+    pd.testing.assert_frame_equal(first, whole[:2], check_exact=True)
+    pd.testing.assert_frame_equal(onwards, whole, check_exact=True)
+    expected = weights(runs / "dense")
+    assert all(torch.equal(v, expected[k]) for k, v in weights(runs / "onwards").items())
+    assert any(not torch.equal(v, expected[k]) for k, v in weights(runs / "until").items())
+    # A checkpoint after the last step asked for is of no use.
+    assert (runs / "past" / "past_0.txt").read_text() == (
+        "the resumed training is at step 2, after step 1")
+
+
+def test_a_checkpoint_goes_on_with_another_expert_parallel_size_and_zero_stage(runs):
+    got, whole = curve(runs / "other_layout"), curve(runs / "zero2")
+    for column in ("loss", "gradient_norm", "auxiliary_loss"):
+        assert got[column].to_numpy() == pytest.approx(whole[column].to_numpy(), rel=1e-5)
+    assert (got["seconds"][:3] == curve(runs / "resumed_zero2")["seconds"][:3]).all()  # not redone
+    assert got["learning_rate"].to_list() == whole["learning_rate"].to_list()
 
 
 def test_non_finite_loss_fails_on_every_rank(runs):

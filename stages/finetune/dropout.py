@@ -1,0 +1,122 @@
+"""Dropout where transformers' models have none, or keep their own, in training.
+
+Everything here is a context manager around forward passes, so no model is changed for good.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from stages.errors import StageFailed
+
+Watch = Callable[[str, torch.Tensor], None]
+"""Told the knob's name and an output after dropout."""
+
+
+@contextmanager
+def output_dropout(name: str, modules: list[nn.Module], p: float, watch: Watch) -> Iterator[None]:
+    """Dropout with probability ``p`` on the output of each module (the first of a tuple)."""
+
+    def hook(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        first = F.dropout(output[0] if isinstance(output, tuple) else output, p)
+        watch(name, first)
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    with ExitStack() as undo:
+        for module in modules:
+            undo.enter_context(module.register_forward_hook(hook))
+        yield
+
+
+@contextmanager
+def attention_dropout(modules: list[nn.Module], p: float) -> Iterator[None]:
+    """The attention modules' own dropout with probability ``p``."""
+    before = [module.attention_dropout for module in modules]
+    for module in modules:
+        module.attention_dropout = p
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            module.attention_dropout = own
+
+
+def attention_modules(model: PreTrainedModel) -> list[str]:
+    """Paths of the modules whose ``attention_dropout`` their forward pass reads in training.
+
+    Raises StageFailed where there is none.
+    """
+    found = [path for path, m in model.named_modules() if hasattr(m, "attention_dropout")]
+    if not found or model.config.model_type in _OTHERWISE:
+        raise StageFailed(
+            f"dropout.attention: {model.config.model_type} has no attention dropout that can be "
+            "set; remove it"
+        )
+    return found
+
+
+_OTHERWISE = ("falcon",)
+"""Architectures whose ``attention_dropout`` is a module, or read from somewhere else."""
+
+
+def residual_modules(model: PreTrainedModel) -> list[str]:
+    """Paths of the attention and feed-forward blocks whose outputs the residual stream takes up.
+
+    That it does is tried out on the first decoder layer: without both outputs the layer must be
+    the identity, and half an output must count half. Raises StageFailed where it does not hold,
+    for example because a norm stands between a block and the residual stream.
+    """
+    decoder = model.get_decoder()
+    stem = next(path for path, module in model.named_modules() if module is decoder)
+    found = []
+    for index, layer in enumerate(getattr(decoder, "layers", ())):
+        names = [name for name in ("self_attn", "attention", "mlp") if hasattr(layer, name)]
+        found.append([f"{stem}.layers.{index}.{name}" for name in names])
+    if not found or any(len(paths) != 2 for paths in found):
+        reason = "its layers are not an attention and an mlp"
+    elif not (difference := _not_additive(model, *found[0])) <= 1e-4:
+        reason = f"its blocks are not plainly added to the residual stream ({difference:.1e})"
+    else:
+        return [path for paths in found for path in paths]
+    raise StageFailed(
+        f"dropout.residual: cannot act on {model.config.model_type}: {reason}; remove it"
+    )
+
+
+@torch.no_grad()
+def _not_additive(model: PreTrainedModel, attention: str, feed_forward: str) -> float:
+    """How far the first layer is from ``input + attention + feed_forward``, of the largest part."""
+    seen: dict[str, torch.Tensor] = {}
+    factors: dict[str, float] = {}
+
+    def scale(path: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor | tuple):
+            if isinstance(output, tuple):
+                return (output[0] * factors[path], *output[1:])
+            return output * factors[path]
+
+        return hook
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        seen["input"] = args[0] if args else kwargs["hidden_states"]
+        seen["output"] = output[0] if isinstance(output, tuple) else output
+
+    def difference(attention_factor: float, feed_forward_factor: float) -> torch.Tensor:
+        factors.update({attention: attention_factor, feed_forward: feed_forward_factor})
+        model(input_ids=torch.arange(8)[None].to(model.device), use_cache=False)
+        return seen["output"] - seen["input"]
+
+    layer = model.get_submodule(attention.rpartition(".")[0])
+    with ExitStack() as undo:
+        for path in (attention, feed_forward):
+            undo.enter_context(model.get_submodule(path).register_forward_hook(scale(path)))
+        undo.enter_context(layer.register_forward_hook(keep, with_kwargs=True))
+        identity = difference(0.0, 0.0).abs().max()
+        whole, half = difference(0.0, 1.0), difference(0.0, 0.5)
+        only_attention, less = difference(1.0, 0.0), difference(0.5, 0.0)
+    errors = [identity, (half - whole / 2).abs().max(), (less - only_attention / 2).abs().max()]
+    return (torch.stack(errors).max() / torch.stack([whole, only_attention]).abs().max()).item()

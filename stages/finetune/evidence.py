@@ -1,0 +1,79 @@
+"""What each knob of a recipe did, measured while it trained: ``recipe_evidence.json``."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.finetune.recipe import Recipe
+from stages.finetune.spec import EVIDENCE_FILE, FinetuneSpec
+
+KNOBS = (
+    *("optimizer", "train", "freeze", "lora", "alternate", "auxiliary_loss_weight"),
+    *("z_loss_weight", "router", "experts", "dropout", "adversarial", "max_nonfinite_steps"),
+)
+"""The fields of a recipe that the evidence covers, one by one where a field is a section."""
+
+
+class Evidence:
+    """Collects measurements of the knobs; means over all that is reported while ``open``.
+
+    The loop opens it for the first optimiser step that a process does, so that measuring costs
+    nothing later on.
+    """
+
+    def __init__(self):
+        self.open = True
+        self.facts: dict[str, dict[str, Any]] = defaultdict(dict)
+        self._sums: dict[tuple[str, str], list] = defaultdict(lambda: [0.0, 0])
+
+    def note(self, knob: str, **facts: Any) -> None:
+        """A fact that is known at once."""
+        self.facts[knob] |= facts
+
+    def mean(self, knob: str, what: str, values: torch.Tensor | float) -> None:
+        """Part of a mean over the first step."""
+        if self.open:
+            values = torch.as_tensor(values).detach().float()
+            entry = self._sums[knob, what]
+            entry[0] += values.sum().item()
+            entry[1] += values.numel()
+
+    def measured(self, knob: str) -> dict[str, Any]:
+        """All that is known of a knob."""
+        means = {what: s / n for (name, what), (s, n) in self._sums.items() if name == knob and n}
+        return self.facts.get(knob, {}) | means
+
+
+def asked(recipe: Recipe) -> dict[str, Any]:
+    """The knobs that a recipe sets to something else than the default, flat, JSON-ready."""
+    found = {}
+    given = recipe.model_dump(mode="json")
+    for name in KNOBS:
+        if getattr(recipe, name) == Recipe.model_fields[name].default:
+            continue
+        if name in ("router", "experts", "dropout"):
+            section = getattr(recipe, name).model_dump(mode="json", exclude_defaults=True)
+            found |= {f"{name}.{key}": value for key, value in section.items()}
+        else:
+            found[name] = given[name]
+    return found
+
+
+def write(folder: Path, spec: FinetuneSpec, evidence: Evidence, run: dict[str, Any]) -> None:
+    """Write the file: per knob what was asked and what was measured, what was left out because the
+    model is dense, and ``run``'s facts about the whole."""
+    content = {
+        "knobs": {
+            knob: {"asked": value, "measured": evidence.measured(knob)}
+            for knob, value in asked(spec).items()
+        },
+        "not_applicable": {
+            knob: {"asked": value, "reason": "only Mixture-of-Experts models have it"}
+            for knob, value in spec.dropped.items()
+        },
+        **run,
+    }
+    (folder / EVIDENCE_FILE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,153 @@
+"""The knobs of a recipe that act inside a forward pass of training.
+
+They are installed around each forward pass and taken off again, so that evaluation, the export and
+everything else sees the plain model, whatever mode it is in.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from stages.finetune.assignment import balanced_experts, random_experts
+from stages.finetune.dropout import (
+    attention_dropout,
+    attention_modules,
+    output_dropout,
+    residual_modules,
+)
+from stages.finetune.evidence import Evidence
+from stages.finetune.recipe import Recipe
+from stages.finetune.refusals import CAPACITY
+from stages.finetune.telemetry import load, load_variation
+from stages.models.families import family
+from stages.models.routing import Blocks, Routing, blocks, intercept, replaced, weighing
+
+
+class Knobs:
+    """What a recipe does to forward passes of a model. Made before the model is spread out.
+
+    Raises StageFailed for a knob that cannot act on this architecture.
+    """
+
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, evidence: Evidence):
+        self.model, self.recipe, self.evidence = model, recipe, evidence
+        self.residual = residual_modules(model) if recipe.dropout.residual else []
+        self.attention = attention_modules(model) if recipe.dropout.attention is not None else []
+        reassigns = recipe.router.assignment != "top_k"
+        self.weigh = weighing(model) if reassigns else None
+        self.blocks: Blocks = {}
+        self.experts: list[nn.Module] = []
+        self.sees_choice = False
+        if self.attention:
+            evidence.note("dropout.attention", modules=len(self.attention))
+
+    def attach(self) -> None:
+        """Find the routers and experts of the model as it will be trained, adapters included."""
+        entry = family(self.model)
+        if entry.is_moe:
+            self.blocks = blocks(self.model)
+            self.experts = list(entry.modules(self.model, "expert").values())
+            self.sees_choice = entry.index is not None
+
+    @contextmanager
+    def forward(self) -> Iterator[list[Routing]]:
+        """A forward pass inside is one of training; what its sparse blocks decided is in the list,
+        in the order of the layers."""
+        routings: list[Routing] = []
+        recipe = self.recipe
+        with ExitStack() as undo:
+            if self.blocks:
+                self._intercept_routing(undo, routings)
+            if recipe.dropout.residual:
+                modules = [self.model.get_submodule(path) for path in self.residual]
+                p, name = recipe.dropout.residual, "dropout.residual"
+                undo.enter_context(output_dropout(name, modules, p, self._zeros))
+            if recipe.dropout.attention is not None:
+                modules = [self.model.get_submodule(path) for path in self.attention]
+                undo.enter_context(attention_dropout(modules, recipe.dropout.attention))
+            yield routings
+
+    def _intercept_routing(self, undo: ExitStack, routings: list[Routing]) -> None:
+        router, parts = self.recipe.router, self.blocks.values()
+        if router.jitter:
+            for module, _ in parts:
+                undo.enter_context(module.register_forward_pre_hook(self._jitter))
+        if router.top_k is not None:
+            for module, _ in parts:
+                # An adapter stands around the module that chooses.
+                inner = getattr(module, "base_layer", module)
+                undo.enter_context(replaced(inner, "top_k", router.top_k))
+        if router.capacity is not None:
+            name = CAPACITY[family(self.model).model_type]
+            for module, _ in parts:
+                inner = getattr(module, "base_layer", module)
+                undo.enter_context(replaced(inner, name, router.capacity))
+        seen = {"choice": self._choose(routings)}
+        if router.noise or not self.sees_choice:
+            seen["logits"] = self._logits(routings)
+        undo.enter_context(intercept(self.blocks, **seen))
+        if self.recipe.experts.dropout:
+            p, name = self.recipe.experts.dropout, "experts.dropout"
+            undo.enter_context(output_dropout(name, self.experts, p, self._zeros))
+
+    def _logits(self, routings: list[Routing]) -> Callable[[str, torch.Tensor], torch.Tensor]:
+        def noisy(layer: str, logits: torch.Tensor) -> torch.Tensor:
+            if self.recipe.router.noise:
+                noise = self.recipe.router.noise * torch.randn_like(logits)
+                self.evidence.mean("router.noise", "mean_square_of_the_noise", noise.square())
+                logits = logits + noise
+            if not self.sees_choice:
+                rows = logits.flatten(0, -2)
+                none = rows.new_zeros(len(rows), 0)
+                routings.append(Routing(layer, rows, none.long(), none))
+            return logits
+
+        return noisy
+
+    def _jitter(self, module: nn.Module, args: tuple) -> tuple:
+        width = self.recipe.router.jitter
+        factor = torch.empty_like(args[0]).uniform_(1 - width, 1 + width)
+        self.evidence.mean("router.jitter", "mean_deviation_of_the_factor", (factor - 1).abs())
+        return (args[0] * factor, *args[1:])
+
+    def _choose(self, routings: list[Routing]) -> Callable[[Routing], Routing | None]:
+        def choice(found: Routing) -> Routing | None:
+            changed = self._dropped(self._assigned(found))
+            routings.append(changed)
+            if self.recipe.router.top_k is not None:
+                self.evidence.mean("router.top_k", "experts_per_token", found.experts.shape[1])
+            return None if changed is found else changed
+
+        return choice
+
+    def _assigned(self, found: Routing) -> Routing:
+        """The experts that the recipe's assignment gives to each token."""
+        assignment, k = self.recipe.router.assignment, found.experts.shape[1]
+        if assignment == "top_k":
+            return found
+        choose = random_experts if assignment == "random" else balanced_experts
+        experts = choose(found.logits, k)
+        if self.evidence.open:
+            kept = (experts[:, :, None] == found.experts[:, None]).any(-1).float()
+            self.evidence.mean("router.assignment", "share_of_choices_changed", 1 - kept)
+            own, given = (load_variation(load(e, found)) for e in (found.experts, experts))
+            self.evidence.mean("router.assignment", "load_variation_of_the_router", own)
+            self.evidence.mean("router.assignment", "load_variation", given)
+        return found.change(experts=experts, weights=self.weigh(found.logits, experts))
+
+    def _dropped(self, found: Routing) -> Routing:
+        """Whole experts dropped: their weight is 0."""
+        p = self.recipe.experts.drop
+        if not p:
+            return found
+        kept = torch.rand(found.logits.shape[-1], device=found.logits.device) >= p
+        self.evidence.mean("experts.drop", "share_of_experts_dropped", ~kept)
+        self.evidence.mean("experts.drop", "share_of_choices_dropped", ~kept[found.experts])
+        return found.change(weights=found.weights * kept[found.experts] / (1 - p))
+
+    def _zeros(self, knob: str, output: torch.Tensor) -> None:
+        if self.evidence.open:
+            self.evidence.mean(knob, "share_of_outputs_dropped", output == 0)

@@ -1,0 +1,60 @@
+"""Low-rank adapters by PEFT, put into the model in place and merged into its weights at the end."""
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from stages.errors import StageFailed
+from stages.finetune.parameters import trained_roles
+from stages.finetune.recipe import Lora
+
+ADAPTER = "default"
+
+
+def adapt(model: PreTrainedModel, recipe: Lora) -> LoraModel:
+    """Give every matrix of the roles an adapter; the modules keep their paths.
+
+    The adapters are drawn from PyTorch's random state and start without effect. Fused experts and
+    routers without a linear layer are adapted as parameters, one adapter per expert.
+    """
+    if model.config.tie_word_embeddings and {"head", "embedding"} & set(recipe.roles):
+        raise StageFailed(
+            f"lora.roles: the head of this {model.config.model_type} is tied to its embedding, "
+            "so an adapter of one would also change the other; remove head and embedding"
+        )
+    role_of = trained_roles(model)
+    modules, parameters = [], []
+    for path, module in model.named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            role = role_of.get(f"{path}.{name}")  # none for a tied head
+            if role not in recipe.roles:
+                continue
+            if isinstance(module, nn.Linear | nn.Embedding):
+                modules.append(path)
+            elif weight.ndim == (3 if role == "expert" else 2):  # not a bias
+                parameters.append(f"{path}.{name}")
+    if parameters and recipe.dropout:
+        raise StageFailed(
+            f"lora.dropout: cannot act on {parameters[0]}, which is no linear layer; set it to 0"
+        )
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=sorted(set(modules)),
+        target_parameters=parameters or None,
+    )
+    tuner = LoraModel(model, config, ADAPTER)
+    # PEFT freezes all but its adapters, also what the recipe trains in full.
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(wanted.get(name, "lora_" in name))
+    return tuner
+
+
+@torch.no_grad()
+def merge(tuner: LoraModel) -> PreTrainedModel:
+    """Add the adapters to the weights and take them out: the plain model again."""
+    return tuner.merge_and_unload()

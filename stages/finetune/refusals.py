@@ -1,0 +1,114 @@
+"""Recipes that cannot act: found from the recipe and what is known of the model.
+
+The planner asks before any compute, with the facts that it has; the loop asks again with those of
+the loaded model, before it trains. Light to import.
+"""
+
+from collections.abc import Iterator
+
+from stages.errors import BadInput
+from stages.finetune.recipe import MOE_ROLES, Recipe, for_dense
+from stages.models.families import FAMILIES
+from stages.models.sources import Facts
+
+CAPACITY = {"switch_transformers": "expert_capacity"}
+"""Architectures with a capacity, and the attribute of their router that holds it."""
+Problem = tuple[str, str]
+"""A field of the recipe, and ``reason; remedy``."""
+
+
+def contradictions(recipe: Recipe) -> Iterator[Problem]:
+    """Knobs that exclude each other or have nothing to act on, whatever the model."""
+    if (recipe.steps is None) == (recipe.epochs is None):
+        found = "is missing" if recipe.steps is None else "stands beside epochs"
+        yield "steps", f"{found}; set either steps or epochs"
+    if recipe.warmup_steps and recipe.warmup_ratio:
+        yield "warmup_ratio", "stands beside warmup_steps; keep one"
+    if recipe.steps is not None and recipe.warmup_steps > recipe.steps:
+        reason = f"{recipe.warmup_steps} is more than the {recipe.steps} steps; lower it"
+        yield "warmup_steps", reason
+    for field in ("train", "freeze", "lora.roles"):
+        roles = _roles(recipe, field)
+        if len(set(roles)) < len(roles):
+            yield field, "names a role twice; name each once"
+    if "all" in recipe.train and len(recipe.train) > 1:
+        yield "train", "names all and more; keep all or the others"
+    if recipe.train != ("all",) and recipe.freeze:
+        yield "freeze", "stands beside train, from which it follows; keep one"
+    if recipe.lora is not None and recipe.freeze:
+        yield "freeze", "stands beside lora, which freezes all weights already; remove it"
+    for role in _roles(recipe, "lora.roles"):
+        if recipe.trains(role):
+            yield "lora.roles", f"{role} is named in train as well; keep one"
+    trained = recipe.trained_roles()
+    if not trained:
+        yield "freeze", "names every role; leave one to be trained"
+    if recipe.router.learning_rate is not None and not recipe.trains("router"):
+        yield "router.learning_rate", "cannot act on a frozen router; train it or remove the rate"
+    if recipe.router.initial == "random" and "router" not in trained:
+        yield "router.initial", "random leaves a frozen router untrained; train it, or pretrained"
+    if recipe.alternate is not None and recipe.lora is not None:
+        yield "alternate", "stands beside lora; keep one"
+    elif recipe.alternate is not None and not ("router" in trained and trained - {"router"}):
+        yield "alternate", "needs a trained router and another trained part; mend train or freeze"
+    for field in ("auxiliary_loss_weight", "z_loss_weight"):
+        if getattr(recipe, field) and trained == {"head"}:
+            yield field, "cannot reach the head, which alone is trained; set it to 0"
+
+
+def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
+    """Knobs that this Mixture-of-Experts or dense model does not have.
+
+    The recipe of a dense model that shares it with a partner must have passed ``for_dense``.
+    """
+    if facts.architecture == "dense":
+        for field in moe_only(recipe):
+            yield field, "only Mixture-of-Experts models have it; remove it"
+    if facts.family is None:  # a download would tell; the loop asks again
+        return
+    entry = FAMILIES[facts.family]
+    if recipe.adversarial is not None and not entry.packs:
+        yield "adversarial", f"{facts.family} models cannot read packed sequences; remove it"
+    if facts.architecture == "dense":
+        return
+    for field in ("train", "freeze", "lora.roles"):
+        if "shared_expert" in _roles(recipe, field) and not entry.shared_expert:
+            yield field, f"{facts.family} models have no shared experts; remove shared_expert"
+    top_k = recipe.router.top_k
+    if top_k is not None and facts.experts is not None and top_k > facts.experts:
+        yield "router.top_k", f"{top_k} is more than the {facts.experts} experts; lower it"
+    elif top_k is not None and top_k == facts.top_k:
+        yield "router.top_k", f"{top_k} is the model's own; remove it"
+    if recipe.router.capacity is not None and entry.model_type not in CAPACITY:
+        reason = f"{facts.family} has no capacity that can be set ({', '.join(CAPACITY)} has)"
+        yield "router.capacity", f"{reason}; remove it"
+    if entry.index is None:
+        unseen = {"router.top_k", "router.assignment", "experts.drop"}
+        if not entry.auxiliary_loss:
+            unseen.add("auxiliary_loss_weight")
+        for field in moe_only(recipe):
+            if field in unseen:
+                yield field, f"{facts.family} chooses its experts inside its blocks; remove it"
+
+
+def misplaced(recipe: Recipe, expert_parallel: int) -> Iterator[Problem]:
+    """Knobs that cannot act where experts are spread over several workers."""
+    if expert_parallel > 1 and "expert" in _roles(recipe, "lora.roles"):
+        yield "lora.roles", (
+            f"expert cannot be adapted while {expert_parallel} workers share the experts; set "
+            "expert_parallel to 1"
+        )
+
+
+def moe_only(recipe: Recipe) -> list[str]:
+    """The fields of a recipe that only a Mixture-of-Experts model has, where they are set."""
+    try:
+        return list(for_dense(recipe)[1])
+    except BadInput:
+        return [f for f in ("train", "lora.roles") if set(_roles(recipe, f)) & set(MOE_ROLES)]
+
+
+def _roles(recipe: Recipe, field: str) -> tuple[str, ...]:
+    if field == "lora.roles":
+        return recipe.lora.roles if recipe.lora else ()
+    return getattr(recipe, field)

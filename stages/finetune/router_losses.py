@@ -1,0 +1,30 @@
+"""Losses on the routers, from what ``stages.models.routing`` saw in one forward pass.
+
+They are computed here and not by the model, so that they are the same for every family and head,
+and reach the router's gradient where a model's head returns no loss of its own.
+"""
+
+import torch
+
+from stages.models.routing import Routing
+
+
+def load_balancing_loss(routings: list[Routing]) -> torch.Tensor:
+    """E · Σ_e f_e · P_e over the tokens of all sparse layers together, a scalar.
+
+    f_e is the number of times expert e was chosen per token (so Σ f_e = K), P_e the mean of the
+    softmax of the router logits (Switch Transformers, arXiv 2101.03961, equations 4 to 6; pooled
+    over the layers as transformers' ``load_balancing_loss_func`` does). Gradients flow through P_e.
+    """
+    experts = routings[0].logits.shape[-1]
+    chosen = torch.cat([routing.experts.flatten() for routing in routings])
+    tokens = sum(len(routing.logits) for routing in routings)
+    share = torch.bincount(chosen, minlength=experts).float() / tokens
+    probability = sum(r.logits.float().softmax(-1).sum(0) for r in routings) / tokens
+    return experts * (share * probability).sum()
+
+
+def z_loss(routings: list[Routing]) -> torch.Tensor:
+    """Mean over tokens and layers of (log Σ_e exp logit_e)², a scalar (arXiv 2202.08906, eq. 5)."""
+    squares = [r.logits.float().logsumexp(-1).square().mean() for r in routings]
+    return torch.stack(squares).mean()

@@ -1,0 +1,264 @@
+"""One optimiser step: the losses, the knobs, the gradients and what is recorded of them.
+
+The loss of a step is the mean negative log-likelihood over the answer tokens of the whole global
+batch, so that neither the number of workers nor the micro-batch changes more than rounding. The
+auxiliary losses, where a recipe has them, are computed per micro-batch and averaged over them: they
+depend on the size of the micro-batch, not on the worker that holds it. Random numbers are drawn
+anew for every micro-batch from the seed, the step and its place in the global batch, so that a
+resumed run, and one with another number of workers, draws the same.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.utils import groups
+from torch import nn
+
+from stages.errors import StageFailed
+from stages.finetune import freelb
+from stages.finetune.batches import Example, global_batch, micro_batch, micro_batches
+from stages.finetune.config import micro_batch_size
+from stages.finetune.evidence import Evidence
+from stages.finetune.knobs import Knobs
+from stages.finetune.parameters import Turns, trained_roles
+from stages.finetune.router_losses import load_balancing_loss, z_loss
+from stages.finetune.spec import FinetuneSpec
+from stages.finetune.telemetry import RoutingTelemetry, model_flops_utilisation
+from stages.models.families import family
+
+AUXILIARY = {
+    "auxiliary_loss_weight": ("auxiliary_loss", load_balancing_loss),
+    "z_loss_weight": ("z_loss", z_loss),
+}
+"""Field of the recipe to the column of the curve and the loss."""
+
+
+@dataclass
+class Training:
+    """A DeepSpeed engine and all that a recipe does with it."""
+
+    engine: nn.Module
+    spec: FinetuneSpec
+    examples: list[Example]
+    knobs: Knobs
+    evidence: Evidence
+    turns: Turns | None
+    flops_per_token: int
+    skipped: int = 0
+    """Steps so far whose loss or gradient was not finite."""
+
+    def __post_init__(self):
+        model = self.engine.module
+        role_of = trained_roles(model)
+        self.routers = [p for n, p in model.named_parameters() if role_of[n] == "router"]
+        self.weighed = {n: AUXILIARY[n] for n in AUXILIARY if getattr(self.spec, n)}
+        # A family whose choice cannot be seen computes the load-balancing loss itself.
+        self.own_loss = () if self.knobs.sees_choice else family(model).auxiliary_loss
+        asks = self.own_loss and "auxiliary_loss_weight" in self.weighed
+        self.own_argument = {"output_router_logits": True} if asks else {}
+        # At stage 0 this class reduces the gradients itself, and clips them afterwards.
+        self.zero = self.engine.zero_optimization_stage() > 0
+        self.engine.enable_backward_allreduce = self.zero
+
+    def step(self, step: int) -> dict:
+        """Optimiser step ``step``, counted from 0; its row of the training curve, the same on every
+        rank. Raises StageFailed when too many steps were not finite."""
+        start = time.perf_counter()
+        spec, engine = self.spec, self.engine
+        engine.train()
+        rank, workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        batch = global_batch(len(self.examples), spec.batch_size, spec.seed, step)
+        answers = sum(self.examples[i].answer for i in batch)
+        micros = micro_batches(batch, rank, workers, micro_batch_size(spec))
+        if self.turns is not None:
+            self.turns.start(spec, len(self.examples), step)
+        telemetry = RoutingTelemetry()
+        sums = torch.zeros(1 + len(self.weighed), dtype=torch.float64, device=engine.device)
+        for index, micro in enumerate(micros):
+            place = rank * len(batch) // workers + index * len(micro)
+            sums += self._micro_batch(
+                [self.examples[i] for i in micro],
+                answers=answers,
+                parts=len(micros) * workers,
+                seed=_seed(spec.seed, step, place),
+                last=index == len(micros) - 1,
+                telemetry=telemetry,
+            )
+        torch.distributed.all_reduce(sums)
+        # Every rank sees the same sums, so either all raise or none.
+        columns = ("loss", *(column for column, _ in self.weighed.values()))
+        losses = dict(zip(columns, sums.tolist(), strict=True))
+        rates = {group["part"]: group["lr"] for group in engine.optimizer.param_groups}
+        norm, change = self._update(finite=math.isfinite(sum(losses.values())))
+        watched = losses | {"gradient norm": norm}
+        bad = [(name, v) for name, v in watched.items() if not math.isfinite(v)]
+        if bad:
+            self._count_nonfinite(step, *bad[0])
+        self.evidence.open = False
+        seconds = time.perf_counter() - start
+        tokens = sum(len(self.examples[i].input_ids) for i in batch)
+        return {
+            "step": step + 1,
+            "loss": losses["loss"],
+            "gradient_norm": norm,
+            "learning_rate": next(iter(rates.values())),
+            "router_learning_rate": rates.get("router"),
+            **{column: losses.get(column) for column, _ in AUXILIARY.values()},
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "model_flops_utilisation": model_flops_utilisation(
+                tokens / seconds, self.flops_per_token, spec.precision, workers
+            ),
+            "skipped": int(bool(bad)),
+            **({"router_change": change} if self.turns is not None else {}),
+            **telemetry.row(),
+        }
+
+    def optimizer_dtype(self) -> torch.dtype:
+        """Of the weights that the optimiser updates: the master weights under bf16."""
+        return self.engine.basic_optimizer.param_groups[0]["params"][0].dtype
+
+    def _micro_batch(
+        self,
+        examples: list[Example],
+        *,
+        answers: int,
+        parts: int,
+        seed: int,
+        last: bool,
+        telemetry: RoutingTelemetry,
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch; its share of the step's losses."""
+        engine, adversarial = self.engine, self.spec.adversarial
+        part = micro_batch(examples, engine.module.config, engine.device)
+        arguments = part.arguments
+        sums = torch.zeros(1 + len(self.weighed), dtype=torch.float64, device=engine.device)
+        ascents = adversarial.steps if adversarial else 1
+        if adversarial:
+            torch.manual_seed(seed)
+            input_ids = arguments.pop("input_ids")
+            lengths = torch.tensor([len(e.input_ids) for e in examples], device=engine.device)
+            sequences = torch.arange(len(examples), device=engine.device).repeat_interleave(lengths)
+            embed = engine.module.get_input_embeddings()
+            delta = freelb.start(embed(input_ids), sequences, adversarial)
+        for ascent in range(ascents):
+            if adversarial:
+                embeddings = embed(input_ids)
+                arguments["inputs_embeds"] = embeddings + delta.to(embeddings.dtype)
+            torch.manual_seed(seed + 1)  # the same masks in every ascent
+            engine.set_gradient_accumulation_boundary(last and ascent == ascents - 1)
+            with self.knobs.forward() as routings:
+                out = engine(**arguments, use_cache=False, **self.own_argument)
+            routings = part.without_padding(routings)
+            logits = out.logits[part.answers].float()
+            nll = F.cross_entropy(logits, part.targets, reduction="sum") / answers
+            losses, loss = [nll], nll
+            for knob, (_, of) in self.weighed.items():
+                own = self.own_argument and of is load_balancing_loss
+                auxiliary = self._own(out) if own else of(routings)
+                if self.evidence.open:
+                    # The engine's outputs allow no backward pass but its own.
+                    again = {"use_cache": False, **arguments, **self.own_argument}
+                    self._measure(knob, self._own(engine.module(**again)) if own else auxiliary)
+                losses.append(auxiliary / parts)
+                loss = loss + losses[-1] * getattr(self.spec, knob)
+            # ZeRO averages the workers' gradients; at stage 0 they are summed.
+            share = (torch.distributed.get_world_size() if self.zero else 1) / ascents
+            engine.backward(loss * share, scale_wrt_gas=False)
+            if self.knobs.sees_choice:
+                telemetry.add(routings)
+            sums += torch.stack([part.detach().double() for part in losses]) / ascents
+            if adversarial:
+                self.evidence.mean("adversarial", f"loss_share_in_ascent_{ascent + 1}", nll)
+                norm = freelb.norms(delta, sequences)
+                self.evidence.mean("adversarial", f"norm_in_ascent_{ascent + 1}", norm)
+                delta = freelb.climb(delta, sequences, adversarial)
+        return sums
+
+    def _own(self, out) -> torch.Tensor:
+        """The load-balancing loss as the family computed it."""
+        return sum(out[name] for name in self.own_loss)
+
+    def _measure(self, knob: str, auxiliary: torch.Tensor) -> None:
+        """The norm of the routers' gradient of an auxiliary loss alone, with weight 1."""
+        trained = [p for p in self.routers if p.requires_grad]
+        if not trained:
+            self.evidence.note(knob, routers="frozen or adapted; the loss acts on what feeds them")
+            return
+        if self.turns is not None:
+            waiting, self.turns.part = self.turns.part, "router"
+        gradients = torch.autograd.grad(auxiliary, trained, retain_graph=True)
+        if self.turns is not None:
+            self.turns.part = waiting
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.evidence.mean(knob, "router_gradient_norm", norm)
+
+    def _update(self, finite: bool) -> tuple[float, float]:
+        """Let the optimiser step, unless something is not finite; the norm of the gradient before
+        clipping and, where parts take turns, the L2 norm of the routers' change."""
+        engine = self.engine
+        before = [p.detach().clone() for p in self.routers] if self.turns is not None else None
+        if self.zero:
+            engine.step()  # passes over gradients that are not finite
+            norm = float(engine.get_global_grad_norm())
+            applied = engine.was_step_applied()
+        else:
+            norm = reduce_and_clip(engine.module, self.spec.gradient_clipping)
+            applied = finite and math.isfinite(norm)
+            engine.step() if applied else engine.zero_grad()
+        if not applied:
+            engine.lr_scheduler.step()  # the schedule follows the steps, not the updates
+        if before is None:
+            return norm, 0.0
+        changes = [p.detach() - old for p, old in zip(self.routers, before, strict=True)]
+        return norm, torch.nn.utils.get_total_norm(changes).item()
+
+    def _count_nonfinite(self, step: int, name: str, value: float) -> None:
+        self.skipped += 1
+        allowed = self.spec.max_nonfinite_steps
+        if self.skipped >= allowed:
+            before = f" after {self.skipped - 1} skipped step(s)" if allowed > 1 else ""
+            raise StageFailed(
+                f"step {step + 1}: the {name} is {value}{before}; lower learning_rate or "
+                "gradient_clipping, or look for broken rows in the train sets"
+            )
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def reduce_and_clip(model: nn.Module, largest: float | None) -> float:
+    """Sum the gradients over the workers and scale them to a global L2 norm of at most ``largest``.
+
+    The norm before scaling. In place and without buckets: on the CPU, where this is used, their
+    copies cost more than they save. An expert's gradient is summed over the ranks that hold it.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    experts = [p for p in parameters if is_moe_param(p)]
+    pending = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        group = None
+        if is_moe_param(parameter):
+            group = groups._get_expert_data_parallel_group(parameter.group_name)
+        if torch.distributed.get_world_size(group) > 1:
+            pending.append(torch.distributed.all_reduce(parameter.grad, group=group, async_op=True))
+    for work in pending:
+        work.wait()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if not is_moe_param(p)])
+    if experts:  # each rank of an expert-parallel group holds others
+        squares = torch.nn.utils.get_total_norm([p.grad for p in experts]).square()
+        group = groups._get_expert_parallel_group(experts[0].group_name)
+        torch.distributed.all_reduce(squares, group=group)
+        norm = (norm.square() + squares).sqrt()
+    if largest is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm.item()

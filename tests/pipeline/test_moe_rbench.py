@@ -1,0 +1,111 @@
+"""The 44 released MoE-RBench scripts are recipes that plan without a network."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from pipeline.checks import check, check_plan
+from pipeline.plan import build
+from pipeline.sweep import load
+
+FOLDER = Path(__file__).parents[2] / "sweeps" / "moe_rbench"
+# Script, model, learning rate, global batch, epochs, schedule, expert dropout, weight of the
+# balance and z-loss, router frozen (Y), precision: as released, `2e-1:` read as 0.2.
+SCRIPTS = """
+adv_nli/llama_moe_2_16 llama-moe-2-16 2e-5 128 3 step 0 0 Y bf16
+adv_nli/llama_moe_2_8 llama-moe-2-8 2e-5 128 3 step 0 0 Y bf16
+adv_nli/llama_moe_4_16 llama-moe-4-16 2e-5 128 3 step 0.1 1e-3 - bf16
+adv_nli/molm_350m_4B molm-350m-4b 1e-4 128 3 step 0.2 0 Y bf16
+adv_nli/molm_700m_4b molm-700m-4b 1e-4 256 4 step 0.1 0 Y bf16
+adv_nli/molm_700m_8b molm-700m-8b 1e-4 128 3 cosine 0.2 0 Y bf16
+adv_nli/open_llama open-llama-3b 2e-5 128 3 step 0 0 Y bf16
+adv_nli/pythia_1_4B pythia-1.4b 3e-5 128 4 step 0 0 Y bf16
+adv_nli/pythia_410m pythia-410m 2e-5 64 3 step 0 0 Y bf16
+adv_nli/switch switch-base-32 1e-4 256 3 step 0.2 0 Y fp32
+adv_nli/t5 t5-base 1e-4 128 3 step 0.1 0 - fp32
+boss_nli/molm_nli molm-350m-4b 1e-4 256 3 step 0.3 0 Y bf16
+boss_nli/pythia_nli pythia-410m 5e-5 256 3 step 0.1 0 - bf16
+boss_nli/switch_nli switch-base-32 1e-4 256 3 step 0.1 0 Y fp32
+boss_nli/t5_nli t5-base 1e-4 256 3 step 0.1 0 - bf16
+boss_sa/molm_sa molm-350m-4b 1e-4 256 6 linear 0.1 0 - bf16
+boss_sa/pythia_sa pythia-410m 5e-5 128 6 linear 0.1 0 - bf16
+boss_sa/switch_sa switch-base-32 1e-4 128 6 linear 0.1 0 Y fp32
+boss_sa/t5_sa t5-base 1e-4 256 5 step 0.1 0 - bf16
+boss_td/molm_td molm-350m-4b 1e-4 256 4 linear 0.1 0 Y bf16
+boss_td/pythia_td pythia-410m 5e-5 256 4 linear 0.1 0 - bf16
+boss_td/switch_td switch-base-32 1e-4 256 4 step 0.1 0 Y fp32
+boss_td/t5_td t5-base 1e-4 256 4 step 0.1 0 - bf16
+snli_hard/llama_moe_2_16 llama-moe-2-16 2e-5 128 2 step 0.2 1e-3 Y bf16
+snli_hard/llama_moe_2_8 llama-moe-2-8 2e-5 128 2 step 0.2 1e-3 Y bf16
+snli_hard/llama_moe_4_16 llama-moe-4-16 2e-5 128 2 step 0.2 1e-3 Y bf16
+snli_hard/molm_350m_4b molm-350m-4b 1e-4 256 2 step 0.1 0 Y bf16
+snli_hard/molm_700m_4b molm-700m-4b 1e-4 128 2 step 0.2 1e-3 Y bf16
+snli_hard/open_llama open-llama-3b 2e-5 128 2 step 0.2 1e-3 Y bf16
+snli_hard/pythia_410m pythia-410m 5e-5 256 2 step 0.1 0 Y bf16
+snli_hard/switch switch-base-32 5e-5 128 3 step 0.1 0 Y fp32
+snli_hard/t5 t5-base 1e-4 256 3 step 0.1 0 Y fp32
+style_ood/llama_moe_2_16 llama-moe-2-16 2e-5 64 4 step 0 1e-3 - bf16
+style_ood/llama_moe_2_8 llama-moe-2-8 5e-5 64 2 step 0 1e-3 - bf16
+style_ood/llama_moe_4_16 llama-moe-4-16 2e-5 64 2 step 0 1e-3 - bf16
+style_ood/molm_350m_4B molm-350m-4b 1e-4 128 4 step 0.2 0 Y bf16
+style_ood/molm_700m_4B molm-700m-4b 1e-4 128 4 step 0.2 0 Y bf16
+style_ood/molm_700m_8B molm-700m-8b 1e-4 128 4 step 0.1 0 - bf16
+style_ood/open-llama-7b open-llama-7b 5e-5 256 3 step 0 1e-3 - bf16
+style_ood/open_llama open-llama-3b 2e-5 256 2 step 0 1e-3 - bf16
+style_ood/pythia_1.4b pythia-1.4b 2e-5 128 4 cosine 0.1 0 - bf16
+style_ood/pythia_410m pythia-410m 5e-5 128 4 step 0.1 0 - bf16
+style_ood/switch switch-base-32 1e-4 256 4 step 0.2 1e-3 Y fp32
+style_ood/t5 t5-base 1e-4 128 4 step 0.1 0 - bf16
+"""
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """The fine-tune specs of each file by script and model."""
+    connect, socket.socket.connect = socket.socket.connect, _refuse
+    try:
+        found = {}
+        for file in sorted(FOLDER.glob("*.yaml")):
+            sweep = load(file)
+            plan = build(sweep, check(sweep, file))
+            check_plan(plan, file)
+            for name, recipe in sweep.recipes.items():
+                for model in recipe.models:
+                    node = plan.nodes[f"finetune/{model}-{name}-seed42"]
+                    found[f"{file.stem}/{name}", model] = node.spec
+        return found
+    finally:
+        socket.socket.connect = connect
+
+
+def _refuse(*_):
+    raise AssertionError("planning went to the network")
+
+
+def test_every_script_is_there_and_no_other(planned):
+    scripts = [line.split()[0] for line in SCRIPTS.split("\n") if line]
+    assert len(scripts) == 44 and set(scripts) == {script for script, _ in planned}
+
+
+@pytest.mark.parametrize("line", [line for line in SCRIPTS.split("\n") if line])
+def test_a_recipe_has_the_settings_of_its_script(planned, line):
+    script, model, rate, batch, epochs, schedule, dropout, weight, frozen, precision = line.split()
+    spec = planned[script, model]
+    assert spec.learning_rate == float(rate)
+    assert (spec.batch_size, spec.epochs, spec.precision) == (int(batch), int(epochs), precision)
+    assert spec.schedule.kind == schedule and spec.weight_decay == 1e-3
+    assert spec.gradient_clipping is None and spec.seed == 42
+    moe = "moe" in model or "molm" in model or "switch" in model
+    assert spec.experts.dropout == (float(dropout) if moe else 0.0)
+    assert spec.auxiliary_loss_weight == spec.z_loss_weight == (float(weight) if moe else 0.0)
+    assert spec.freeze == (("router",) if moe and frozen == "Y" else ())
+
+
+def test_the_dense_partner_has_the_same_recipe(planned):
+    moe = planned["snli_hard/llama_moe_2_16", "llama-moe-2-16"]
+    dense = planned["snli_hard/llama_moe_2_16", "open-llama-3b"]
+    assert dense.dropped == {"auxiliary_loss_weight": 1e-3, "z_loss_weight": 1e-3,
+                             "experts.dropout": 0.2, "freeze": ["router"]}  # fmt: skip
+    for field in ("data", "epochs", "batch_size", "learning_rate", "schedule", "precision"):
+        assert getattr(moe, field) == getattr(dense, field)

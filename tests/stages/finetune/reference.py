@@ -1,0 +1,106 @@
+"""What a fine-tune must equal: a plain PyTorch loop of one process over the plain model."""
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer, get_linear_schedule_with_warmup
+
+from stages.finetune.batches import global_batch, load_examples
+from stages.models.families import family
+from stages.models.load import auto_class
+
+
+def curve(folder):
+    return pd.read_parquet(folder / "training_curve.parquet")
+
+
+def weights(folder):
+    return plain(folder).state_dict()
+
+
+def plain(folder):
+    config = AutoConfig.from_pretrained(folder)
+    model = auto_class(config).from_pretrained(folder, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("expert_bias", "e_score_correction_bias")):  # as before it was saved
+            parameter.requires_grad_(False)
+    return model
+
+
+def reference(spec, folder, inputs):
+    """A plain PyTorch loop over padded micro-batches of the plain model: its curve and weights."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = plain(folder).train()
+    entry, seq2seq = family(model), model.config.is_encoder_decoder
+    examples = load_examples(spec, inputs, tokenizer, encoder_decoder=seq2seq)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=False
+    )
+    schedule = get_linear_schedule_with_warmup(optimizer, spec.warmup_steps, spec.steps)
+    rows = []
+    for step in range(spec.steps):
+        batch = [examples[i] for i in global_batch(len(examples), spec.batch_size, spec.seed, step)]
+        answers = sum(e.answer for e in batch)
+        losses, balances = [], []
+        for start in range(0, spec.batch_size, spec.micro_batch):
+            micro = batch[start : start + spec.micro_batch]
+            balance = {"output_router_logits": True} if spec.auxiliary_loss_weight else {}
+            logits, labels, out = (_seq2seq if seq2seq else _causal)(model, micro, balance)
+            nll = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), reduction="sum"
+            )
+            losses.append(nll / answers)
+            if spec.auxiliary_loss_weight:
+                auxiliary = sum(out[part] for part in entry.auxiliary_loss)
+                balances.append(auxiliary / (spec.batch_size // spec.micro_batch))
+        (sum(losses) + spec.auxiliary_loss_weight * sum(balances)).backward()
+        for parameter in trained:  # an expert that no token was for
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = torch.nn.utils.clip_grad_norm_(trained, spec.gradient_clipping)
+        rows.append((step + 1, sum(losses).item(), norm.item(), optimizer.param_groups[0]["lr"],
+                     sum(balances).item() if balances else None))  # fmt: skip
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    names = ["step", "loss", "gradient_norm", "learning_rate", "auxiliary_loss"]
+    return pd.DataFrame(rows, columns=names), model.state_dict()
+
+
+def _causal(model, micro, balance):
+    rows = [e.input_ids for e in micro]
+    ids, mask = _filled(rows, 0), _filled([[1] * len(row) for row in rows], 0)
+    prompts = [[-100] * (len(e.input_ids) - e.answer) for e in micro]
+    answers = [e.input_ids[-e.answer :] for e in micro]
+    labels = _filled([[*p, *a] for p, a in zip(prompts, answers, strict=True)], -100)
+    out = model(input_ids=ids, attention_mask=mask, **balance)
+    return out.logits[:, :-1], labels[:, 1:], out
+
+
+def _seq2seq(model, micro, balance):
+    rows = [e.input_ids[: -e.answer] for e in micro]
+    ids = _filled(rows, model.config.pad_token_id)
+    mask = _filled([[1] * len(row) for row in rows], 0)
+    labels = _filled([e.input_ids[-e.answer :] for e in micro], -100)
+    out = model(input_ids=ids, attention_mask=mask, labels=labels, **balance)
+    return out.logits, labels, out
+
+
+def _filled(rows, value):
+    length = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+
+
+def assert_same_training(folder, spec, model, inputs, norm=1e-5):
+    expected, state = reference(spec, model, inputs)
+    got = curve(folder)
+    assert expected["gradient_norm"].max() > spec.gradient_clipping  # clipping took place
+    compared = ["step", "loss", "gradient_norm", "learning_rate"]
+    for column in compared + ["auxiliary_loss"] * bool(spec.auxiliary_loss_weight):
+        same = pytest.approx(expected[column].to_numpy(), rel=norm if "norm" in column else 1e-5)
+        assert got[column].to_numpy() == same, f"{column}: {(got[column] / expected[column]).max()}"
+    for key, value in weights(folder).items():
+        torch.testing.assert_close(
+            value, state[key], rtol=0, atol=2e-4, msg=lambda m, k=key: f"{k} {m}"
+        )

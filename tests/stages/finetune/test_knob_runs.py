@@ -1,0 +1,275 @@
+"""Every knob trains the same with and without expert parallelism, does what it says to the weights,
+and leaves its evidence."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages.finetune.spec import FinetuneSpec, TrainSet
+from stages.models.card import ModelCard
+from tests.stages.finetune.runs import Run, launch
+
+BASE = {
+    "data": (TrainSet(dataset="reviews", template="sentiment"),),
+    "steps": 3,
+    "batch_size": 8,
+    "learning_rate": 3e-3,
+    "workers": 2,
+    "micro_batch": 2,
+    "seed": 5,
+}
+KNOBS = {
+    "default": {},
+    "noise": {"router": {"noise": 0.3, "jitter": 0.1, "top_k": 3}},
+    "random": {"router": {"assignment": "random"}},
+    "balanced": {"router": {"assignment": "balanced"}},
+    "experts": {"experts": {"dropout": 0.1, "drop": 0.25}},
+    "dropout": {"dropout": {"residual": 0.1, "attention": 0.1}},
+    "losses": {"auxiliary_loss_weight": 0.05, "z_loss_weight": 0.01},
+    "router_rate": {"router": {"learning_rate": 3e-2, "initial": "random"}},
+    "train_router": {"train": ("router",)},
+    "freeze_router": {"freeze": ("router",)},
+    "freeze_experts": {"freeze": ("expert",)},
+    "alternate": {"alternate": {"every": 1}, "gradient_clipping": 0.5},
+    "lora": {"lora": {"roles": ("backbone", "router"), "rank": 4}},
+    "freelb": {"adversarial": {"kind": "freelb", "max_norm": 0.03}},
+    "sgd": {"optimizer": {"kind": "sgd", "momentum": 0.9}, "weight_decay": 0.1},
+}
+LAYOUTS = {
+    "nodes": "gpu_moe_expert_parallel_zero2_nodes.json",
+    "offload": "gpu_moe_expert_parallel_zero2_cpu_offload.json",
+}
+ZERO2 = {"deepspeed_config": "cpu_moe_expert_parallel_zero2.json"}
+
+
+RESUMED = {"experts": {}, "alternate": ZERO2, "lora": {}, "router_rate": ZERO2}
+
+
+def spec(**fields):
+    return FinetuneSpec.model_validate(BASE | fields)
+
+
+@pytest.fixture(scope="module")
+def runs(models, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("knob_runs")
+    planned = []
+
+    def plan(name, model, given, **fields):
+        (folder / name).mkdir(exist_ok=True)
+        planned.append(Run(given, {"model": models[model], **data}, folder / name, **fields))
+
+    for name, fields in KNOBS.items():
+        plan(f"{name}-ep1", "mixtral", spec(**fields))
+        plan(f"{name}-ep2", "mixtral", spec(expert_parallel=2, **fields))
+    for name in ("router_rate", "alternate", "freelb", "losses"):
+        plan(f"{name}-zero2", "mixtral", spec(expert_parallel=2, **KNOBS[name], **ZERO2))
+    for name, file in LAYOUTS.items():
+        plan(name, "mixtral", spec(expert_parallel=2, deepspeed_config=file))
+    plan("shared", "qwen2_moe", spec(expert_parallel=2, train=("shared_expert",)))
+    plan("experts_lora", "mixtral", spec(lora={"roles": ("expert", "router"), "rank": 2}))
+    epochs = {"epochs": 2, "steps": None, "warmup_ratio": 0.34}
+    step = {"schedule": {"kind": "step", "gamma": 0.5, "every": "epoch"}}
+    plan("epochs", "mixtral", spec(**epochs, **step))
+    nan = {"learning_rate": 1e30, "gradient_clipping": None, "max_nonfinite_steps": 2}
+    for name, fields in (("nan", {}), ("nan_zero2", ZERO2)):
+        plan(name, "mixtral", spec(expert_parallel=2, **nan, **fields))
+    for name, layout in RESUMED.items():
+        given = spec(**KNOBS[name], expert_parallel=2, checkpoint_every=2, **layout)
+        checkpoints = tmp_path_factory.mktemp("checkpoints")
+        plan(f"resumed-{name}", "mixtral", given, stop_after=3, checkpoints=checkpoints)
+        plan(f"resumed-{name}", "mixtral", given, checkpoints=checkpoints)
+    audited = TrainSet(dataset="refusals", exclude=("NOT 2",), limit=2, repeat=3)
+    plan("audited", "mixtral", spec(data=(*BASE["data"], audited)))
+    dropped = {"router.noise": 0.3}
+    plan("dense", "llama", spec(dropped=dropped))
+    plan("refused", "llama", spec(router={"noise": 0.3}))
+    plan("tied", "mixtral", spec(train=("head",)))
+    launch(2, planned, tmp_path_factory.mktemp("store") / "store")
+    return folder
+
+
+def curve(folder):
+    return pd.read_parquet(folder / "training_curve.parquet")
+
+
+def evidence(folder):
+    return json.loads((folder / "recipe_evidence.json").read_text())
+
+
+def measured(folder, knob):
+    return evidence(folder)["knobs"][knob]["measured"]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def moved(folder, source):
+    """Roles of the parameters that differ from the source's."""
+    before, found = weights(source), set()
+    for name, value in weights(folder).items():
+        if not torch.equal(value, before[name]):
+            parts = (("shared_expert", "shared_expert"), ("gate.weight", "router"),
+                     ("experts", "expert"), ("embed", "embedding"))  # fmt: skip
+            found.add(next((role for part, role in parts if part in name), "backbone"))
+    return found
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_expert_parallel_training_equals_that_of_one_copy(runs, name):
+    one, two = curve(runs / f"{name}-ep1"), curve(runs / f"{name}-ep2")
+    for column in ("loss", "gradient_norm", "router_entropy", "expert_load_variation"):
+        assert two[column].to_numpy() == pytest.approx(one[column].to_numpy(), rel=2e-5), column
+    ours, theirs = weights(runs / f"{name}-ep2"), weights(runs / f"{name}-ep1")
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key], rtol=0, atol=2e-4)
+    plain = curve(runs / "default-ep2")
+    if name != "default":
+        assert (two["loss"] - plain["loss"]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["router_rate", "alternate", "freelb", "losses"])
+def test_zero2_equals_stage_0(runs, name):
+    zero, two = curve(runs / f"{name}-zero2"), curve(runs / f"{name}-ep2")
+    for column in ("loss", "gradient_norm"):
+        assert zero[column].to_numpy() == pytest.approx(two[column].to_numpy(), rel=2e-5), column
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_files_for_gpus_train_the_same(runs, name):
+    got, plain = curve(runs / name), curve(runs / "default-ep2")
+    assert got["loss"].to_numpy() == pytest.approx(plain["loss"].to_numpy(), rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("run", "model", "expected"),
+    [
+        ("default", "mixtral", {"router", "expert", "backbone", "embedding"}),
+        ("train_router", "mixtral", {"router"}),
+        ("freeze_router", "mixtral", {"expert", "backbone", "embedding"}),
+        ("freeze_experts", "mixtral", {"router", "backbone", "embedding"}),
+        ("lora", "mixtral", {"router", "backbone"}),
+    ],
+)
+def test_the_trained_roles_move_and_no_others(runs, models, run, model, expected):
+    for layout in ("ep1", "ep2"):
+        assert moved(runs / f"{run}-{layout}", models[model]) == expected
+
+
+def test_shared_experts_are_a_role_of_their_own(runs, models):
+    assert moved(runs / "shared", models["qwen2_moe"]) == {"shared_expert"}
+    trained = evidence(runs / "shared")["parameters"]["trained"]
+    assert set(trained) == {"shared_expert"}
+
+
+def test_adapters_of_experts_and_routers_are_merged(runs, models):
+    assert moved(runs / "experts_lora", models["mixtral"]) == {"expert", "router"}
+    names = set(weights(runs / "experts_lora"))
+    assert names == set(weights(models["mixtral"]))  # a plain Hugging Face folder
+    before, after = weights(models["mixtral"]), weights(runs / "experts_lora")
+    for name in (n for n in names if "down_proj" in n):
+        for change in after[name] - before[name]:  # of each expert
+            assert torch.linalg.matrix_rank(change, atol=1e-5) <= 2
+    assert ModelCard.read(runs / "experts_lora").notes["export_logit_difference"] <= 1e-4
+
+
+def test_router_learning_rate_is_its_own(runs):
+    got = curve(runs / "router_rate-ep2")
+    assert got["router_learning_rate"].tolist() == pytest.approx([3e-2, 2e-2, 1e-2])
+    assert got["learning_rate"].tolist() == pytest.approx([3e-3, 2e-3, 1e-3])
+    rates = measured(runs / "router_rate-ep2", "router.learning_rate")["learning_rates"]
+    assert rates == {"backbone": 3e-3, "router": 3e-2}
+    assert measured(runs / "router_rate-ep2", "router.initial")["norm_of_the_change"] > 1
+
+
+@pytest.mark.parametrize("layout", ["ep1", "ep2", "zero2"])
+def test_parts_take_turns(runs, layout):
+    change = curve(runs / f"alternate-{layout}")["router_change"]
+    assert change[0] == change[2] == 0 < change[1]
+    assert measured(runs / f"alternate-{layout}", "alternate") == {
+        "steps_that_moved_the_routers": 1, "steps_that_did_not": 2}  # fmt: skip
+
+
+def test_auxiliary_losses_reach_the_routers(runs):
+    for layout in ("ep1", "ep2"):
+        for knob in ("auxiliary_loss_weight", "z_loss_weight"):
+            assert measured(runs / f"losses-{layout}", knob)["router_gradient_norm"] > 1e-2
+    first = curve(runs / "losses-ep2").iloc[0]
+    assert first["auxiliary_loss"] > 1.9 and first["z_loss"] > 0.5
+
+
+def test_freelb_climbs(runs):
+    seen = measured(runs / "freelb-ep2", "adversarial")
+    losses = [seen[f"loss_share_in_ascent_{n}"] for n in (1, 2, 3)]
+    assert losses[0] < losses[1] < losses[2]
+    norms = [seen[f"norm_in_ascent_{n}"] for n in (1, 2, 3)]
+    assert norms[0] == pytest.approx(0.02 / 3**0.5, rel=0.05) and max(norms) <= 0.03 + 1e-6
+
+
+def test_epochs_and_steps_of_a_staircase(runs):
+    got = curve(runs / "epochs")
+    assert len(got) == 6  # ⌈2 × 21 / 8⌉; the second epoch begins within step 3
+    assert got["learning_rate"].tolist() == pytest.approx(
+        [0, 1e-3, 2e-3, 1.5e-3, 1.5e-3, 1.5e-3])  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["nan", "nan_zero2"])
+def test_steps_that_are_not_finite_are_skipped_then_stop_the_run(runs, name):
+    messages = {(runs / name / f"failed_{rank}.txt").read_text() for rank in (0, 1)}
+    assert len(messages) == 1
+    message = messages.pop()  # step 2 was the first such step
+    assert "step 3: the" in message and "after 1 skipped step(s)" in message
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_knobs_resume_exactly(runs, name):
+    whole = runs / f"{name}-{'zero2' if RESUMED[name] else 'ep2'}"
+    resumed = runs / f"resumed-{name}"
+    assert curve(resumed)["loss"].tolist() == curve(whole)["loss"].tolist()
+    expected = weights(whole)
+    for key, value in weights(resumed).items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_rows_that_were_drawn_and_removed_are_counted_and_named(runs):
+    reviews, refusals = evidence(runs / "audited")["data"]
+    assert reviews["rows"] == 21 and reviews["removed"] == 0
+    assert refusals == {"dataset": "refusals/train", "rows": 2, "repeat": 3, "removed": 1,
+                        "removed_by_phrase": {"not 2": 1}}  # fmt: skip
+    removed = pd.read_parquet(runs / "audited" / "removed_rows.parquet").to_dict("records")
+    assert removed == [{"dataset": "refusals", "id": "i2", "phrase": "not 2"}]
+
+
+def test_a_dense_partner_says_what_was_dropped(runs):
+    found = evidence(runs / "dense")
+    assert found["not_applicable"] == {
+        "router.noise": {"asked": 0.3, "reason": "only Mixture-of-Experts models have it"}
+    }
+    assert found["knobs"] == {} and "router_entropy" not in curve(runs / "dense")
+
+
+def test_what_cannot_act_is_refused_by_the_loop_as_well(runs):
+    refusal = (runs / "refused" / "failed_0.txt").read_text()
+    assert refusal == "recipe: router.noise: only Mixture-of-Experts models have it; remove it"
+    assert "tied to the embedding" in (runs / "tied" / "failed_1.txt").read_text()
+
+
+def test_telemetry_adds_up(runs):
+    got = curve(runs / "default-ep2")
+    assert (got["tokens_per_second"] * got["seconds"]).round().tolist() == got["tokens"].tolist()
+    assert got["model_flops_utilisation"].isna().all()  # no accelerator whose peak is known
+    last = got.iloc[-1]
+    layers = [f"layer_{i}" for i in range(4)]
+    assert list(last["router_entropy_by_layer"]) == layers
+    for layer in layers:
+        assert sum(last["expert_load_by_layer"][layer]) == pytest.approx(1)
+    mean = sum(last["router_entropy_by_layer"].values()) / 4
+    assert last["router_entropy"] == pytest.approx(mean)
+    assert 0 < last["router_entropy"] < 1.39  # ln 4
+    dropped = curve(runs / "experts-ep2")["dropped_choices"]
+    assert dropped.mean() == pytest.approx(0.25, abs=0.12)
+    assert (runs / "default-ep2" / "routing.svg").read_text().startswith("<?xml")
+    assert not (runs / "dense" / "routing.svg").exists()

@@ -1,0 +1,88 @@
+"""Roles decide what is trained; no piece of a name does."""
+
+import pytest
+
+from stages.errors import StageFailed
+from stages.finetune.parameters import count, draw_routers, freeze, groups, trained_roles
+from stages.finetune.recipe import Recipe
+from stages.models.families import FAMILIES
+from stages.models.routing import blocks
+from stages.models.tiny import tiny_model, tiny_tokenizer
+from stages.models.tiny_shapes import TINY
+
+MOE = [name for name in TINY if FAMILIES[name].is_moe]
+
+
+def model_of(name):
+    return tiny_model(name, tiny_tokenizer(), seed=3)
+
+
+def recipe(**fields):
+    given = {"data": ({"dataset": "d"},), "steps": 1, "batch_size": 1, "learning_rate": 1.0}
+    return Recipe.model_validate(given | fields)
+
+
+def trained(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_freezing_the_router_freezes_the_routers_and_nothing_else(name):
+    model = model_of(name)
+    freeze(model, recipe(freeze=["router"]))
+    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
+    assert frozen == {id(p) for router, _ in blocks(model).values() for p in router.parameters()}
+    freeze(model, recipe(train=["router"]))
+    assert {id(p) for p in model.parameters() if p.requires_grad} == frozen
+
+
+def test_projections_called_gate_are_no_routers():
+    for name in ("llama", "qwen2_moe", "deepseek_v3"):
+        for parameter, role in trained_roles(model_of(name)).items():
+            if "gate_proj" in parameter or "gate_up_proj" in parameter:
+                assert role != "router", parameter
+
+
+def test_roles_cover_a_model_and_count_adds_up():
+    model = model_of("qwen2_moe")
+    freeze(model, recipe(train=["shared_expert", "expert"]))
+    assert {n.split(".")[4] for n in trained(model)} == {
+        "experts", "shared_expert", "shared_expert_gate"}  # fmt: skip
+    counts = count(model)
+    assert set(counts["trained"]) == {"shared_expert", "expert"}
+    total = sum(sum(part.values()) for part in counts.values())
+    assert total == sum(p.numel() for p in model.parameters())
+
+
+def test_a_role_that_a_model_lacks_is_refused():
+    with pytest.raises(StageFailed, match="head: .* tied to the embedding.*remove it"):
+        freeze(model_of("llama"), recipe(train=["head"]))
+    with pytest.raises(StageFailed, match="router: .*it has no such part"):
+        freeze(model_of("llama"), recipe(freeze=["router"]))
+
+
+def test_the_router_has_a_group_where_a_recipe_treats_it_apart():
+    model = model_of("mixtral")
+    (one,) = groups(model, recipe())
+    assert one["part"] == "all" and len(one["params"]) == len(list(model.parameters()))
+    rest, router = groups(model, recipe(router={"learning_rate": 0.5}))
+    assert "lr" not in rest and router["lr"] == 0.5
+    assert {id(p) for p in router["params"]} == {id(r.weight) for r, _ in blocks(model).values()}
+    assert len(rest["params"]) + len(router["params"]) == len(one["params"])
+
+
+def test_routers_are_drawn_anew_by_the_seed_and_nothing_else_is():
+    model, other = model_of("mixtral"), model_of("mixtral")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    change = draw_routers(model, seed=1)
+    draw_routers(other, seed=1)
+    squares = 0.0
+    for name, parameter in model.named_parameters():
+        if ".gate.weight" in name:
+            squares += (parameter - before[name]).square().sum().item()
+            width = model.config.initializer_range
+            assert parameter.std().item() == pytest.approx(width, rel=0.2)
+            assert (other.get_parameter(name) == parameter).all()
+        else:
+            assert (parameter == before[name]).all()
+    assert change == pytest.approx(squares**0.5)
