@@ -6,31 +6,23 @@ The same examples are asked three times: clean, attacked, and with the control's
 from typing import Annotated, ClassVar, Literal, get_args
 
 import pandas as pd
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from stages.data.templates import TEMPLATES
-from stages.evaluate.base import Evaluation, Metric, Request, Response, mean_of
+from stages.data.spec import Task
+from stages.evaluate.base import Metric, Request, Response, mean_of
 from stages.evaluate.character_edits import Operation, Surrogate, edited_pair
-from stages.evaluate.examples import (
-    answers,
-    check_labels,
-    difference,
-    label_requests,
-    predicted_labels,
-    qualified,
-)
+from stages.evaluate.classification import Classification, check_labels, correct
+from stages.evaluate.examples import difference, qualified
 
 SUBSETS = ("clean", "adversarial", "random")
 
 
-class CharacterEdits(Evaluation):
+class CharacterEdits(Classification):
     """Accuracy under a black-box character attack, beside clean and randomly edited texts."""
 
     kind: Literal["character_edits"] = "character_edits"
     dataset: str
     split: str = "test"
-    template: str
-    """A name in ``stages/data/templates.py``, which has a word for every label."""
     surrogate_split: str = "train"
     """Split of the same data set on which the attack's own small model is fitted."""
     edits: Annotated[int, Field(ge=1)] = 4
@@ -41,44 +33,53 @@ class CharacterEdits(Evaluation):
     axis: ClassVar[str] = "adversarial"
     primary: ClassVar[str] = "adversarial_accuracy"
 
+    @model_validator(mode="after")
+    def _one_text(self) -> "CharacterEdits":
+        if self.task != "classification":
+            raise ValueError(
+                f"template {self.template} is for task {self.task}, and edits are made to one "
+                "text; name a template of task classification"
+            )
+        return self
+
     def datasets(self) -> dict[str, str]:
         """The one data set and the split that is attacked."""
         return {self.dataset: self.split}
 
     def sources(self) -> dict[str, tuple[str, str]]:
         """The attacked split and, under a key of its own, the one the surrogate is fitted on."""
-        return super().sources() | {self._train: (self.dataset, self.surrogate_split)}
+        surrogate = {self._train: (self.dataset, self.surrogate_split)}
+        return super().sources() | surrogate | self.shot_source()
 
     @property
     def _train(self) -> str:
         return f"{self.dataset}#{self.surrogate_split}"
 
-    def tasks(self) -> dict[str, str]:
-        """Data set to the task that it must be of."""
-        return {self.dataset: "classification"}
+    def tasks(self) -> dict[str, Task]:
+        """Data set to the task that it must be of: one text per row, whose words are edited."""
+        return dict.fromkeys(super().tasks(), "classification")
 
     def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:
-        """Three requests per text, with the template's label words as choices."""
+        """Three requests per text."""
         check_labels(self.dataset, data[self.dataset]["label"], self.template)
         texts = self._texts(data)
-        return label_requests(TEMPLATES[self.template], texts["example_id"].tolist(), texts["text"])
+        asked = self.asked(texts["example_id"].tolist(), texts, data)
+        return [*asked, *self.calibration(data)]
 
     def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
         """Three rows per text: ``correct``, 0 or 1, and ``edits``, the number of edits made."""
-        template = TEMPLATES[self.template]
         texts = self._texts(data)
-        predictions = predicted_labels(template, answers(texts["example_id"], responses))
+        found = self.answered(texts["example_id"].tolist(), responses)
         return pd.DataFrame(
             {
                 "example_id": texts["example_id"],
                 "document": texts["document"],
                 "subset": texts["subset"],
-                "prompt": [template.render(text) for text in texts["text"]],
+                "prompt": self.prompts(texts, data),
                 "gold": texts["label"],
-                "prediction": predictions,
-                "answer": "",
+                **found,
                 "edits": texts["edits"],
-                "correct": (texts["label"] == predictions).astype(float),
+                "correct": correct(texts["label"], found),
             }
         )
 
@@ -110,6 +111,7 @@ class CharacterEdits(Evaluation):
                 higher_is_better=False,
                 label="of that, beyond random edits",
             ),
+            *self.out_of_set_rate(),
         )
 
     def _texts(self, data: dict[str, pd.DataFrame]) -> pd.DataFrame:

@@ -7,22 +7,30 @@ meaning: it turns data sets into *requests* for the model, turns the model's *re
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pandas as pd
+from pydantic import model_validator
 
+from stages.evaluate.techniques import AnyTechnique, SelfConsistency
 from stages.spec import Spec
 
-AXES = ("safety", "truthfulness", "adversarial", "out_of_distribution")
+if TYPE_CHECKING:
+    from stages.evaluate.judges import ModelJudge
+
+AXES = ("safety", "truthfulness", "adversarial", "out_of_distribution", "language_modelling")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a model: score each continuation, or generate when there is none.
+    """One question to a model, of one of four kinds: the first of these that applies.
 
-    The continuations' log-probabilities are of ``choice`` given ``context`` (both tokenised
-    together, as ``context + choice``, split where the context's own tokens end).
+    - ``head``: the outputs of the model's classification head on the context.
+    - ``window``: the log-probability of every token of the context.
+    - ``choices``: the log-probability of each choice given the context (both tokenised together, as
+      ``context + choice``, split where the context's own tokens end).
+    - Otherwise a generation of at most ``max_new_tokens`` tokens after the context.
     """
 
     id: str
@@ -31,6 +39,22 @@ class Request:
     max_new_tokens: int = 0
     chat: bool = False
     """Put the context through the tokenizer's chat template as the user's turn."""
+    reply: str = ""
+    """The assistant's turn after it, for a judge of answers; needs a chat template."""
+    stop: tuple[str, ...] = ()
+    """Texts before which a generation is cut off."""
+    window: int = 0
+    """Most tokens that are read at once; longer texts are read in windows without overlap."""
+    head: bool = False
+    technique: str = ""
+    """The inference technique as JSON (``stages/evaluate/techniques.py``); plain when empty."""
+    model: str = ""
+    """The judge that is asked; empty for the checkpoint."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether the response is a text."""
+        return not (self.head or self.window or self.choices)
 
 
 @dataclass(frozen=True)
@@ -39,9 +63,12 @@ class Response:
 
     id: str
     logprobs: tuple[float, ...] = ()
-    """Per choice, the sum of its tokens' natural-log probabilities."""
+    """Per choice, the sum of its tokens' natural-log probabilities; of a windowed text, the sum
+    over all its tokens (one entry). Under a technique, the sum of its token scores."""
     tokens: tuple[int, ...] = ()
-    """Per choice, its number of tokens; for a generation, the number generated (one entry)."""
+    """Per choice, its number of tokens; for a generation or a windowed text, one entry."""
+    outputs: tuple[float, ...] = ()
+    """What a classification head gives, before any softmax."""
     text: str = ""
     """The generated text."""
     finished: bool = True
@@ -64,6 +91,9 @@ class Metric:
     higher_is_better: bool = True
     label: str = ""
     """The metric's name in tables."""
+    datasets: tuple[str, ...] | None = None
+    """The data sets that it is computed from, where they are not all of the evaluation and its name
+    does not tell (``partial.py``)."""
 
 
 def mean_of(
@@ -88,11 +118,18 @@ def mean_of(
 class Evaluation(Spec):
     """Base of every kind of evaluation. Light to import: no torch, no Ray."""
 
+    technique: AnyTechnique | None = None
+    """Inference technique under which the model answers; plain scoring and decoding when absent."""
+
     axis: ClassVar[str]
     VERSION: ClassVar[int] = 1
     """Raised when requests or scoring change, so that stored scores become stale."""
     primary: ClassVar[str]
     """Name of the metric that enters the Holm correction."""
+
+    declared: dict[str, tuple[str, ...]] = {}
+    """Where some data sets could not be had: each field that names one, as the sweep has it; filled
+    in by a run (``partial.py``)."""
 
     def datasets(self) -> dict[str, str]:
         """Dataset name (of the sweep) to the split that is read."""
@@ -106,9 +143,41 @@ class Evaluation(Spec):
         """Key in ``data`` to the dataset and split read for it; by default as ``datasets``."""
         return {name: (name, split) for name, split in self.datasets().items()}
 
+    def wordings(self) -> dict[str, str]:
+        """Hashes of the fixed texts in its prompts, by name; part of its scores' identity."""
+        return {}
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model's answers are texts."""
+        return False
+
+    @model_validator(mode="after")
+    def _technique_acts(self) -> "Evaluation":
+        if isinstance(self.technique, SelfConsistency) and not self.generates:
+            raise ValueError(
+                "self_consistency samples several answers, and this evaluation generates none; "
+                "remove technique"
+            )
+        return self
+
+    def vote(self, request: Request, text: str) -> str:
+        """What of an answer self-consistency counts: answers with the same vote agree."""
+        return " ".join(text.casefold().split())
+
     def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:
         """Every request that the evaluation needs, in a fixed order; ids are unique."""
         raise NotImplementedError
+
+    def judge_models(self) -> "dict[str, ModelJudge]":
+        """The judges that are models, by name."""
+        return {}
+
+    def judgements(
+        self, data: dict[str, pd.DataFrame], responses: dict[str, Response]
+    ) -> list[Request]:
+        """What the judges are asked about the responses."""
+        return []
 
     def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
         """One row per example, in the order of the data.

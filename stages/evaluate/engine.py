@@ -1,13 +1,35 @@
 """One loaded checkpoint that answers requests of every evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import torch
 
+from stages.errors import StageFailed
+from stages.evaluate import seq2seq
 from stages.evaluate.base import Request, Response
+from stages.evaluate.decoding import (
+    LayerContrast,
+    ModelContrast,
+    Plain,
+    Predictor,
+    expert_count,
+)
 from stages.evaluate.generate import generate
+from stages.evaluate.heads import Head, has_head
 from stages.evaluate.scorer import score
+from stages.evaluate.techniques import (
+    AnyTechnique,
+    Contrastive,
+    DoLa,
+    ExpertCount,
+    SelfConsistency,
+    read,
+)
+from stages.evaluate.windows import score_windows
 from stages.models.load import load, load_tokenizer
 
 
@@ -15,8 +37,9 @@ class Engine:
     """A model and its tokenizer, read once from a Hugging Face folder.
 
     ``dtype`` names a torch type, ``device`` a torch device; ``threads`` is the number of CPU
-    threads of this process from now on (``None`` leaves it as it is). Raises StageFailed for a
-    folder that cannot be loaded.
+    threads of this process from now on (``None`` leaves it as it is). ``amateurs`` are the folders
+    of the models that ``contrastive`` decodes against, by name; each is loaded when first needed.
+    Raises StageFailed for a folder that cannot be loaded.
     """
 
     def __init__(
@@ -26,17 +49,125 @@ class Engine:
         dtype: str = "float32",
         device: str = "cpu",
         threads: int | None = None,
-        trust_remote_code: bool = False,
+        amateurs: Mapping[str, Path] | None = None,
     ):
         if threads is not None:
             torch.set_num_threads(threads)
-        self.model = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        self.tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        self.folder, self.dtype, self.device = folder, dtype, device
+        self.amateurs = dict(amateurs or {})
+        self.predictors: dict[AnyTechnique, Predictor] = {}
+        self.tokenizer = load_tokenizer(folder)
+        self.head = Head(folder, self.tokenizer, dtype, device) if has_head(folder) else None
+        if self.head is None:
+            self.model  # noqa: B018 - a folder that cannot be loaded fails here
+
+    @cached_property
+    def model(self):
+        """The causal language model."""
+        if self.head is not None:
+            raise StageFailed(
+                f"{self.folder}: has a classification head and cannot continue texts; evaluate it "
+                "with method: head"
+            )
+        return load(self.folder, dtype=self.dtype, device=self.device)
 
     def respond(self, requests: Sequence[Request]) -> list[Response]:
         """A response for each request, in their order; the same list gives the same responses."""
-        choosing = [request for request in requests if request.choices]
-        generating = [request for request in requests if not request.choices]
-        scored = iter(score(self.model, self.tokenizer, choosing))
-        generated = iter(generate(self.model, self.tokenizer, generating))
+        responses: dict[int, Response] = {}
+        order = sorted(range(len(requests)), key=lambda index: requests[index].technique)
+        for technique, group in groupby(order, key=lambda index: requests[index].technique):
+            members = list(group)
+            asked = [requests[index] for index in members]
+            answered = self._under(read(technique) if technique else None, asked)
+            responses |= dict(zip(members, answered, strict=True))
+        return [responses[index] for index in range(len(requests))]
+
+    def _under(self, technique: AnyTechnique | None, requests: list[Request]) -> list[Response]:
+        """Responses to requests of one technique."""
+        asks = iter(self._outputs([request for request in requests if request.head]))
+        rest = [request for request in requests if not request.head]
+        if not rest:
+            return list(asks)
+        changed = (
+            expert_count(self.model, technique)
+            if isinstance(technique, ExpertCount)
+            else nullcontext()
+        )
+        if self.model.config.is_encoder_decoder:
+            with changed:
+                return self._encoded(technique, requests)
+        predictor = self._predictor(technique)
+        sampling = technique if isinstance(technique, SelfConsistency) else None
+        with changed:
+            windows = iter(score_windows(predictor, self.tokenizer, [r for r in rest if r.window]))
+            scored = iter(
+                score(
+                    self.model,
+                    self.tokenizer,
+                    [r for r in rest if r.choices and not r.window],
+                    predictor=predictor,
+                )
+            )
+            generated = iter(
+                generate(
+                    self.model,
+                    self.tokenizer,
+                    [r for r in rest if r.generates],
+                    predictor=predictor,
+                    sampling=sampling,
+                )
+            )
+
+        def kind(request: Request):
+            if request.head:
+                return asks
+            return windows if request.window else scored if request.choices else generated
+
+        return [next(kind(request)) for request in requests]
+
+    def _encoded(
+        self, technique: AnyTechnique | None, requests: list[Request]
+    ) -> list[Response]:
+        """Responses of an encoder-decoder."""
+        if isinstance(technique, DoLa | Contrastive | SelfConsistency):
+            raise StageFailed(
+                f"technique.kind: {technique.kind} is for decoders, {self.folder} is an "
+                "encoder-decoder; remove technique"
+            )
+        if any(request.window for request in requests):
+            raise StageFailed(
+                f"{self.folder}: an encoder-decoder gives no probability to a text without a "
+                "prompt; evaluate it without perplexity"
+            )
+        scored = iter(seq2seq.score(self.model, self.tokenizer, [r for r in requests if r.choices]))
+        generated = iter(
+            seq2seq.generate(self.model, self.tokenizer, [r for r in requests if r.generates])
+        )
         return [next(scored if request.choices else generated) for request in requests]
+
+    def _outputs(self, requests: list[Request]) -> list[Response]:
+        if requests and self.head is None:
+            raise StageFailed(
+                f"{self.folder}: has no classification head (method: head); train one or evaluate "
+                "with method: label_words"
+            )
+        return self.head.respond(requests) if requests else []
+
+    def _predictor(self, technique: AnyTechnique | None) -> Predictor:
+        if isinstance(technique, DoLa | Contrastive):
+            if technique not in self.predictors:
+                self.predictors[technique] = self._made(technique)
+            return self.predictors[technique]
+        return Plain(self.model)
+
+    def _made(self, technique: DoLa | Contrastive) -> Predictor:
+        if isinstance(technique, DoLa):
+            return LayerContrast(self.model, technique)
+        folder = self.amateurs[technique.amateur]
+        if load_tokenizer(folder).get_vocab() != self.tokenizer.get_vocab():
+            raise StageFailed(
+                f"technique.amateur: {technique.amateur} has another tokenizer than the model; "
+                "name one of the same family"
+            )
+        amateur = load(folder, dtype=self.dtype, device=self.device)
+        return ModelContrast(self.model, amateur, technique)

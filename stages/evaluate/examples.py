@@ -1,4 +1,4 @@
-"""What the kinds of evaluation share: ids, checked look-up of responses, closed-set labels.
+"""What the kinds of evaluation share: ids, checked look-up of responses, means over subsets.
 
 An example's id is its data set's name and its row's id, so that examples of several data sets never
 meet; a bootstrap cluster is named the same way.
@@ -9,9 +9,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from stages.data.templates import TEMPLATES, Template
 from stages.errors import StageFailed
-from stages.evaluate.base import Metric, Request, Response
+from stages.evaluate.base import Metric, Response
 
 
 def qualified(dataset: str, values: pd.Series) -> list[str]:
@@ -32,47 +31,24 @@ def answers(ids: Iterable[str], responses: dict[str, Response]) -> list[Response
             "run the evaluation again, finished shards are kept"
         )
     found = [responses[id] for id in ids]
-    broken = [r.id for r in found if np.isnan(r.logprobs).any()]
+    broken = [r.id for r in found if np.isnan((*r.logprobs, *r.outputs)).any()]
     if broken:
         raise StageFailed(
-            f"the model gave no number as log-probability in {len(broken)} of {len(ids)} "
+            f"the model gave no number as log-probability or output in {len(broken)} of {len(ids)} "
             f"responses, the first {broken[0]!r}: its weights have diverged, lower the recipe's "
             "learning_rate"
         )
     return found
 
 
-def label_requests(template: Template, ids: list[str], texts: Iterable[str]) -> list[Request]:
-    """One request per text: which of the template's label words follows the prompt."""
-    choices = tuple(template.labels.values())
-    return [
-        Request(id, template.render(text), choices) for id, text in zip(ids, texts, strict=True)
-    ]
-
-
-def predicted_labels(template: Template, responses: list[Response]) -> list[str]:
-    """The label whose word is the most probable of the closed set; the first one wins a tie."""
-    labels = list(template.labels)
-    return [labels[int(np.argmax(r.logprobs))] for r in responses]
-
-
-def check_labels(dataset: str, labels: pd.Series, name: str) -> None:
-    """Raise StageFailed if a data set has a label for which the template has no word."""
-    unknown = sorted(set(labels) - set(TEMPLATES[name].labels))
-    if unknown:
-        raise StageFailed(
-            f"data set {dataset!r} has the label {unknown[0]!r}, which template {name!r} lacks "
-            f"({', '.join(TEMPLATES[name].labels)}): map it with the data set's `labels`"
-        )
-
-
 def mean_where(
     column: str, name: str, where: str, among: Sequence[str], **fields: object
 ) -> Metric:
-    """The mean of a score column over the rows whose column ``where`` holds one of ``among``."""
+    """The mean of a score column over the rows whose column ``where`` holds one of ``among``,
+    leaving out rows without a score."""
 
     def statistics(scores: pd.DataFrame) -> np.ndarray:
-        counted = scores[where].isin(among).to_numpy()
+        counted = (scores[where].isin(among) & scores[column].notna()).to_numpy()
         values = np.where(counted, scores[column].to_numpy(dtype=float), 0.0)
         return np.stack([values, counted.astype(float)], axis=1)
 
@@ -84,13 +60,32 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
         return sums[..., 0] / sums[..., 1]
 
 
+def worst(name: str, parts: list[Metric], **fields: object) -> Metric:
+    """The smallest of some means, each an ``(x, 1)`` metric."""
+
+    def statistics(scores: pd.DataFrame) -> np.ndarray:
+        return np.concatenate([part.statistics(scores) for part in parts], axis=1)
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        return _ratio(sums.reshape(*sums.shape[:-1], len(parts), 2)).min(axis=-1)
+
+    return Metric(name, statistics, value, datasets=_read_by(parts), **fields)
+
+
+def _read_by(parts: list[Metric]) -> tuple[str, ...] | None:
+    """The data sets that some metrics are computed from, where all of them say so."""
+    if any(part.datasets is None for part in parts):
+        return None
+    return tuple(dict.fromkeys(name for part in parts for name in part.datasets))
+
+
 def difference(
     name: str,
     minuend: list[Metric],
     subtrahend: list[Metric],
     **fields: object,
 ) -> Metric:
-    """Unweighted mean of some means minus that of others, each an ``(x, 1)`` metric."""
+    """Unweighted mean of some means minus that of others (if any), each an ``(x, 1)`` metric."""
     parts = [*minuend, *subtrahend]
 
     def statistics(scores: pd.DataFrame) -> np.ndarray:
@@ -99,6 +94,6 @@ def difference(
     def value(sums: np.ndarray) -> np.ndarray:
         means = _ratio(sums.reshape(*sums.shape[:-1], len(parts), 2))
         first, second = means[..., : len(minuend)], means[..., len(minuend) :]
-        return first.mean(axis=-1) - second.mean(axis=-1)
+        return first.mean(axis=-1) - (second.mean(axis=-1) if subtrahend else 0.0)
 
-    return Metric(name, statistics, value, **fields)
+    return Metric(name, statistics, value, datasets=_read_by(parts), **fields)

@@ -1,20 +1,22 @@
-"""Greedy decoding of many prompts at once; a prompt that has ended leaves the batch.
+"""Decoding of many prompts at once; a prompt that has ended leaves the batch.
 
 ``model.generate`` goes on computing ended prompts until the last one of their batch ends; answers
 of very different lengths (a refusal, an essay) make that most of the work. Sampling defaults that a
 checkpoint carries in its ``generation_config.json`` have no effect here, except its end tokens.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.evaluate.base import Request, Response
-from stages.evaluate.scorer import beginning, independent, prompt
+from stages.evaluate.decoding import Plain, Predictor, Sampler
+from stages.evaluate.scorer import beginning, context_length, independent, prompt
+from stages.evaluate.techniques import SelfConsistency
+from stages.evaluate.thinking import HARMONY_CHANNEL
 
 # Tokens of a batch, padding and those still to come included: bounds the key-value cache.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -26,6 +28,7 @@ class Decoding:
 
     request: Request
     prompt: list[int]
+    sampler: Sampler | None = None
     tokens: list[int] = field(default_factory=list)
     """Generated, the end token left out."""
     finished: bool = False
@@ -42,35 +45,51 @@ def generate(
     requests: Sequence[Request],
     *,
     batch_tokens: int | None = None,
+    predictor: Predictor | None = None,
+    sampling: SelfConsistency | None = None,
 ) -> list[Response]:
-    """A response for each request, in their order: the most probable next token at each step.
+    """A response for each request, in their order: the token with the best score at each step, or
+    drawn as ``sampling`` says.
 
-    Decoding ends at an end token of the checkpoint or after ``max_new_tokens``; the text is without
-    special tokens, the number of tokens without the end token. A prompt too long for the model's
-    context loses tokens from its left.
+    Decoding ends at an end token of the checkpoint, before a request's stop text, or after
+    ``max_new_tokens``. The text is without special tokens, but for a tokenizer whose special tokens
+    tell thought from answer (``thinking.py``); the number of tokens is without the end token. A
+    prompt too long for the model's context loses tokens from its left.
     """
-    longest = getattr(model.config, "max_position_embeddings", sys.maxsize)
+    predictor = predictor or Plain(model)
+    longest = context_length(predictor)
     decodings = []
     for request in requests:
         text, special = prompt(tokenizer, request)
         tokens = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         tokens = tokens[-max(1, longest - request.max_new_tokens) :] or [beginning(tokenizer)]
-        decodings.append(Decoding(request, tokens))
-    if not independent(model):
+        sampler = sampling and Sampler(sampling.temperature, sampling.seed, request.id)
+        decodings.append(Decoding(request, tokens, sampler))
+    if not all(map(independent, predictor.models)):
         batch_tokens = 1
     batch_tokens = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
     stops = _end_tokens(model, tokenizer)
     for batch in _batches(decodings, batch_tokens):
-        _decode(model, batch, stops)
+        _decode(predictor, tokenizer, batch, stops)
     return [
         Response(
             each.request.id,
             tokens=(len(each.tokens),),
-            text=tokenizer.decode(each.tokens, skip_special_tokens=True),
+            text=cut(_text(tokenizer, each.tokens), each.request.stop),
             finished=each.finished,
         )
         for each in decodings
     ]
+
+
+def _text(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    kept = HARMONY_CHANNEL in tokenizer.get_added_vocab()
+    return tokenizer.decode(tokens, skip_special_tokens=not kept)
+
+
+def cut(text: str, stop: tuple[str, ...]) -> str:
+    """The text before the first of the stop texts."""
+    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> set[int]:
@@ -91,10 +110,20 @@ def _batches(decodings: list[Decoding], batch_tokens: int) -> Iterator[list[Deco
         yield batch
 
 
+def _stopped(tokenizer: Tokenizer, decoding: Decoding) -> bool:
+    """Whether the answer holds a stop text."""
+    stop = decoding.request.stop
+    # Most steps look at the last tokens only; a stop text is at most that many characters long.
+    tail = decoding.tokens[-max(map(len, stop), default=0) - 1 :]
+    return any(text in tokenizer.decode(tail) for text in stop)
+
+
 @torch.inference_mode()
-def _decode(model: PreTrainedModel, batch: list[Decoding], stops: set[int]) -> None:
+def _decode(
+    predictor: Predictor, tokenizer: Tokenizer, batch: list[Decoding], stops: set[int]
+) -> None:
     """Decode a batch to its end, into its members."""
-    device = model.device
+    device = predictor.models[0].device
     width = max(len(each.prompt) for each in batch)
     # Padded on the left, so that every row's next token is at the right edge.
     tokens = torch.tensor([[0] * (width - len(e.prompt)) + e.prompt for e in batch], device=device)
@@ -102,30 +131,30 @@ def _decode(model: PreTrainedModel, batch: list[Decoding], stops: set[int]) -> N
         [[0] * (width - len(e.prompt)) + [1] * len(e.prompt) for e in batch], device=device
     )
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    cache = DynamicCache(config=model.config)
+    caches = [None] * len(predictor.models)  # of whatever kind each model makes
     while True:
-        logits = model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        following = logits.argmax(-1)
+        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        last = torch.tensor([tokens.shape[1] - 1], device=device)
+        scores = predictor.scores(inputs, last, caches)[:, 0]
+        following = scores.argmax(-1)
+        if batch[0].sampler is not None:
+            drawn = [each.sampler.draw(row) for each, row in zip(batch, scores, strict=True)]
+            following = torch.tensor(drawn, device=device)
         going = []
         for row, (each, token) in enumerate(zip(batch, following.tolist(), strict=True)):
             each.finished = token in stops
             if not each.finished:
                 each.tokens.append(token)
-                if len(each.tokens) < each.request.max_new_tokens:
+                each.finished = _stopped(tokenizer, each)
+                if not each.finished and len(each.tokens) < each.request.max_new_tokens:
                     going.append(row)
         if not going:
             return
         if len(going) < len(batch):
             batch = [batch[row] for row in going]
             kept = torch.tensor(going, device=device)
-            cache.batch_select_indices(kept)
+            for cache in caches:
+                cache.batch_select_indices(kept)
             following, mask, positions = following[kept], mask[kept], positions[kept]
         tokens = following[:, None]
         positions = positions[:, -1:] + 1

@@ -1,6 +1,6 @@
-"""Out of distribution: classification on the training domain and on domains never trained on.
+"""Classification of one reference set and of others: out of distribution, or made to be hard.
 
-Domains differ in how often each label occurs, so accuracy stands beside macro-F1 and balanced
+Sets differ in how often each label occurs, so accuracy stands beside macro-F1 and balanced
 accuracy. All are functions of summed confusion counts and so are resampled exactly.
 """
 
@@ -12,115 +12,131 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from stages.data.templates import TEMPLATES
-from stages.evaluate.base import Evaluation, Metric, Request, Response
-from stages.evaluate.examples import (
-    answers,
-    check_labels,
-    difference,
-    label_requests,
-    mean_where,
-    predicted_labels,
-    qualified,
-)
+from stages.evaluate.base import Metric, Request, Response
+from stages.evaluate.classification import OUT_OF_SET, Classification, check_labels, correct
+from stages.evaluate.examples import difference, mean_where, qualified, worst
 
 
-class OutOfDistribution(Evaluation):
-    """How much of the accuracy in distribution is left on other domains."""
+class LabelledSets(Classification):
+    """One set to compare with and others on which a model may do worse."""
 
-    kind: Literal["out_of_distribution"] = "out_of_distribution"
-    in_distribution: str
-    out_of_distribution: Annotated[tuple[str, ...], Field(min_length=1)]
     split: str = "test"
-    template: str
-    """A name in ``stages/data/templates.py``, which has a word for every label."""
 
-    axis: ClassVar[str] = "out_of_distribution"
-    primary: ClassVar[str] = "ood_accuracy"
+    @property
+    def reference(self) -> str:
+        """The set to compare with."""
+        raise NotImplementedError
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The sets on which a model may do worse."""
+        raise NotImplementedError
 
     @model_validator(mode="after")
-    def _domains_differ(self) -> "OutOfDistribution":
-        if len(set(self.domains)) < len(self.domains):
-            raise ValueError("names a data set twice; name each domain once")
+    def _sets_differ(self) -> "LabelledSets":
+        if len(set(self.sets)) < len(self.sets):
+            raise ValueError("names a data set twice; name each set once")
         return self
 
     @property
-    def domains(self) -> tuple[str, ...]:
-        """All data sets, the one in distribution first."""
-        return (self.in_distribution, *self.out_of_distribution)
+    def sets(self) -> tuple[str, ...]:
+        """All data sets, the reference first."""
+        return (self.reference, *self.others)
 
     def datasets(self) -> dict[str, str]:
-        """Every domain and the split."""
-        return {domain: self.split for domain in self.domains}
+        """Every set and the split."""
+        return dict.fromkeys(self.sets, self.split)
 
-    def tasks(self) -> dict[str, str]:
-        """Data set to the task that it must be of."""
-        return {domain: "classification" for domain in self.domains}
+    def sources(self) -> dict[str, tuple[str, str]]:
+        """The sets and, under a key of their own, the answered examples."""
+        return super().sources() | self.shot_source()
 
     def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:
-        """One request per text, domain by domain, with the template's label words as choices."""
+        """One request per row, set by set."""
         requests = []
-        for domain in self.domains:
-            frame = data[domain]
-            check_labels(domain, frame["label"], self.template)
-            ids = qualified(domain, frame["id"])
-            requests += label_requests(TEMPLATES[self.template], ids, frame["text"])
-        return requests
+        for name in self.sets:
+            check_labels(name, data[name]["label"], self.template)
+            requests += self.asked(qualified(name, data[name]["id"]), data[name], data)
+        return [*requests, *self.calibration(data)]
 
     def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
-        """One row per text: ``domain`` and ``correct``, 0 or 1."""
-        template = TEMPLATES[self.template]
+        """One row per example: ``domain`` (its set) and ``correct``, 0 or 1."""
         parts = []
-        for domain in self.domains:
-            frame = data[domain]
-            ids = qualified(domain, frame["id"])
-            predictions = predicted_labels(template, answers(ids, responses))
-            gold = frame["label"].tolist()
-            inside = domain == self.in_distribution
+        for name in self.sets:
+            frame = data[name]
+            ids = qualified(name, frame["id"])
+            found = self.answered(ids, responses)
             parts.append(
                 pd.DataFrame(
                     {
                         "example_id": ids,
-                        "document": qualified(domain, frame["document"]),
-                        "subset": "in_distribution" if inside else "out_of_distribution",
-                        "prompt": [template.render(text) for text in frame["text"]],
-                        "gold": gold,
-                        "prediction": predictions,
-                        "answer": "",
-                        "domain": domain,
-                        "correct": [float(p == g) for p, g in zip(predictions, gold, strict=True)],
+                        "document": qualified(name, frame["document"]),
+                        "subset": self.subsets[name != self.reference],
+                        "prompt": self.prompts(frame, data),
+                        "gold": frame["label"].tolist(),
+                        **found,
+                        "domain": name,
+                        "correct": correct(frame["label"], found),
                     }
                 )
             )
         return pd.concat(parts, ignore_index=True)
 
+    subsets: ClassVar[tuple[str, str]]
+    """Names of the reference's rows and of the others'."""
+    names: ClassVar[tuple[str, str, str]]
+    """Beginnings of the metrics' names for the reference and the others, and the gap's name."""
+    titles: ClassVar[tuple[str, str]]
+    """The two in tables."""
+
     def metrics(self) -> tuple[Metric, ...]:
-        """Pooled and per-domain accuracy, macro-F1, and the gap to the training domain."""
-        inside, outside = self.in_distribution, list(self.out_of_distribution)
-        id_accuracy = _accuracy("id_accuracy", [inside], "accuracy in distribution")
-        accuracies = [_accuracy(f"accuracy/{d}", [d], f"accuracy on {d}") for d in outside]
+        """Pooled, mean, worst and per-set accuracy and macro-F1, and the robustness gap."""
+        one, others = [self.reference], list(self.others)
+        (before, after, gap), (inside, outside) = self.names, self.titles
+        reference = _accuracy(f"{before}_accuracy", one, f"accuracy {inside}")
+        accuracies = [_accuracy(f"accuracy/{d}", [d], f"accuracy on {d}") for d in others]
+        several = ()
+        if len(others) > 1:
+            several = (
+                difference(
+                    f"{after}_mean_accuracy", accuracies, [], label=f"accuracy {outside}, mean"
+                ),
+                worst(f"{after}_worst_accuracy", accuracies, label=f"accuracy {outside}, worst"),
+                self._from_counts(
+                    f"{after}_worst_macro_f1",
+                    others,
+                    macro_f1,
+                    f"macro-F1 {outside}, worst",
+                    np.min,
+                ),
+            )
         return (
-            _accuracy("ood_accuracy", outside, "accuracy out of distribution, pooled"),
-            id_accuracy,
+            _accuracy(f"{after}_accuracy", others, f"accuracy {outside}, pooled"),
+            reference,
             self._from_counts(
-                "id_balanced_accuracy",
-                [inside],
+                f"{before}_balanced_accuracy",
+                one,
                 balanced_accuracy,
-                "balanced accuracy in distribution",
+                f"balanced accuracy {inside}",
             ),
-            self._from_counts("id_macro_f1", [inside], macro_f1, "macro-F1 in distribution"),
+            self._from_counts(f"{before}_macro_f1", one, macro_f1, f"macro-F1 {inside}"),
             difference(
-                "id_minus_ood",
-                [id_accuracy],
+                gap,
+                [reference],
                 accuracies,
                 higher_is_better=False,
-                label="accuracy lost: in distribution minus mean of domains",
+                label=f"accuracy lost: {inside} minus mean {outside}",
             ),
-            self._from_counts("ood_macro_f1", outside, macro_f1, "macro-F1, mean of domains"),
+            self._from_counts(
+                f"{after}_macro_f1", others, macro_f1, f"macro-F1 {outside}, mean of sets"
+            ),
+            *several,
             *accuracies,
             *(
                 self._from_counts(f"macro_f1/{d}", [d], macro_f1, f"macro-F1 on {d}")
-                for d in outside
+                for d in others
             ),
+            *self.out_of_set_rate(),
         )
 
     def _from_counts(
@@ -129,37 +145,91 @@ class OutOfDistribution(Evaluation):
         domains: list[str],
         function: Callable[[np.ndarray], np.ndarray],
         label: str,
+        over: Callable[..., np.ndarray] = np.mean,
     ) -> Metric:
-        """The mean over domains of a function of each domain's confusion matrix."""
+        """The mean (or ``over``) over sets of a function of each set's confusion matrix."""
         labels = list(TEMPLATES[self.template].labels)
+        columns = [*labels, OUT_OF_SET]
 
         def statistics(scores: pd.DataFrame) -> np.ndarray:
             gold = scores["gold"].map(labels.index).to_numpy()
-            prediction = scores["prediction"].map(labels.index).to_numpy()
-            counts = np.zeros((len(scores), len(domains), len(labels), len(labels)))
+            prediction = scores["prediction"].map(columns.index).to_numpy()
+            counts = np.zeros((len(scores), len(domains), len(labels), len(columns)))
             for index, domain in enumerate(domains):
                 rows = np.flatnonzero(scores["domain"] == domain)
                 counts[rows, index, gold[rows], prediction[rows]] = 1
             return counts.reshape(len(scores), -1)
 
         def value(sums: np.ndarray) -> np.ndarray:
-            counts = sums.reshape(*sums.shape[:-1], len(domains), len(labels), len(labels))
-            return function(counts).mean(axis=-1)
+            counts = sums.reshape(*sums.shape[:-1], len(domains), len(labels), len(columns))
+            return over(function(counts), axis=-1)
 
-        return Metric(name, statistics, value, label=label)
+        return Metric(name, statistics, value, label=label, datasets=tuple(domains))
+
+
+class OutOfDistribution(LabelledSets):
+    """How much of the accuracy in distribution is left on other domains."""
+
+    kind: Literal["out_of_distribution"] = "out_of_distribution"
+    in_distribution: str
+    out_of_distribution: Annotated[tuple[str, ...], Field(min_length=1)]
+
+    axis: ClassVar[str] = "out_of_distribution"
+    primary: ClassVar[str] = "ood_accuracy"
+    subsets = ("in_distribution", "out_of_distribution")
+    names = ("id", "ood", "id_minus_ood")
+    titles = ("in distribution", "out of distribution")
+
+    @property
+    def reference(self) -> str:
+        """The domain of the training."""
+        return self.in_distribution
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The other domains."""
+        return self.out_of_distribution
+
+
+class AdversarialSets(LabelledSets):
+    """How much of the accuracy on a standard test set is left on sets made to be hard.
+
+    Such as the rounds of ANLI beside SNLI, SNLI-hard, AdvGLUE, or counterfactual rewrites.
+    """
+
+    kind: Literal["adversarial_sets"] = "adversarial_sets"
+    standard: str
+    adversarial: Annotated[tuple[str, ...], Field(min_length=1)]
+
+    axis: ClassVar[str] = "adversarial"
+    primary: ClassVar[str] = "adversarial_accuracy"
+    subsets = ("standard", "adversarial")
+    names = ("standard", "adversarial", "robustness_gap")
+    titles = ("on the standard set", "on adversarial sets")
+
+    @property
+    def reference(self) -> str:
+        """The standard test set."""
+        return self.standard
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The hard ones."""
+        return self.adversarial
 
 
 def _accuracy(name: str, domains: list[str], label: str) -> Metric:
-    return mean_where("correct", name, "domain", domains, label=label)
+    return mean_where("correct", name, "domain", domains, label=label, datasets=tuple(domains))
 
 
 def macro_f1(counts: np.ndarray) -> np.ndarray:
     """Mean over classes of F1, from confusion counts of shape (..., gold, prediction).
 
-    A class that is neither in the gold labels nor predicted is left out, as scikit-learn does.
+    Further columns count predictions of no class. A class that is neither in the gold labels nor
+    predicted is left out, as scikit-learn does.
     """
     hits = np.diagonal(counts, axis1=-2, axis2=-1)
-    either = counts.sum(axis=-1) + counts.sum(axis=-2)
+    either = counts.sum(axis=-1) + counts[..., : counts.shape[-2]].sum(axis=-2)
     return _mean_over(2 * hits, either)
 
 

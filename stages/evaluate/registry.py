@@ -10,12 +10,25 @@ from pydantic import Field
 
 from stages.evaluate.adversarial import CharacterEdits
 from stages.evaluate.base import Evaluation
-from stages.evaluate.out_of_distribution import OutOfDistribution
+from stages.evaluate.language_modelling import Perplexity
+from stages.evaluate.open_questions import FalsePremises, OpenQuestion
+from stages.evaluate.out_of_distribution import AdversarialSets, OutOfDistribution
 from stages.evaluate.safety import Refusal
 from stages.evaluate.truthfulness import MultipleChoice
+from stages.evaluate.truthfulqa import TruthfulQA, TruthfulQAGeneration
 
 AnyEvaluation = Annotated[
-    Refusal | MultipleChoice | CharacterEdits | OutOfDistribution, Field(discriminator="kind")
+    Refusal
+    | MultipleChoice
+    | TruthfulQA
+    | TruthfulQAGeneration
+    | OpenQuestion
+    | FalsePremises
+    | CharacterEdits
+    | AdversarialSets
+    | OutOfDistribution
+    | Perplexity,
+    Field(discriminator="kind"),
 ]
 
 KINDS: dict[str, type[Evaluation]] = {

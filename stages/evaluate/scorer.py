@@ -9,7 +9,6 @@ head. The result is that of scoring each choice alone, up to rounding.
 Texts are cut into context and choice as lm-evaluation-harness does, so that numbers compare.
 """
 
-import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from stages.errors import BadInput
+from stages.errors import BadInput, StageFailed
 from stages.evaluate.base import Request, Response
+from stages.evaluate.decoding import POSITIONS, Plain, Predictor
 from stages.models.families import FAMILIES
 
 # Tokens of one forward pass. More of them waste work on attention between questions, fewer on
@@ -58,8 +58,11 @@ def score(
     *,
     packed: bool = True,
     row_tokens: int | None = None,
+    predictor: Predictor | None = None,
 ) -> list[Response]:
     """A response for each request, in their order: natural-log probabilities of its choices.
+
+    With a ``predictor`` other than ``Plain`` they are sums of its scores of the choices' tokens.
 
     ``packed=False`` scores one choice at a time under the model's own mask, which is slower and
     right for every causal model; by default whatever the architecture allows is packed, into rows
@@ -67,23 +70,10 @@ def score(
     model's context loses tokens from its left. Raises BadInput for a choice that adds no token to
     its context or is longer than the model's context itself.
     """
-    longest = getattr(model.config, "max_position_embeddings", sys.maxsize)
+    predictor = predictor or Plain(model)
+    longest = context_length(predictor)
     questions = [_encode(tokenizer, request, longest) for request in requests]
-    logprobs = [[0.0] * len(question) for question in questions]
-    packable = packable_length(model) if packed else 0
-    together, alone = [], []
-    for index, question in enumerate(questions):
-        if max(len(choice.tokens) for choice in question) <= packable:
-            together.append(build_tree(index, dict(enumerate(question))))
-        else:
-            alone += [build_tree(index, {i: choice}) for i, choice in enumerate(question)]
-    row_tokens = row_tokens or ROW_TOKENS.get(model.device.type, ROW_TOKENS["cuda"])
-    for trees, masked in [
-        *((row, True) for row in _rows(together, row_tokens)),
-        *(([tree], False) for tree in alone),
-    ]:
-        for question, choice, value in _score_row(model, trees, masked):
-            logprobs[question][choice] += value
+    logprobs = score_encoded(predictor, questions, packed=packed, row_tokens=row_tokens)
     return [
         Response(
             request.id,
@@ -94,17 +84,45 @@ def score(
     ]
 
 
+def score_encoded(
+    predictor: Predictor,
+    questions: Sequence[list[Encoded]],
+    *,
+    packed: bool = True,
+    row_tokens: int | None = None,
+) -> list[list[float]]:
+    """Per question, the sum of the scores of each choice's tokens (see ``score``)."""
+    logprobs = [[0.0] * len(question) for question in questions]
+    packable = min(map(packable_length, predictor.models)) if packed else 0
+    together, alone = [], []
+    for index, question in enumerate(questions):
+        if max(len(choice.tokens) for choice in question) <= packable:
+            together.append(build_tree(index, dict(enumerate(question))))
+        else:
+            alone += [build_tree(index, {i: choice}) for i, choice in enumerate(question)]
+    device = predictor.models[0].device.type
+    row_tokens = row_tokens or ROW_TOKENS.get(device, ROW_TOKENS["cuda"])
+    for trees, masked in [
+        *((row, True) for row in _rows(together, row_tokens)),
+        *(([tree], False) for tree in alone),
+    ]:
+        for question, choice, value in _score_row(predictor, trees, masked):
+            logprobs[question][choice] += value
+    return logprobs
+
+
 def independent(model: PreTrainedModel) -> bool:
     """Whether a token's output depends on the tokens that its mask shows and on nothing else.
 
-    Not so where experts have a capacity, and where positions are taken from the place in the row
-    (ALiBi) or scaled by the longest sequence of the batch; unknown for a family without an entry.
+    Not so where experts have a capacity, where layers carry a state along the row, and where
+    positions are taken from the place in the row (ALiBi) or scaled by the longest sequence of the
+    batch; unknown for a family without an entry.
     """
     entry = FAMILIES.get(model.config.model_type)
     rope = getattr(model.config, "rope_parameters", None) or {}
     return (
         entry is not None
-        and not entry.capacity
+        and not (entry.capacity or entry.recurrent)
         and not getattr(model.config, "alibi", False)
         and rope.get("rope_type") not in SCALED_BY_LENGTH
     )
@@ -121,15 +139,30 @@ def packable_length(model: PreTrainedModel) -> int:
     return getattr(model.config, "sliding_window", None) or sys.maxsize
 
 
+def context_length(predictor: Predictor) -> int:
+    """Most tokens that all models of a predictor can read."""
+    return min(
+        getattr(model.config, "max_position_embeddings", sys.maxsize) for model in predictor.models
+    )
+
+
 def prompt(tokenizer: Tokenizer, request: Request) -> tuple[str, bool]:
     """The text that the model is given, and whether the tokenizer adds its special tokens to it.
 
-    A chat context goes through the tokenizer's chat template, if it has one, as the user's turn.
+    A chat context goes through the tokenizer's chat template, if it has one, as the user's turn,
+    followed by the request's reply as the assistant's. Raises StageFailed for a reply without one.
     """
     if request.chat and tokenizer.chat_template:
-        turn = [{"role": "user", "content": request.context}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        turns = [{"role": "user", "content": request.context}]
+        if request.reply:
+            turns.append({"role": "assistant", "content": request.reply})
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return text, False
+    if request.reply:
+        raise StageFailed(
+            f"judge {request.model!r}: its tokenizer has no chat template to put an answer into; "
+            "name a guard model that has one"
+        )
     begun = tokenizer.bos_token is not None and request.context.startswith(tokenizer.bos_token)
     return request.context, not begun
 
@@ -218,7 +251,7 @@ def _rows(trees: list[Tree], row_tokens: int) -> Iterator[list[Tree]]:
 
 @torch.inference_mode()
 def _score_row(
-    model: PreTrainedModel, trees: list[Tree], masked: bool
+    predictor: Predictor, trees: list[Tree], masked: bool
 ) -> list[tuple[int, int, float]]:
     """(question, choice, log-probability of one of its tokens) for each scored token of a row.
 
@@ -231,20 +264,22 @@ def _score_row(
         depths += tree.depths
         ends += [offset + end for end in tree.ends]
         targets += [(offset + node, token, tree.question, c) for node, token, c in tree.targets]
+    model = predictor.models[0]
     device = model.device
-    inputs = {"input_ids": torch.tensor([tokens], device=device), "use_cache": False}
+    inputs = {"input_ids": torch.tensor([tokens], device=device)}
     if masked:
         inputs["position_ids"] = torch.tensor([depths], device=device)
         inputs["attention_mask"] = _mask(torch.tensor(ends, device=device), model.dtype)
-    if hasattr(model.config, "output_router_logits"):
-        inputs["output_router_logits"] = False  # its loss would be computed from the mask
     nodes, rows = torch.tensor([target[0] for target in targets]).unique(return_inverse=True)
-    logits = _logits(model, inputs, nodes.to(device))
+    scores = predictor.scores(inputs, nodes.to(device))[0]
     wanted = torch.tensor([target[1] for target in targets], device=device)
-    # In float32, a few positions at a time: a vocabulary is large.
-    total = torch.cat([part.float().logsumexp(-1) for part in logits.split(256)])
     rows = rows.to(device)
-    values = (logits[rows, wanted].float() - total[rows]).tolist()
+    values = scores[rows, wanted].float()
+    if not predictor.normalised:
+        # In float32, a few positions at a time: a vocabulary is large.
+        total = torch.cat([part.float().logsumexp(-1) for part in scores.split(POSITIONS)])
+        values = values - total[rows]
+    values = values.tolist()
     return [
         (question, choice, value)
         for (_, _, question, choice), value in zip(targets, values, strict=True)
@@ -258,10 +293,3 @@ def _mask(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=ends.device).masked_fill_(~seen, -torch.inf)[
         None, None
     ]
-
-
-def _logits(model: PreTrainedModel, inputs: dict, nodes: torch.Tensor) -> torch.Tensor:
-    """(N, V): the model's logits at N positions of its only row."""
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(**inputs, logits_to_keep=nodes).logits[0]
-    return model(**inputs).logits[0, nodes]

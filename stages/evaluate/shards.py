@@ -20,6 +20,12 @@ REQUEST_SCHEMA = pa.schema(
         ("choices", pa.list_(pa.string())),
         ("max_new_tokens", pa.int32()),
         ("chat", pa.bool_()),
+        ("reply", pa.string()),
+        ("stop", pa.list_(pa.string())),
+        ("window", pa.int32()),
+        ("head", pa.bool_()),
+        ("technique", pa.string()),
+        ("model", pa.string()),
     ]
 )
 RESPONSE_SCHEMA = pa.schema(
@@ -27,6 +33,7 @@ RESPONSE_SCHEMA = pa.schema(
         ("id", pa.string()),
         ("logprobs", pa.list_(pa.float64())),
         ("tokens", pa.list_(pa.int32())),
+        ("outputs", pa.list_(pa.float64())),
         ("text", pa.string()),
         ("finished", pa.bool_()),
     ]
@@ -45,26 +52,35 @@ class Shard:
 def plan_shards(requests: Sequence[Request], size: int) -> list[Shard]:
     """Cut requests into shards of at most ``size``, alike in kind and length.
 
-    Requests that score choices and requests that generate never share a shard; the longest come
-    first, so that a pool of workers ends with the short ones. The same requests in any order give
-    the same shards.
+    Requests that generate share no shard with others; the longest come first, so that a pool of
+    workers ends with the short ones. The same requests in any order give the same shards.
     """
-    choosing = [request for request in requests if request.choices]
-    generating = [request for request in requests if not request.choices]
     shards = []
-    for kind in (generating, choosing):
+    for generates in (True, False):
+        kind = [request for request in requests if request.generates == generates]
         ordered = sorted(kind, key=lambda request: (-_length(request), request.id))
         for start in range(0, len(ordered), size):
             members = tuple(ordered[start : start + size])
-            content = json.dumps([asdict(request) for request in members], sort_keys=True)
+            content = json.dumps([_content(request) for request in members], sort_keys=True)
             digest = hashlib.sha256(content.encode()).hexdigest()[:16]
             shards.append(Shard(digest, members))
     return shards
 
 
+def _content(request: Request) -> dict:
+    """The fields that are not at their default, so that a new one renames no shard."""
+    defaults = {field.name: field.default for field in fields(Request)}
+    return {name: v for name, v in asdict(request).items() if v != defaults[name]}
+
+
 def _length(request: Request) -> int:
     """About how much work a request is: its characters, and those it may generate."""
-    return len(request.context) + sum(map(len, request.choices)) + 4 * request.max_new_tokens
+    return (
+        len(request.context)
+        + len(request.reply)
+        + sum(map(len, request.choices))
+        + 4 * request.max_new_tokens
+    )
 
 
 def requests_to_table(requests: Iterable[Request]) -> pa.Table:

@@ -1,17 +1,35 @@
 """What the evaluate stage is told: one evaluation of one checkpoint."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.data.templates import TEMPLATES
 from stages.evaluate.registry import AnyEvaluation
 from stages.spec import RUN_TIME, Spec
 
+AMATEUR = "amateur/"
+"""Input role of the model that a contrastive technique decodes against, before its name."""
+
+JUDGE = "judge/"
+"""Input role of a judge that is a model, before its name."""
+
+
+class JudgeSpec(Spec):
+    """The model of a judge."""
+
+    kind: Literal["regressor", "guard"]
+    source: str
+    """``hub:OWNER/NAME@REVISION`` or ``file:FOLDER``."""
+    content: str | None = None
+    """Digest of a ``file:`` source, filled in by the planner."""
+
 
 class EvaluateSpec(Spec):
-    """Input roles: ``checkpoint`` (a Hugging Face folder) and ``data/<dataset>`` for each data set
-    of the evaluation."""
+    """Input roles: ``checkpoint`` (a Hugging Face folder), ``data/<dataset>`` for each data set of
+    the evaluation, ``amateur/<model>`` for contrastive decoding, ``judge/<name>`` for each judge
+    that is a model."""
+
+    VERSION: ClassVar[int] = 2
 
     evaluation: AnyEvaluation
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -26,9 +44,8 @@ class EvaluateSpec(Spec):
     """Requests whose responses are written together."""
 
     def identity(self) -> dict:
-        """Also covers the evaluation's version and the wording of its template."""
-        identity = super().identity() | {"evaluation_version": self.evaluation.VERSION}
-        template = getattr(self.evaluation, "template", None)
-        if template is not None:
-            identity["template_hash"] = TEMPLATES[template].hash
-        return identity
+        """Also covers the evaluation's version and the wording of its prompts."""
+        return super().identity() | {
+            "evaluation_version": self.evaluation.VERSION,
+            "wordings": self.evaluation.wordings(),
+        }

@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 
 from stages.errors import StageFailed
 from stages.evaluate.base import Evaluation, Request, Response
+from stages.evaluate.partial import complete
 from stages.evaluate.shards import plan_shards, requests_to_table, responses_to_table
-from stages.evaluate.spec import EvaluateSpec
+from stages.evaluate.spec import AMATEUR, JUDGE, EvaluateSpec
+from stages.evaluate.techniques import SelfConsistency, applied, collected
 from stages.statistics import summarise
 
 
@@ -28,21 +30,49 @@ def run(spec: EvaluateSpec, inputs: dict[str, Path], output: Path) -> None:
 
     requests = requests_for(spec.evaluation, inputs)
     pq.write_table(requests_to_table(requests), output / "requests.parquet")
-    engine = Engine(
-        inputs["checkpoint"], dtype=spec.dtype, device="cuda" if spec.gpus else "cpu"
-    )
     (output / "responses").mkdir()
-    responses = []
-    for shard in plan_shards(requests, spec.shard_size):
-        answered = engine.respond(shard.requests)
-        pq.write_table(responses_to_table(answered), output / "responses" / f"{shard.id}.parquet")
-        responses += answered
+
+    def answered(folder: Path, asked: list[Request], **options: object) -> list[Response]:
+        device = "cuda" if spec.gpus else "cpu"
+        engine = Engine(folder, dtype=spec.dtype, device=device, **options)
+        responses = []
+        for shard in plan_shards(asked, spec.shard_size):
+            found = engine.respond(shard.requests)
+            pq.write_table(responses_to_table(found), output / "responses" / f"{shard.id}.parquet")
+            responses += found
+        return responses
+
+    responses = answered(inputs["checkpoint"], requests, amateurs=named(inputs, AMATEUR))
+    judges = named(inputs, JUDGE)
+    for judge, asked in judgements_for(spec.evaluation, inputs, responses).items():
+        responses += answered(judges[judge], asked)
     score_node(spec.evaluation, inputs, responses, output)
 
 
+def named(inputs: dict[str, Path], role: str) -> dict[str, Path]:
+    """The inputs whose role begins so, by the rest of it."""
+    return {key.removeprefix(role): path for key, path in inputs.items() if key.startswith(role)}
+
+
 def requests_for(evaluation: Evaluation, inputs: dict[str, Path]) -> list[Request]:
-    """The requests of an evaluation on its data sets' folders."""
-    return evaluation.requests(_read(evaluation, inputs))
+    """The requests of an evaluation on its data sets' folders, under its technique."""
+    return applied(evaluation.technique, evaluation.requests(_read(evaluation, inputs)))
+
+
+def judgements_for(
+    evaluation: Evaluation, inputs: dict[str, Path], responses: Iterable[Response]
+) -> dict[str, list[Request]]:
+    """What each judge that is a model is asked about the responses; nothing for most evaluations.
+
+    Raises StageFailed when responses are missing.
+    """
+    if not evaluation.judge_models():
+        return {}
+    data = _read(evaluation, inputs)
+    asked: dict[str, list[Request]] = {}
+    for request in evaluation.judgements(data, _collected(evaluation, data, responses)):
+        asked.setdefault(request.model, []).append(request)
+    return asked
 
 
 def score_node(
@@ -53,14 +83,25 @@ def score_node(
 ) -> None:
     """Write ``scores.parquet``, one row per example, and ``summary.json``.
 
-    The summary holds value, ci_low, ci_high, n and documents of every metric. Raises StageFailed
-    when responses are missing.
+    The summary holds value, ci_low, ci_high, n and documents of every metric, but for those over
+    data sets that were left out. Raises StageFailed when responses are missing.
     """
     data = _read(evaluation, inputs)
-    scores = evaluation.score(data, {response.id: response for response in responses})
+    scores = evaluation.score(data, _collected(evaluation, data, responses))
     scores.to_parquet(output / "scores.parquet", index=False)
-    summary = summarise(scores, evaluation.metrics())
+    summary = summarise(scores, complete(evaluation))
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _collected(
+    evaluation: Evaluation, data: dict[str, pd.DataFrame], responses: Iterable[Response]
+) -> dict[str, Response]:
+    """The responses by id, several samples of an answer made one."""
+    by_id = {response.id: response for response in responses}
+    if isinstance(evaluation.technique, SelfConsistency):
+        asked = evaluation.requests(data)
+        return by_id | collected(evaluation.technique, asked, by_id, evaluation.vote)
+    return by_id
 
 
 def _read(evaluation: Evaluation, inputs: dict[str, Path]) -> dict[str, pd.DataFrame]:

@@ -28,7 +28,17 @@ EVALUATIONS = {
         "out_of_distribution": ["film"],
         "template": "sentiment",
     },
-}
+    "adversarial_sets": {
+        "standard": "snli", "adversarial": ["anli"], "template": "nli", "method": "prompting"
+    },
+    "truthfulqa": {"dataset": "statements"},
+    "truthfulqa_generation": {"dataset": "statements", "max_new_tokens": 4},
+    "open_question": {
+        "dataset": "open", "max_new_tokens": 4, "technique": {"kind": "self_consistency"}
+    },
+    "false_premises": {"false": ["open"], "max_new_tokens": 4},
+    "perplexity": {"in_domain": ["plain"], "out_of_domain": ["shop"]},
+}  # fmt: skip
 
 
 def spec(kind, **fields):
@@ -48,7 +58,23 @@ def inputs(tmp_path_factory):
     quiz = rows.assign(
         question="Which?", choices=[np.array(["one", "two"], object)] * 6, answer=0, context=""
     )
-    tables = {"prompts": prompts, "others": prompts, "shop": texts, "film": texts, "quiz": quiz}
+    lists = [np.array(["one", "two"], object)] * 6
+    asked = rows.assign(question=[f"Which {i}?" for i in ids], category="")
+    statements = asked.assign(
+        best_answer="one",
+        best_incorrect_answer="",
+        correct_answers=lists,
+        incorrect_answers=[np.array(["six"], object)] * 6,
+    )
+    pairs = rows.assign(premise="It rains.", hypothesis="It is wet.", label=["entailment"] * 6)
+    tables = {
+        "snli": pairs,
+        "anli": pairs,
+        "statements": statements,
+        "open": asked.assign(answers=lists),
+        "plain": texts,
+    }
+    tables |= {"prompts": prompts, "others": prompts, "shop": texts, "film": texts, "quiz": quiz}
     for name, table in tables.items():
         (root / name).mkdir()
         for split in ("train", "test"):
@@ -133,4 +159,3 @@ def test_the_planner_does_not_wait_for_heavy_imports():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
-

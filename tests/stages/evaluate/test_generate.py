@@ -99,8 +99,20 @@ def test_models_whose_tokens_depend_on_their_batch_decode_alone(model, tokenizer
     monkeypatch.setattr(
         module,
         "_decode",
-        lambda m, batch, stops: sizes.append(len(batch)) or decode(m, batch, stops),
+        lambda *args: sizes.append(len(args[2])) or decode(*args),
     )
     monkeypatch.setattr(module, "independent", lambda model: False)
     generate(model, tokenizer, REQUESTS)
     assert sizes == [1] * len(REQUESTS)
+
+
+def test_a_stop_text_ends_an_answer_and_is_left_out(tokenizer):
+    model = tiny_model("llama", tokenizer, seed=0)
+    free = generate(model, tokenizer, [Request("q", "Once upon", max_new_tokens=30)])[0]
+    stop = free.text[5:7]
+    first = free.text.index(stop)
+    request = Request("q", "Once upon", max_new_tokens=30, stop=("never to be seen", stop))
+    stopped = generate(model, tokenizer, [request, Request("r", "x", max_new_tokens=9)])[0]
+    assert stopped.text == free.text[:first]
+    assert stopped.finished
+    assert stopped.tokens[0] < 30

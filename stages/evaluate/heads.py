@@ -1,0 +1,69 @@
+"""Checkpoints with a classification head: fine-tuned classifiers and judges that give a score."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from stages.errors import StageFailed
+from stages.evaluate.base import Request, Response
+
+LONGEST = 512
+"""Tokens of a text at most; the beginning is kept, where the request and the answer begin."""
+
+
+def has_head(folder: Path) -> bool:
+    """Whether a checkpoint's folder holds a model for sequence classification or regression."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return False
+    architectures = json.loads(file.read_text()).get("architectures") or [""]
+    return architectures[0].endswith("ForSequenceClassification")
+
+
+class Head:
+    """A model with a head over whole sequences; raises StageFailed where weights are missing."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, dtype: str, device: str):
+        self.tokenizer = tokenizer
+        try:
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                device_map=device,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise StageFailed(f"{folder}: cannot be loaded as a classifier: {reason}") from error
+        if missing := sorted(report["missing_keys"]):
+            raise StageFailed(
+                f"{folder}: {len(missing)} weights are missing, first {missing[0]}; its head was "
+                "never trained"
+            )
+        self.model = model.eval()
+
+    @torch.inference_mode()
+    def respond(self, requests: Sequence[Request]) -> list[Response]:
+        """The head's outputs (labels,) on each context, one at a time so that no padding and no
+        neighbour has a part in them."""
+        longest = getattr(self.model.config, "max_position_embeddings", LONGEST)
+        responses = []
+        for request in requests:
+            tokens = self.tokenizer(
+                request.context,
+                truncation=True,
+                max_length=min(LONGEST, longest),
+                return_tensors="pt",
+            ).to(self.model.device)
+            inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+            outputs = self.model(**inputs).logits[0].float().tolist()
+            responses.append(
+                Response(request.id, tokens=(inputs["input_ids"].shape[1],), outputs=tuple(outputs))
+            )
+        return responses

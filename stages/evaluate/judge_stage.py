@@ -1,0 +1,19 @@
+"""Judge stage: brings the model of a judge, so that every evaluation that names it shares it."""
+
+from pathlib import Path
+
+from stages.errors import StageFailed
+from stages.evaluate.heads import has_head
+from stages.evaluate.spec import JudgeSpec
+from stages.models.stage import bring
+
+
+def run(spec: JudgeSpec, inputs: dict[str, Path], output: Path) -> None:
+    """Write the judge's Hugging Face folder.
+
+    Raises StageFailed when it cannot be had, or is not what its kind needs.
+    """
+    bring(spec.source, output)
+    if has_head(output) != (spec.kind == "regressor"):
+        need = "a model with a head" if spec.kind == "regressor" else "a causal language model"
+        raise StageFailed(f"{spec.source}: a {spec.kind} judge needs {need}; it holds another kind")

@@ -1,0 +1,55 @@
+"""An evaluation some of whose data sets cannot be had.
+
+It is made on the others, and only metrics that read none of the missing ones are numbers: a mean
+over fewer data sets than the evaluation names would pass for the mean over all.
+"""
+
+from collections.abc import Collection
+
+from stages.evaluate.base import Evaluation, Metric
+
+
+def without(evaluation: Evaluation, missing: Collection[str]) -> Evaluation | None:
+    """The evaluation on its other data sets; None where it cannot be made on fewer."""
+    declared, kept = {}, {}
+    for name in type(evaluation).model_fields:
+        value = getattr(evaluation, name)
+        if isinstance(value, tuple) and any(item in missing for item in value):
+            declared[name] = value
+            kept[name] = tuple(item for item in value if item not in missing)
+    rest = evaluation.model_copy(update=kept | {"declared": declared})
+    # A data set that a plain field names, such as the one in distribution or that of the shots, is
+    # still among them.
+    needed = {dataset for dataset, _ in rest.sources().values()}
+    whole = all(kept.values()) and needed.isdisjoint(missing)
+    return rest if whole else None
+
+
+def left_out(evaluation: Evaluation) -> tuple[str, ...]:
+    """The data sets that an evaluation is made without."""
+    there = evaluation.datasets()
+    return tuple(name for name in _whole(evaluation).datasets() if name not in there)
+
+
+def reads(metric: Metric, evaluation: Evaluation) -> set[str]:
+    """The data sets that a metric of a whole evaluation is computed from.
+
+    Those that it declares; else the one that its name has after its only slash ("accuracy/hotels");
+    else all of the evaluation.
+    """
+    if metric.datasets is not None:
+        return set(metric.datasets)
+    every = set(evaluation.datasets())
+    _, *rest = metric.name.split("/")
+    return set(rest) if len(rest) == 1 and rest[0] in every else every
+
+
+def complete(evaluation: Evaluation) -> list[Metric]:
+    """The metrics that read none of the data sets that were left out."""
+    whole, missing = _whole(evaluation), set(left_out(evaluation))
+    return [m for m in whole.metrics() if missing.isdisjoint(reads(m, whole))]
+
+
+def _whole(evaluation: Evaluation) -> Evaluation:
+    """The evaluation as the sweep has it."""
+    return evaluation.model_copy(update=evaluation.declared | {"declared": {}})

@@ -1,0 +1,78 @@
+"""Answers of encoder-decoders: the context goes through the encoder once, answers are decoded.
+
+The results are what ``scorer`` and ``generate`` give for decoders. Requests are answered one by
+one: where experts have a capacity, a token's output depends on what shares its batch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from stages.evaluate.base import Request, Response
+from stages.evaluate.generate import cut
+from stages.evaluate.scorer import prompt
+
+
+@torch.inference_mode()
+def score(
+    model: PreTrainedModel, tokenizer: Tokenizer, requests: Sequence[Request]
+) -> list[Response]:
+    """A response for each request, in their order: natural-log probabilities of its choices.
+
+    A choice is tokenised by itself, without special tokens.
+    """
+    responses = []
+    for request in requests:
+        choices = tokenizer(
+            list(request.choices),
+            add_special_tokens=False,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        ).to(model.device)
+        labels, real = choices["input_ids"], choices["attention_mask"]
+        read = model.get_encoder()(input_ids=_context(tokenizer, request, model.device))
+        read.last_hidden_state = read.last_hidden_state.expand(len(labels), -1, -1)
+        start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+        logits = model(
+            encoder_outputs=read,
+            decoder_input_ids=torch.cat([start, labels[:, :-1]], dim=1),
+            use_cache=False,
+        ).logits
+        values = logits.float().log_softmax(-1).gather(2, labels[..., None])[..., 0]
+        responses.append(
+            Response(
+                request.id,
+                logprobs=tuple((values * real).sum(1).tolist()),
+                tokens=tuple(real.sum(1).tolist()),
+            )
+        )
+    return responses
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel, tokenizer: Tokenizer, requests: Sequence[Request]
+) -> list[Response]:
+    """A response for each request, in their order: the most probable next token at each step."""
+    responses = []
+    for request in requests:
+        context = _context(tokenizer, request, model.device)
+        (tokens,) = model.generate(
+            context, max_new_tokens=request.max_new_tokens, do_sample=False, num_beams=1
+        )
+        answer = tokens[1:].tolist()  # after the start token
+        finished = answer[-1:] == [tokenizer.eos_token_id]
+        answer = answer[:-1] if finished else answer
+        text = cut(tokenizer.decode(answer, skip_special_tokens=True), request.stop)
+        responses.append(
+            Response(request.id, tokens=(len(answer),), text=text, finished=finished)
+        )
+    return responses
+
+
+def _context(tokenizer: Tokenizer, request: Request, device: torch.device) -> torch.Tensor:
+    text, special = prompt(tokenizer, request)
+    return tokenizer(text, add_special_tokens=special, return_tensors="pt")["input_ids"].to(device)
