@@ -17,12 +17,12 @@ COLOURS = {"moe": "#0072B2", "dense": "#D55E00"}
 NEUTRAL = "#6B7280"
 IMPROVED, WORSENED = "#00795A", "#A3447C"
 _MARKERS = {"moe": "o", "dense": "D"}
-_NAMES = {"moe": "MoE", "dense": "dense"}
+NAMES = {"moe": "MoE", "dense": "dense"}
 _MOST_ROWS = 40
 """A figure with more rows than this shows the primary metrics only."""
-_WIDTH_INCHES = 10.4
+WIDTH_INCHES = 10.4
 _ROW_INCHES = 0.25
-_STYLE = {
+STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.spines.top": False,
@@ -50,11 +50,11 @@ def axis_figure(comparison: pd.DataFrame, axis: str, file: Path) -> None:
     rows = rows[(rows["moe"].abs() <= 1) & (rows["dense"].abs() <= 1)]
     if len(rows) > _MOST_ROWS:
         rows = rows[rows["primary"]]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         headings, labels, positions = _layout(rows)
         bottom = max(positions, default=1) + 0.7
         inches = bottom * _ROW_INCHES + 1.15
-        figure = Figure(figsize=(_WIDTH_INCHES, inches))
+        figure = Figure(figsize=(WIDTH_INCHES, inches))
         # Fixed margins, so that the panels of all axes stand in line.
         levels, differences = figure.subplots(
             1,
@@ -115,7 +115,7 @@ def axis_figure(comparison: pd.DataFrame, axis: str, file: Path) -> None:
         figure.text(
             0.005, 1 - 0.1 / inches, AXIS_TITLES[axis], weight="bold", fontsize=12, va="top"
         )
-        _save(figure, file)
+        save(figure, file)
 
 
 def _layout(rows: pd.DataFrame) -> tuple[list[tuple], list[tuple], list[float]]:
@@ -170,8 +170,8 @@ def curves_figure(curves: dict[tuple[str, str, int], pd.DataFrame], models: dict
     ``curves`` maps (model, recipe, seed) to the training curve, ``models`` a model to its role.
     """
     recipes = list(dict.fromkeys(recipe for _, recipe, _ in curves))
-    with matplotlib.rc_context(_STYLE | {"axes.grid.axis": "y", "axes.spines.left": True}):
-        figure = Figure(figsize=(_WIDTH_INCHES, 2.9 * len(recipes)), layout="constrained")
+    with matplotlib.rc_context(STYLE | {"axes.grid.axis": "y", "axes.spines.left": True}):
+        figure = Figure(figsize=(WIDTH_INCHES, 2.9 * len(recipes)), layout="constrained")
         panels = figure.subplots(len(recipes), 2, squeeze=False)
         styles = _line_styles(models)
         for recipe, (loss, norm) in zip(recipes, panels, strict=True):
@@ -192,7 +192,7 @@ def curves_figure(curves: dict[tuple[str, str, int], pd.DataFrame], models: dict
             norm.set_xlabel("optimiser step")
             loss.set_ylim(bottom=0)
             norm.set_ylim(bottom=0)
-        _save(figure, file)
+        save(figure, file)
 
 
 def _line_styles(models: dict[str, str]) -> dict[str, str]:
@@ -204,5 +204,6 @@ def _line_styles(models: dict[str, str]) -> dict[str, str]:
     return styles
 
 
-def _save(figure: Figure, file: Path) -> None:
+def save(figure: Figure, file: Path) -> None:
+    """Write an SVG file that depends on the figure alone."""
     figure.savefig(file, format="svg", metadata={"Date": None})

@@ -19,6 +19,7 @@ from stages.data.card import DataCard
 from stages.models.card import ModelCard
 from stages.statistics import BOOTSTRAP, CONFIDENCE, SWAP
 
+PALETTE = COLOURS | {"neutral": NEUTRAL, "improved": IMPROVED, "worsened": WORSENED}
 _FEW_DOCUMENTS = 30
 _FEW_SEEDS = 5
 _SIZE_TOLERANCE = 0.05
@@ -41,6 +42,13 @@ class Content:
 
 def write(content: Content, output: Path) -> None:
     """Write ``report.html`` and ``report.md``."""
+    shown = _context(content)
+    for name in ("report.html", "report.md"):
+        render(name, shown, output)
+
+
+def render(name: str, context: dict, output: Path) -> None:
+    """Write the file that the template ``<name>.jinja`` makes of a context."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=lambda name: name.endswith(".html.jinja"),
@@ -49,10 +57,13 @@ def write(content: Content, output: Path) -> None:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["cell"] = _markdown_cell
-    shown = _context(content)
-    for name in ("report.html", "report.md"):
-        text = environment.get_template(f"{name}.jinja").render(shown)
-        (output / name).write_text(text, encoding="utf-8")
+    text = environment.get_template(f"{name}.jinja").render(context)
+    (output / name).write_text(text, encoding="utf-8")
+
+
+def inline(figure: Path) -> str:
+    """An SVG file as an address that needs no other file."""
+    return "data:image/svg+xml;base64," + base64.b64encode(figure.read_bytes()).decode("ascii")
 
 
 def _context(content: Content) -> dict:
@@ -91,8 +102,7 @@ def _context(content: Content) -> dict:
             name: {
                 "title": table.AXIS_TITLES.get(name, "Training curves"),
                 "file": f"figures/{file.name}",
-                "inline": "data:image/svg+xml;base64,"
-                + base64.b64encode(file.read_bytes()).decode("ascii"),
+                "inline": inline(file),
             }
             for name, file in content.figures.items()
         },
@@ -100,7 +110,7 @@ def _context(content: Content) -> dict:
         "resamples": f"{spec.resamples:,}",
         "tests": len(primary["p_holm"].dropna()),
         "several_seeds": len(spec.seeds) > 1,
-        "colours": COLOURS | {"neutral": NEUTRAL, "improved": IMPROVED, "worsened": WORSENED},
+        "colours": PALETTE,
     }
 
 
@@ -272,8 +282,8 @@ def _data(name: str, card: DataCard) -> dict:
     return {
         "name": name,
         "task": card.task.replace("_", " "),
-        "source": card.source,
-        "licence": card.licence,
+        "source": f"{card.source}; {card.citation}" if card.citation else card.source,
+        "licence": f"{card.licence}; {card.note}" if card.note else card.licence,
         "dropped": ", ".join(f"{rows:,} {why}" for why, rows in card.dropped.items() if rows),
         "splits": [
             {

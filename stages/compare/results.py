@@ -1,7 +1,8 @@
 """From score tables to the rows of the comparison: every pair, recipe, evaluation and metric.
 
 A missing score table is a gap: its rows are there, with the reason and without a number. Where
-some seeds of several are missing, the row is over the seeds that both models have and says so.
+some seeds of several are missing, the row is over the seeds that both models have and says so. A
+metric that reads a data set which could not be had is a gap too, whatever the tables hold.
 """
 
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 from stages.compare.spec import UNTUNED, CompareSpec
 from stages.errors import StageFailed
 from stages.evaluate.base import AXES, Evaluation, Metric
+from stages.evaluate.partial import reads
 from stages.statistics import holm, paired
 
 NOT_RUN = "not run"
@@ -32,15 +34,26 @@ def compare(
     pairs, effects = [], []
     for name, evaluation in spec.evaluations.items():
         scores = _Scores(name, spec, inputs, gaps)
+        missing = scores.leave_out(
+            {d: gaps[f"data/{d}"] for d in evaluation.datasets() if f"data/{d}" in gaps}
+        )
         for metric in evaluation.metrics():
             about = _about(name, evaluation, metric)
+            lacks = "; ".join(
+                f"data set {dataset} is missing: {reason}"
+                for dataset, reason in missing.items()
+                if dataset in reads(metric, evaluation)
+            )
             for pair in spec.pairs:
                 for recipe in spec.recipes:
+                    if not spec.has(recipe, pair.moe, pair.dense):
+                        continue
                     row = scores.paired(
                         [(pair.moe, recipe, seed) for seed in spec.seeds_of(recipe)],
                         [(pair.dense, recipe, seed) for seed in spec.seeds_of(recipe)],
                         metric,
                         ("moe", "dense"),
+                        lacks,
                     )
                     models = {"pair": pair.name, "moe_model": pair.moe, "dense_model": pair.dense}
                     pairs.append(models | {"recipe": recipe} | about | row)
@@ -48,13 +61,14 @@ def compare(
                 continue
             for model, architecture in spec.models.items():
                 for recipe in spec.recipes:
-                    if recipe == UNTUNED:
+                    if recipe == UNTUNED or not spec.has(recipe, model):
                         continue
                     row = scores.paired(
                         [(model, recipe, seed) for seed in spec.seeds],
                         [(model, UNTUNED, 0)] * len(spec.seeds),
                         metric,
                         ("tuned", "untuned"),
+                        lacks,
                     )
                     models = {"model": model, "architecture": architecture, "recipe": recipe}
                     effects.append(models | about | row)
@@ -92,16 +106,39 @@ class _Scores:
                     else:
                         self.missing[key] = gaps.get(role, NOT_RUN)
 
+    def leave_out(self, gaps: dict[str, str]) -> dict[str, str]:
+        """Those of the data sets with a gap that some table has no rows of; none has them then."""
+        sets = {
+            key: table["example_id"].str.partition("/")[0] for key, table in self.tables.items()
+        }
+        missing = {
+            dataset: reason
+            for dataset, reason in gaps.items()
+            if not all((names == dataset).any() for names in sets.values())
+        }
+        if missing:
+            self.tables = {k: t[~sets[k].isin(missing)] for k, t in self.tables.items()}
+        return missing
+
     def paired(
-        self, first: list[tuple], second: list[tuple], metric: Metric, names: tuple[str, str]
+        self,
+        first: list[tuple],
+        second: list[tuple],
+        metric: Metric,
+        names: tuple[str, str],
+        lacks: str,
     ) -> dict:
-        """One row's numbers, over the seeds for which both tables are there."""
+        """One row's numbers, over the seeds for which both tables are there.
+
+        ``lacks`` names the data sets that the metric reads and that could not be had; the row is a
+        gap then.
+        """
         there = [
             (a, b)
             for a, b in zip(first, second, strict=True)
-            if a in self.tables and b in self.tables
+            if a in self.tables and b in self.tables and not lacks
         ]
-        gap = "; ".join(
+        gap = lacks or "; ".join(
             f"{model} {recipe} seed {seed}: {self.missing[model, recipe, seed]}"
             for model, recipe, seed in dict.fromkeys([*first, *second])
             if (model, recipe, seed) in self.missing

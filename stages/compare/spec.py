@@ -32,6 +32,8 @@ class CompareSpec(Spec):
     pairs: Annotated[tuple[Pair, ...], Field(min_length=1)]
     recipes: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names in the order of the tables; ``none`` stands for the untuned models."""
+    models_of: dict[str, tuple[str, ...]] = {}
+    """The models of a recipe that not all of them have."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     evaluations: Annotated[dict[str, AnyEvaluation], Field(min_length=1)]
     resamples: Annotated[int, Field(ge=100)]
@@ -41,6 +43,10 @@ class CompareSpec(Spec):
     def seeds_of(self, recipe: str) -> tuple[int, ...]:
         """The seeds that a recipe was trained with."""
         return (0,) if recipe == UNTUNED else self.seeds
+
+    def has(self, recipe: str, *models: str) -> bool:
+        """Whether all of the models are in a recipe."""
+        return set(models) <= set(self.models_of.get(recipe, self.models))
 
     @property
     def models(self) -> dict[str, str]:

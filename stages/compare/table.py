@@ -14,6 +14,7 @@ AXIS_TITLES = {
     "truthfulness": "Truthfulness",
     "adversarial": "Adversarial robustness",
     "out_of_distribution": "Out of distribution",
+    "language_modelling": "Language modelling",
 }
 _WIDTHS = (28, 20, 20, 23, 8, 6)
 """Columns of the text table; with their separators 110 characters."""

@@ -1,0 +1,202 @@
+"""From a sweep with a ``search`` section to its parts: trials, winners, and the final comparison.
+
+A trial is an ordinary part of the graph: a fine-tune for each seed and the evaluations of the
+objectives, on the split ``selection``. The winners are a sweep of their own, with fresh seeds, on
+the split that the sweep's evaluations name.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pipeline.plan import Builder, Plan, Searched
+from pipeline.search.space import Space
+from pipeline.search.spec import Dimension, Objective, Pbt, Search, Side
+from pipeline.sweep import Dataset, Sweep
+from stages.errors import BadInput
+from stages.finetune.spec import Recipe
+
+SELECTION = "selection"
+SHARE = 5
+"""One document in so many of an evaluation-only data set is put aside for selection."""
+WINNER = "searched"
+"""The recipe name of a winner; the members of a front are ``searched-1``, ``searched-2``…"""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model of the pairs and what is searched for it."""
+
+    model: str
+    side: Side
+    space: Space
+    idle: tuple[str, ...]
+    """Fields of the sweep's space that change nothing in this model and are left out."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The nodes that a trial comes down to at one point of its training, for one seed."""
+
+    finetune: str
+    evaluations: dict[str, str]
+    """Evaluation name to the key of its node."""
+
+
+def objective_evaluations(objectives: Sequence[Objective]) -> list[str]:
+    """Names of the evaluations that the objectives read, each once."""
+    return list(dict.fromkeys(
+        score.partition("/")[0] for objective in objectives for score in objective.weights))
+
+
+def reserve(sweep: Sweep) -> Sweep:
+    """The sweep with a split ``selection`` in every data set that selects.
+
+    Where a data set has none, a fifth of the documents of the split that is evaluated is put
+    aside by the hash that makes splits; what the evaluation reports is the other four fifths.
+    """
+    search, datasets = sweep.search, _disjoint(sweep)
+    for name in objective_evaluations([*search.objectives, search.intermediate]):
+        for dataset, split in sweep.evaluations[name].datasets().items():
+            entry = datasets[dataset]
+            if SELECTION in entry.splits:
+                continue
+            share, splits, rows = entry.splits[split], dict(entry.splits), dict(entry.rows)
+            splits |= {SELECTION: share / SHARE, split: share * (SHARE - 1) / SHARE}
+            if split in rows:
+                rows[SELECTION] = -(-rows[split] // (SHARE - 1))
+            datasets[dataset] = entry.model_copy(update={"splits": splits, "rows": rows})
+    return sweep.model_copy(update={"datasets": datasets})
+
+
+def _disjoint(sweep: Sweep) -> dict[str, Dataset]:
+    """The data sets, kept apart from whatever any trial may train on and not only the base recipe.
+
+    Said once and for all, so that trials and winners see the same rows.
+    """
+    space = Space(sweep.recipes[sweep.search.base], sweep.search.space)
+    tried = {f"probe {i}": space.recipe(values) for i, (_, values) in enumerate(space.probes())}
+    every = sweep.model_copy(update={"recipes": {**sweep.recipes, **tried}})
+    return {name: dataset.model_copy(update={"disjoint_from": every.disjoint_from(name)})
+            for name, dataset in sweep.datasets.items()}
+
+
+def selecting(sweep: Sweep) -> Sweep:
+    """The sweep that trials are parts of: the objectives' evaluations, on selection splits only."""
+    search = sweep.search
+    evaluations = {
+        name: sweep.evaluations[name].model_copy(update={"split": SELECTION})
+        for name in objective_evaluations([*search.objectives, search.intermediate])
+    }
+    recipes = {search.base: sweep.recipes[search.base]}
+    return reserve(sweep).model_copy(
+        update={"evaluations": evaluations, "recipes": recipes, "untuned": False})
+
+
+def members(sweep: Sweep, contents: dict[str, str]) -> list[Member]:
+    """The models of the pairs, each once, with the fields of the space that act in it."""
+    found = []
+    for side in ("moe", "dense"):
+        for model in dict.fromkeys(getattr(pair, side) for pair in sweep.pairs):
+            found.append(_member(sweep, contents, model, side))
+    return found
+
+
+def _member(sweep: Sweep, contents: dict[str, str], model: str, side: Side) -> Member:
+    whole = Space(sweep.recipes[sweep.search.base], sweep.search.space)
+    builder = Builder(sweep, contents)
+    changes: dict[str, set[str]] = {}
+    for index, (path, values) in enumerate(whole.probes()):
+        try:
+            key = builder.finetune(f"probe-{index}", model, whole.recipe(values), 0)
+        except BadInput as error:
+            raise BadInput(
+                f"search.space.{path}: {values[path]!r} is refused for {model}: {error}") from None
+        changes.setdefault(path, set()).add(builder.plan.nodes[key].fingerprint)
+    idle = {path for path, fingerprints in changes.items()
+            if len(fingerprints) == 1 and not _single(whole.dimensions[path])}
+    acting: dict[str, Dimension] = {}
+    for path, dimension in whole.dimensions.items():
+        unmet = [other for other, allowed in dimension.when.items()
+                 if other in idle and whole.base_value(other) not in allowed]
+        if path in idle or unmet:
+            idle.add(path)
+            continue
+        when = {other: allowed for other, allowed in dimension.when.items() if other not in idle}
+        acting[path] = dimension.model_copy(update={"when": when})
+    if not acting:
+        raise BadInput(f"search.space: none of its fields changes anything in {model}; "
+                       "search a field that acts in it, or leave the pair out")
+    space = Space(sweep.recipes[sweep.search.base], acting)
+    return Member(model, side, space, tuple(path for path in whole.dimensions if path in idle))
+
+
+def _single(dimension: Dimension) -> bool:
+    return dimension.values is not None and len(dimension.values) == 1
+
+
+def trial_plan(
+    sweep: Sweep,
+    contents: dict[str, str],
+    model: str,
+    segments: Sequence[Recipe],
+    seeds: Sequence[int],
+    evaluations: Sequence[str],
+    until: int | None = None,
+) -> tuple[Plan, list[Measured]]:
+    """The graph of one trial of a ``selecting`` sweep, and what is measured for each seed.
+
+    Without ``until``, the chain of ``segments`` (one for a plain recipe); with it, the first
+    ``until`` steps of the one recipe.
+    """
+    builder = Builder(sweep, contents)
+    measured = []
+    for seed in seeds:
+        # By content, so that equal recipes meet in one folder, whichever trial asks for them, and
+        # a longer chain finds its beginning.
+        labels = [f"{model}-{_digest(segments[:end])}-seed{seed}"
+                  for end in range(1, len(segments) + 1)]
+        key, label = builder.chain(labels, model, segments, seed), labels[-1]
+        if until is not None:
+            whole = builder.plan.nodes[key]
+            label = f"{label}-step{until}"
+            spec = whole.spec.model_copy(update={"until": until})
+            key = builder.plan.add("finetune", label, spec, whole.inputs, whole.resources)
+            builder.plan.nodes[key] = replace(builder.plan.nodes[key], part_of=whole.folder)
+        scores = {name: builder.scores(label, key, model, name) for name in evaluations}
+        measured.append(Measured(key, scores))
+    return builder.plan, measured
+
+
+def _digest(segments: Sequence[Recipe]) -> str:
+    text = "\n".join(segment.model_dump_json(by_alias=True) for segment in segments)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def segments_of(search: Search, recipes: Sequence[Recipe]) -> tuple[Recipe, ...]:
+    """What is trained in turn for the recipes of a trial: all of one, or population-based
+    training's segments, each with its part of the steps."""
+    if not isinstance(search.algorithm, Pbt):
+        return tuple(recipes)
+    ends = [0, *(search.steps_at(r, recipes[0].steps) for r in search.resources())]
+    return tuple(
+        recipe.model_copy(update={"steps": end - start})
+        for recipe, start, end in zip(recipes, ends, ends[1:], strict=False))
+
+
+def final_sweep(
+    sweep: Sweep, winners: dict[str, list[tuple[Recipe, ...]]]
+) -> tuple[Sweep, Searched]:
+    """The sweep that trains the winners of each model again, with fresh seeds, and compares them.
+
+    Fronts are paired in the order of the first objective, as far as both models have members.
+    """
+    count = min(map(len, winners.values()))
+    names = [WINNER] if count == 1 else [f"{WINNER}-{i + 1}" for i in range(count)]
+    searched = {(model, name): found[i]
+                for model, found in winners.items() for i, name in enumerate(names)}
+    # The plan takes a model's own; the entry here stands for the name.
+    recipes = {name: next(iter(winners.values()))[i][-1] for i, name in enumerate(names)}
+    final = reserve(sweep).model_copy(update={
+        "name": f"{sweep.name}-search", "recipes": recipes, "seeds": sweep.search.final_seeds})
+    return final, searched

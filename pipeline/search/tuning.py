@@ -1,0 +1,297 @@
+"""Runs the trials of one search on Ray Tune.
+
+A trial is a driver function that holds no CPU: it has the pipeline's own stages do the work and
+reports what was measured. Tune asks for proposals, stops, pauses and clones trials; the ledger
+keeps what happened. A restarted search is a new Tune run over the same ledger: where a scheduler
+compares trials with each other, those that are over report again what they reported before.
+"""
+
+import json
+import logging
+import math
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray import tune
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    HyperBandScheduler,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search import Searcher
+
+from pipeline.search.ledger import Ledger, Report, Status, Trial
+from pipeline.search.proposals import Proposals, proposals
+from pipeline.search.space import Space, Values
+from pipeline.search.spec import STOPPING, Asha, Hyperband, Pbt, Search
+from stages.errors import BadInput, StageFailed
+
+Measure = Callable[[Values, list[Report]], Iterator[Report]]
+"""Takes a trial's values and the reports that it has, does the work, and yields the next ones."""
+
+_SLOT = "node:__internal_head__"
+"""Of this resource the head machine has 1. Drivers reserve a share each, which limits how many run
+at once; Tune's own limit counts paused trials too, with which brackets and populations stall."""
+_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the ledger keeps what its loggers would
+    "RAY_AIR_NEW_OUTPUT": "0",  # prints even when told to be silent
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command, not only Tune
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # its snapshots are not used
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+_RETRIES = 2
+"""How often a trial whose driver or machine died starts again from what is stored."""
+
+
+def run_trials(
+    search: Search,
+    space: Space,
+    trials: int,
+    ledger: Ledger,
+    measure: Measure,
+    *,
+    maximize: list[bool],
+    upwards: bool,
+    storage: str,
+    concurrent: int,
+    tell: Callable[[Trial], None],
+) -> None:
+    """Run what is unfinished of a search's trials; each is over afterwards, in the ledger.
+
+    ``maximize`` says for each objective whether more is better, ``upwards`` for the signal.
+    ``storage`` is a folder that all machines share, used while the search runs; ``concurrent`` the
+    number of trials at once. ``tell`` hears of every trial that reports or ends.
+    """
+    replayed = isinstance(search.algorithm, STOPPING)
+    numbers = [n for n in range(trials)
+               if replayed or n not in ledger.trials or not ledger.trials[n].over]
+    if all(n in ledger.trials and ledger.trials[n].over for n in numbers):
+        return
+    os.environ.update(_SETTINGS, TUNE_MAX_PENDING_TRIALS_PG=str(max(16, concurrent)))
+    source = proposals(search, space, ledger, maximize)
+    arguments: dict[str, Any] = {}
+    if isinstance(search.algorithm, Pbt):
+        # Tune wants the whole population at once here, and no searcher.
+        random.seed(search.seed)
+        np.random.seed(search.seed)
+        population = [_proposal(ledger, source, n, search) for n in numbers]
+        arguments["config"] = {"proposal": tune.grid_search(population)}
+    else:
+        arguments |= {"search_alg": _Searcher(numbers, ledger, source, search),
+                      "num_samples": len(numbers)}
+        if not isinstance(search.algorithm, Hyperband):
+            arguments["max_concurrent_trials"] = concurrent
+    # What went wrong is in the ledger; the rest is about files that Tune was told not to write.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    driver = tune.with_parameters(_drive, measure=measure)
+    tune.run(
+        tune.with_resources(driver, {_SLOT: _slot(concurrent)}),
+        name="tune",
+        storage_path=storage,
+        scheduler=_scheduler(search, space, "max" if upwards else "min"),
+        callbacks=[_Recorder(ledger, search.resources()[-1], tell)],
+        reuse_actors=True,
+        max_failures=_RETRIES,
+        raise_on_failed_trial=False,
+        trial_dirname_creator=lambda trial: trial.trial_id,
+        verbose=0,
+        **arguments,
+    )
+
+
+def _slot(concurrent: int) -> float:
+    """A driver's share of the head machine's resource: so many fit, and one more does not.
+
+    Ray Train takes 0.001 of the resource for each run, to clean up after it.
+    """
+    return math.floor(10_000 * min(1 / (concurrent + 0.5), 1 / concurrent - 0.001)) / 10_000
+
+
+def _proposal(ledger: Ledger, source: Proposals, number: int, search: Search) -> dict[str, Any]:
+    """What the driver of a trial is told; its reports are those of an earlier run."""
+    trial = ledger.begin(number, source.propose)
+    chained = isinstance(search.algorithm, Pbt)
+    return {
+        "number": number,
+        "values": trial.reports[-1].values if chained and trial.reports else trial.values,
+        "reports": [asdict(report) for report in trial.reports],
+        "over": trial.over,
+        "reason": trial.reason,
+        "last": search.resources()[-1],
+        "chained": chained,
+        # Paused and cloned trials go on from their checkpoint.
+        "kept": chained or isinstance(search.algorithm, Hyperband),
+    }
+
+
+def _drive(config: dict[str, Any], measure: Measure) -> None:
+    """Body of a trial's driver."""
+    proposal = config["proposal"]
+    checkpoint = tune.get_checkpoint()
+    reports: list[dict] = []
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            reports = json.loads((Path(folder) / "reports.json").read_text())
+    elif proposal["chained"]:
+        reports = list(proposal["reports"])
+    else:
+        for report in proposal["reports"]:
+            reports.append(report)
+            _report(reports, proposal)
+    if proposal["over"]:
+        if proposal["reason"]:
+            _fail(reports, proposal["reason"])
+        return
+    try:
+        for report in measure(proposal["values"], [Report(**report) for report in reports]):
+            reports.append(asdict(report))
+            _report(reports, proposal)
+    except (StageFailed, BadInput) as error:
+        # Reported, not raised: trying again would fail the same way.
+        _fail(reports, str(error))
+
+
+def _report(reports: list[dict], proposal: dict[str, Any]) -> None:
+    latest = reports[-1]
+    metrics = {"resource": latest["resource"], "signal": latest["signal"], "reports": reports,
+               "done": latest["resource"] >= proposal["last"]}
+    if not proposal["kept"]:
+        tune.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "reports.json").write_text(json.dumps(reports))
+        tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+def _fail(reports: list[dict], reason: str) -> None:
+    tune.report({"resource": 0, "signal": math.nan, "reports": reports, "failed": reason,
+                 "done": True})
+
+
+class _Searcher(Searcher):
+    """Hands Tune the proposals of the given trials, in their order."""
+
+    def __init__(self, numbers: list[int], ledger: Ledger, source: Proposals, search: Search):
+        super().__init__(metric="signal", mode="max")
+        self.waiting, self.ledger, self.source, self.search = numbers, ledger, source, search
+        self.numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> dict | str:
+        if not self.waiting:
+            return Searcher.FINISHED
+        number, *self.waiting = self.waiting
+        self.numbers[trial_id] = number
+        return {"proposal": _proposal(self.ledger, self.source, number, self.search)}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict | None = None, error: bool = False
+    ) -> None:
+        # What the trial reported last is in the ledger by now.
+        self.source.tell(self.ledger.trials[self.numbers[trial_id]])
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger has it."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: a restarted search is a new Tune run."""
+
+
+class _Recorder(tune.Callback):
+    """Keeps the ledger."""
+
+    def __init__(self, ledger: Ledger, last: int, tell: Callable[[Trial], None]):
+        self.ledger, self.last, self.tell = ledger, last, tell
+        self.numbers: dict[str, int] = {}
+
+    def _of(self, trial: Any) -> Trial:
+        # As it was at the start: a clone has the configuration, and so the number, of its model.
+        proposal = trial.config["proposal"]
+        return self.ledger.trials[self.numbers.setdefault(trial.trial_id, proposal["number"])]
+
+    def _end(self, trial: Trial, status: Status, reason: str = "") -> None:
+        if not trial.over:
+            self.ledger.end(trial, status, reason)
+            self.tell(trial)
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Remember the number."""
+        self._of(trial)
+
+    def on_trial_result(
+        self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
+    ) -> None:
+        """Enter what a driver reported."""
+        record = self._of(trial)
+        if record.over:
+            return
+        record.reports = [Report(**report) for report in result["reports"]]
+        if "failed" in result:
+            self._end(record, "failed", result["failed"])
+        elif record.reports[-1].resource >= self.last:
+            self._end(record, "finished")
+        else:
+            self.ledger.write(record)
+            self.tell(record)
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """A trial that is not over by now was stopped by the scheduler."""
+        self._end(self._of(trial), "stopped")
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """The driver, or its machine, died too often."""
+        self._end(self._of(trial), "failed", _cause(trial))
+
+
+def _cause(trial: Any) -> str:
+    """The last line of the traceback that Tune keeps of a trial."""
+    lines = Path(trial.error_file).read_text(errors="replace").strip().splitlines()
+    return f"its driver died {_RETRIES + 1} times: {lines[-1][:300]}"
+
+
+def _scheduler(search: Search, space: Space, mode: str) -> TrialScheduler:
+    algorithm, common = search.algorithm, {"metric": "signal", "mode": mode}
+    if isinstance(algorithm, Asha):
+        return AsyncHyperBandScheduler(
+            time_attr="resource", max_t=search.resources()[-1], grace_period=1,
+            reduction_factor=algorithm.reduction_factor, **common)
+    if isinstance(algorithm, Hyperband):
+        return HyperBandScheduler(
+            time_attr="resource", max_t=search.resources()[-1],
+            reduction_factor=algorithm.reduction_factor, **common)
+    if isinstance(algorithm, Pbt):
+        return PopulationBasedTraining(
+            time_attr="resource", perturbation_interval=1,
+            hyperparam_mutations={"proposal": {"values": {
+                path: _mutation(space, path) for path in space.dimensions}}},
+            quantile_fraction=algorithm.quantile, resample_probability=algorithm.resample,
+            custom_explore_fn=lambda config: _inside(config, space), log_config=False, **common)
+    return FIFOScheduler()
+
+
+def _mutation(space: Space, path: str) -> Any:
+    """A field's distribution as Tune's population-based training takes it."""
+    dimension = space.dimensions[path]
+    if dimension.values is not None:
+        return list(dimension.values)
+    low, high = dimension.bounds
+    if path in space.whole_numbers:
+        whole = tune.lograndint if dimension.log_uniform else tune.randint
+        return whole(int(low), int(high) + 1)
+    return (tune.loguniform if dimension.log_uniform else tune.uniform)(low, high)
+
+
+def _inside(config: dict, space: Space) -> dict:
+    """Tune's factors can leave a range; this brings the values back."""
+    values = config["proposal"]["values"]
+    for path, value in values.items():
+        if space.dimensions[path].bounds:
+            values[path] = space.inside(path, value)
+    return config

@@ -1,0 +1,231 @@
+"""A search that cannot work is refused before Ray starts, in one line: field, reason, remedy."""
+
+import importlib.util
+import math
+
+import pandas as pd
+import pytest
+from search_sweeps import SEARCH, searching
+from smoke import ROOT, SMOKE
+
+from pipeline.plan import build
+from pipeline.search.checks import check_search
+from pipeline.search.plan import final_sweep, members, reserve, selecting, trial_plan
+from pipeline.sweep import load
+from stages.data.spec import DataSpec
+from stages.data.stage import run as prepare
+from stages.errors import BadInput
+from stages.finetune.spec import Recipe
+
+SELECTS = {"objectives": [{"score": "questions/accuracy"}]}
+TWO = {"objectives": [{"score": "questions/accuracy"}, {"score": "refusal/over_refusal_rate"}]}
+
+
+def refusal(*overrides: str, **fields: object) -> str:
+    with pytest.raises(BadInput) as caught:
+        check_search(searching(*overrides, **fields), SMOKE)
+    return str(caught.value)
+
+
+WRONG = {
+    "unknown base": ({"base": "sfd"}, "search.base: unknown recipe 'sfd'; did you mean 'sft'?"),
+    "trial that contradicts itself": (
+        {"space": {"router.learning_rate": {"uniform": [0.1, 0.2]},
+                   "freeze": {"choice": [[], ["router"]]}}},
+        "freeze=['router']) is refused: router.learning_rate: cannot act on a frozen router"),
+    "base for one model": (
+        {"set": ["recipes.sft.models=[tiny-moe]"]},
+        "search.base: a search is for both models of each pair; remove models from recipes.sft"),
+    "unknown field": (
+        {"space": {"learning_rat": {"choice": [1.0]}}},
+        "search.space.learning_rat: unknown field; did you mean 'learning_rate'?"),
+    "bad value of a choice": (
+        {"space": {"schedule": {"choice": ["linear", "cosinus"]}}},
+        "search.space.schedule: 'cosinus' is refused: input tag 'cosinus' found using 'kind'"),
+    "bad end of a range": (
+        {"space": {"learning_rate": {"uniform": [0.0, 0.1]}}},
+        "search.space.learning_rate: 0.0 is refused: input should be greater than 0"),
+    "two distributions": (
+        {"space": {"steps": {"choice": [1], "grid": [1]}}},
+        "search.space.steps: needs exactly one of choice, grid, uniform, log_uniform, has choice"),
+    "bounds the wrong way": (
+        {"space": {"learning_rate": {"uniform": [0.1, 0.01]}}}, "runs from low to high; swap"),
+    "log of zero": (
+        {"space": {"learning_rate": {"log_uniform": [0, 0.01]}}}, "needs a lower bound above 0"),
+    "unknown evaluation": (
+        {"objectives": [{"score": "question/accuracy"}]},
+        "search.objectives.0.score: 'question/accuracy' names no evaluation of the sweep; write "
+        "evaluation/metric; did you mean 'questions'?"),
+    "unknown metric": (
+        {"objectives": [{"score": {"questions/accurac": 1.0}}]},
+        "search.objectives.0.score: questions has no metric 'accurac'; did you mean 'accuracy'?"),
+    "out of distribution": (
+        {"objectives": [{"score": "domains/id_accuracy"}]},
+        "search.objectives.0.score: hotels is out of distribution and never selects"),
+    "unknown algorithm": (
+        {"algorithm": {"kind": "tpa"}}, "search.algorithm.kind: unknown algorithm 'tpa'; "
+        "did you mean 'tpe'?"),
+    "stopping by two objectives": (
+        {**TWO, "algorithm": {"kind": "asha", "rungs": 1}}, "search.algorithm: asha stops trials "
+        "by one objective; name it as intermediate"),
+    "population with two objectives": (
+        {**TWO, "algorithm": {"kind": "pbt"}, "set": ["recipes.sft.schedule=constant"]},
+        "search.algorithm: pbt compares trials by one"),
+    "front of one objective": (
+        {"algorithm": {"kind": "nsga2"}}, "search.algorithm: nsga2 is for several objectives"),
+    "grid of ranges": (
+        {"algorithm": {"kind": "grid"}}, "search.space.learning_rate: algorithm grid takes grids "
+        "alone"),
+    "trials of a grid": (
+        {"algorithm": {"kind": "grid"}, "space": {"steps": {"grid": [6, 7, 8]}}},
+        "search.trials: the grid has 3 combinations; write 3"),
+    "grid under random": (
+        {"space": {"steps": {"grid": [6, 7, 8]}}}, "search.trials: 4 trials cannot go through 3"),
+    "grid under tpe": (
+        {"algorithm": {"kind": "tpe"}, "space": {"steps": {"grid": [6, 7]}}},
+        "search.space.steps: tpe chooses by itself; write choice for grid"),
+    "rungs without steps": (
+        {"algorithm": {"kind": "hyperband"}}, "search.algorithm: hyperband cuts the training into "
+        "9 parts, a recipe has 6 steps; give it more steps or fewer rungs"),
+    "population with a schedule": (
+        {"algorithm": {"kind": "pbt"}}, "search.algorithm: pbt changes the learning rate as it "
+        "goes and would run the linear schedule of sft anew in each segment; set "
+        "recipes.sft.schedule to constant"),
+    "seeds not fresh": (
+        {"seeds": [101]}, "final_seeds names 101, which the trials use; choose others"),
+    "too few fresh seeds": ({"final_seeds": [8, 9]}, "search.final_seeds: tuple should have at "
+                            "least 3 items"),
+    "recipe that no plan takes": (
+        {"space": {"warmup_steps": {"uniform": [0, 7]}}},
+        "search.space.warmup_steps: 7 is refused: warmup_steps: 7 is more than the 6 steps"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_refusal(case):
+    fields, expected = WRONG[case]
+    found = refusal(*fields.get("set", []), **{k: v for k, v in fields.items() if k != "set"})
+    assert expected in found and len(found.splitlines()) == 1
+
+
+def test_a_trained_set_needs_a_selection_split_of_its_own():
+    found = refusal("datasets.reviews.splits={train: 0.6, test: 0.3}")
+    assert "reviews is trained on and has no split 'selection'" in found
+
+
+def test_optuna_is_asked_for_where_it_is_needed(monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name: None if name == "optuna" else real(name))
+    assert "pip install 'moe-reliability[search]'" in refusal(algorithm={"kind": "tpe"})
+
+
+def test_a_sweep_without_a_search_is_told_so():
+    with pytest.raises(BadInput, match="search: is missing"):
+        check_search(load(SMOKE), SMOKE)
+
+
+def test_objectives_are_measured_on_selection_splits_only():
+    sweep = searching(**TWO, algorithm={"kind": "random"})
+    sweep = sweep.model_copy(update={"search": searching(
+        **{**TWO, "objectives": [*TWO["objectives"], SEARCH["objectives"][0]]}).search})
+    trials = selecting(sweep)
+    assert list(trials.evaluations) == ["questions", "refusal", "edits"]
+    for evaluation in trials.evaluations.values():
+        assert set(evaluation.datasets().values()) == {"selection"}
+    # Said outright, so that trials and winners see the same rows.
+    assert trials.datasets["questions"].disjoint_from == ()
+    # Sets that are only evaluated give a fifth away; one that has the split keeps its own.
+    assert trials.datasets["questions"].splits == {"selection": 0.2, "test": 0.8}
+    assert trials.datasets["reviews"].splits == sweep.datasets["reviews"].splits
+    final, _ = final_sweep(sweep, {"tiny-moe": [(sweep.recipes["sft"],)]})
+    assert final.datasets == trials.datasets
+    assert set(final.evaluations["questions"].datasets().values()) == {"test"}
+    assert final.seeds == (101, 102, 103) and list(final.recipes) == ["searched"]
+
+
+def test_the_fifth_is_put_aside_by_document_and_never_reported(tmp_path):
+    """Of 400 documents with 3 rows each, 80 select and 320 report."""
+    rows = pd.DataFrame({"id": [f"r{i}" for i in range(1200)],
+                         "document": [f"d{i // 3}" for i in range(1200)],
+                         "prompt": [f"prompt {i}" for i in range(1200)]})
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    sweep = searching(**{**SELECTS, "objectives": [{"score": "refusal/harmful_refusal_rate"}]})
+    reserved = reserve(sweep).datasets["harmful"]
+    spec = DataSpec(**{f: getattr(reserved, f) for f in DataSpec.model_fields if f != "content"})
+    spec = spec.model_copy(update={"source": f"file:{tmp_path / 'rows.csv'}"})
+    (tmp_path / "out").mkdir()
+    prepare(spec, {}, tmp_path / "out")
+    parts = {p.stem: pd.read_parquet(p) for p in (tmp_path / "out").glob("*.parquet")}
+    documents = {name: set(part["document"]) for name, part in parts.items()}
+    assert {name: len(found) for name, found in documents.items()} == {
+        "selection": 80, "test": 320}
+    assert not documents["selection"] & documents["test"]
+    assert {name: len(part) for name, part in parts.items()} == {"selection": 240, "test": 960}
+
+
+def test_a_cap_on_rows_is_shared_out_as_the_documents_are():
+    sweep = searching("datasets.questions.rows={test: 60}", **SELECTS)
+    assert reserve(sweep).datasets["questions"].rows == {"test": 60, "selection": 15}
+
+
+def test_fields_that_change_nothing_in_a_model_are_left_out_of_its_search():
+    idle = {"auxiliary_loss_weight": {"choice": [0.0, 0.1]},
+            "freeze": {"choice": [[], ["router"]]},
+            "router.learning_rate": {"log_uniform": [1e-4, 1e-2], "when": {"freeze": [[]]}},
+            "experts.dropout": {"choice": [0.0, 0.1]}}
+    space = {"learning_rate": {"choice": [0.1, 0.2]}, **idle}
+    sweep = searching(space=space)
+    trials = selecting(sweep)
+    moe, dense = members(trials, check_search(sweep, SMOKE))
+    assert (moe.model, list(moe.space.dimensions), moe.idle) == ("tiny-moe", list(space), ())
+    assert (dense.model, list(dense.space.dimensions), dense.idle) == (
+        "tiny", ["learning_rate"], tuple(idle))
+
+
+def test_winners_of_each_model_are_planned_with_their_own_recipe_and_fresh_seeds():
+    sweep = searching()
+    contents = check_search(sweep, SMOKE)
+    base = sweep.recipes["sft"]
+    fast, slow = (base.model_copy(update={"learning_rate": rate}) for rate in (0.5, 0.25))
+    final, searched = final_sweep(sweep, {"tiny-moe": [(fast,)], "tiny": [(slow,)]})
+    plan = build(final, contents, searched)
+    rates = {key: node.spec.learning_rate for key, node in plan.nodes.items()
+             if node.stage == "finetune"}
+    assert rates == {f"finetune/{model}-searched-seed{seed}": rate
+                     for model, rate in (("tiny-moe", 0.5), ("tiny", 0.25))
+                     for seed in (101, 102, 103)}
+    assert plan.compare.name == "smoke-search"
+
+
+def test_a_winner_of_population_based_training_is_a_chain_of_its_segments():
+    sweep = searching()
+    base = sweep.recipes["sft"]
+    parts = tuple(base.model_copy(update={"steps": steps, "learning_rate": rate})
+                  for steps, rate in ((2, 0.1), (2, 0.2), (3, 0.3)))
+    final, searched = final_sweep(sweep, {"tiny-moe": [parts], "tiny": [(base,)]})
+    plan = build(final, {}, searched)
+    chain, key = [], "finetune/tiny-moe-searched-seed101"
+    while key != "model/tiny-moe":
+        chain.append(plan.nodes[key])
+        key = chain[-1].inputs["model"]
+    assert [(n.spec.steps, n.spec.learning_rate) for n in chain] == [(3, 0.3), (2, 0.2), (2, 0.1)]
+    # Each segment sees batches of its own.
+    assert chain[-1].spec.seed == 101 and len({n.spec.seed for n in chain}) == 3
+
+
+def test_a_longer_chain_of_a_trial_finds_its_beginning():
+    sweep = searching()
+    base, trials = sweep.recipes["sft"], selecting(sweep)
+    parts = [base.model_copy(update={"steps": 2, "learning_rate": rate}) for rate in (0.1, 0.2)]
+    plans = [trial_plan(trials, {}, "tiny", parts[:end], [7], ["edits"])[0] for end in (1, 2)]
+    short, long = ({n.folder for n in p.nodes.values() if n.stage == "finetune"} for p in plans)
+    assert len(short) == 1 and len(long) == 2 and short < long
+
+
+def test_the_example_sweeps_are_accepted():
+    for path in (ROOT / "sweeps").glob("search*.yaml"):
+        sweep = load(path)
+        assert check_search(sweep, path)
+        assert math.isfinite(sweep.search.trials) and isinstance(
+            sweep.recipes[sweep.search.base], Recipe)

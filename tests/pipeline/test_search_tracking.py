@@ -1,0 +1,76 @@
+"""A search in MLflow: one run per trial, numeric params, logged once."""
+
+from dataclasses import replace
+
+import pytest
+from mlflow import MlflowClient
+from search_sweeps import search_of
+
+from pipeline.search.ledger import Report, Trial
+from pipeline.search.tracking import record_trials
+from pipeline.store import Store
+
+SCORE = "edits/clean_accuracy"
+
+
+def trials() -> list[tuple[str, str, Trial]]:
+    values = {"learning_rate": 2e-4, "schedule": "linear", "data.1.repeat": 2}
+    rung = Report(1, [], 0.5, 3, 300, {SCORE: 0.5}, values)
+    whole = Report(3, [0.75], 0.75, 9, 900, {SCORE: 0.75, "edits/adversarial_drop": 0.1}, values)
+    times = {"started": 100.0, "ended": 160.0}
+    return [
+        ("moe", "moe", Trial(0, values, "finished", [rung, whole], **times)),
+        ("moe", "moe", Trial(1, values, "stopped", [rung], **times)),
+        ("dense", "dense", Trial(0, values, "failed", [], "the loss is nan", **times)),
+    ]
+
+
+@pytest.fixture
+def place(tmp_path):
+    store = Store(str(tmp_path / "store"))
+    store.write_bytes("reports/s-trials/search.html", b"<html>")
+    return store, f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def runs(uri: str) -> list:
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("s-trials").experiment_id
+    return client.search_runs([experiment], filter_string="tags.kind = 'trial'")
+
+
+def record(place, found) -> None:
+    store, uri = place
+    record_trials("s-trials", search_of(), found, store, "reports/s-trials", uri)
+
+
+def test_a_run_per_trial_with_its_values_scores_and_end(place):
+    record(place, trials())
+    by_place = {(r.data.tags["model"], r.data.tags["trial"]): r for r in runs(place[1])}
+    assert set(by_place) == {("moe", "0"), ("moe", "1"), ("dense", "0")}
+    done = by_place["moe", "0"]
+    assert done.data.params == {"architecture": "moe", "learning_rate": "0.0002",
+                                "schedule": "linear", "data.1.repeat": "2"}
+    assert done.data.metrics == {
+        "signal": 0.75, "tokens": 900.0, SCORE: 0.75, "edits/adversarial_drop": 0.1}
+    assert {r.info.status for r in by_place.values()} == {"FINISHED", "KILLED", "FAILED"}
+    assert by_place["dense", "0"].data.tags["reason"] == "the loss is nan"
+    curve = MlflowClient(place[1]).get_metric_history(done.info.run_id, SCORE)
+    assert [(m.step, m.value) for m in curve] == [(3, 0.5), (9, 0.75)]
+    parent = MlflowClient(place[1]).get_run(done.data.tags["mlflow.parentRunId"])
+    assert parent.data.tags["kind"] == "search" and parent.info.status == "FINISHED"
+
+
+def test_logging_again_adds_nothing_and_changed_trials_replace(place):
+    record(place, trials())
+    first = {r.info.run_id for r in runs(place[1])}
+    store, uri = place
+    store.delete("tracking")  # as if the store had forgotten
+    record(place, trials())
+    assert {r.info.run_id for r in runs(uri)} == first
+    changed = trials()
+    changed[1][2].reports = [replace(changed[1][2].reports[0], signal=0.25)]
+    record(place, changed)
+    after = runs(uri)
+    assert len(after) == 4
+    replaced = [r for r in after if r.data.tags["superseded"] == "true"]
+    assert [(r.data.tags["trial"], r.data.metrics["signal"]) for r in replaced] == [("1", 0.5)]

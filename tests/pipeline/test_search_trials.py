@@ -1,0 +1,269 @@
+"""Trials on Ray Tune with a stub in place of training: sequence, failures, restarts, stopping."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+from search_sweeps import BASE, RATE, search_of
+
+from pipeline.search.ledger import Ledger, Report, Trial
+from pipeline.search.plan import Member
+from pipeline.search.proposals import proposals
+from pipeline.search.run import recipes_of, trial_table
+from pipeline.search.space import Space
+from pipeline.search.tuning import _slot, run_trials
+from pipeline.store import Store
+from stages.errors import StageFailed
+
+# Workers do not see this file.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+ASHA = {"kind": "asha", "reduction_factor": 3, "rungs": 1}
+PBT = {"kind": "pbt", "segments": 3, "quantile": 0.5}
+
+
+class Stub:
+    """Loss falls with the distance of the rate from 1e-3 and, a little, with training.
+
+    Leaves a file for each measurement in a folder, so that repeated work is seen.
+    """
+
+    def __init__(self, search, folder: Path, dies_in: int | None = None):
+        self.search, self.folder = search, str(folder)
+        draw = None if dies_in is None else Space(BASE, search.space).draw(0, dies_in)
+        self.unlucky = draw and draw["learning_rate"]
+
+    def __call__(self, values, past):
+        for resource in self.search.resources():
+            if past and resource <= past[-1].resource:
+                continue
+            files = Path(self.folder)
+            files.mkdir(exist_ok=True)
+            rate = values["learning_rate"]
+            if rate == self.unlucky:
+                (files / f"out-{len(list(files.iterdir()))}").touch()
+                raise RuntimeError("the lights went out")
+            if rate > 0.02:
+                raise StageFailed(f"step 3: the loss is nan at {rate:.3g}")
+            (files / f"{rate:.9g}-{resource}-{len(list(files.iterdir()))}").touch()
+            loss = abs(math.log10(rate) + 3) - 0.01 * resource
+            yield Report(resource, [loss, rate][: len(self.search.objectives)], loss,
+                         steps=resource, tokens=10 * resource, values=values)
+
+
+@pytest.fixture
+def run(cluster, tmp_path):
+    """A function that runs a search of the stub's loss, and its ledger afterwards."""
+    store = Store(str(tmp_path / "store"))
+
+    def go(search, trials: int, name: str = "s", **stub) -> Ledger:
+        folder = f"search/{name}@0"
+        goals = [False, True][: len(search.objectives)]
+        run_trials(search, Space(BASE, search.space), trials, Ledger(store, folder),
+                   Stub(search, tmp_path / name, **stub), maximize=goals, upwards=False,
+                   storage=store.path(folder), concurrent=1, tell=lambda trial: None)
+        store.delete(f"{folder}/tune")
+        return Ledger(store, folder)
+
+    go.folder = tmp_path
+    return go
+
+
+def rates(ledger: Ledger) -> list[float]:
+    return [t.values["learning_rate"] for _, t in sorted(ledger.trials.items())]
+
+
+def test_random_trials_are_the_space_s_draws_and_failures_end_nothing(run):
+    search = search_of()
+    ledger = run(search, 8)
+    space = Space(BASE, search.space)
+    assert rates(ledger) == [space.draw(0, n)["learning_rate"] for n in range(8)]
+    failed = {n for n, rate in enumerate(rates(ledger)) if rate > 0.02}
+    assert 0 < len(failed) < 8
+    for number, trial in ledger.trials.items():
+        assert trial.status == ("failed" if number in failed else "finished")
+        assert ("the loss is nan" in trial.reason) == (number in failed)
+    table = trial_table(ledger, search)
+    assert table["objective:edits/clean_accuracy"].isna().sum() == len(failed)
+    assert table.loc[table["status"] == "finished", "tokens"].eq(10).all()
+
+
+def test_a_restarted_search_goes_on_with_the_unfinished_trials_and_repeats_none(run):
+    """Stopped by force after three trials: what was recorded stays, the same trials follow."""
+    search, whole = search_of(), run(search_of(), 6, "whole")
+    half = run(search, 3, "half")
+    before = {n: t.ended for n, t in half.trials.items()}
+    measured = sorted(p.name for p in (run.folder / "half").iterdir())
+    # A trial that had begun: its values are recorded, nothing is measured.
+    space = Space(BASE, search.space)
+    half.begin(3, lambda number: Trial(number, space.draw(0, number)))
+    ledger = run(search, 6, "half")
+    assert rates(ledger) == rates(whole)
+    assert {n: ledger.trials[n].ended for n in before} == before
+    assert set(measured) < {p.name for p in (run.folder / "half").iterdir()}
+    assert len(list((run.folder / "half").iterdir())) == len(list(
+        (run.folder / "whole").iterdir()))
+
+
+def test_optuna_goes_on_where_it_was_killed(run):
+    search = search_of(algorithm={"kind": "tpe", "startup_trials": 2})
+    whole = run(search, 6, "whole")
+    run(search, 4, "half")
+    assert rates(run(search, 6, "half")) == rates(whole)
+
+
+def test_a_trial_whose_driver_dies_is_tried_again_and_then_told(run):
+    """Three times in all; the other trials do not notice."""
+    ledger = run(search_of(), 3, dies_in=1)
+    assert [t.status for t in ledger.trials.values()] == ["finished", "failed", "finished"]
+    assert ledger.trials[1].reason == "its driver died 3 times: RuntimeError: the lights went out"
+    assert len([p for p in (run.folder / "s").iterdir() if "out" in p.name]) == 3
+
+
+def test_asha_stops_what_is_behind_and_a_restart_repeats_no_measurement(run):
+    search = search_of(algorithm=ASHA)
+    ledger = run(search, 9)
+    by_rung = {n: t for n, t in ledger.trials.items() if t.reports}
+    for number, trial in by_rung.items():
+        earlier = [by_rung[n].reports[0].signal for n in by_rung if n < number]
+        # One of three goes on: the cut is the lowest third of those before (here, less is better).
+        if earlier:
+            ordered = sorted(earlier)
+            place = (len(ordered) - 1) / 3
+            low = math.floor(place)
+            cut = ordered[low] + (place - low) * (
+                ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+            assert trial.status == ("finished" if trial.reports[0].signal <= cut else "stopped")
+    assert {t.status for t in ledger.trials.values()} >= {"finished", "stopped"}
+    table = trial_table(ledger, search)
+    assert table.loc[table["status"] == "stopped", "steps"].eq(1).all()
+    measured = {p.name for p in (run.folder / "s").iterdir()}
+    longer = run(search, 12)
+    assert {n: longer.trials[n].status for n in range(9)} == {
+        n: ledger.trials[n].status for n in range(9)}
+    new = {p.name for p in (run.folder / "s").iterdir()} - measured
+    assert all(int(name.rsplit("-", 1)[1]) >= len(measured) for name in new)
+    assert len(new) == sum(len(longer.trials[n].reports) for n in range(9, 12))
+
+
+def test_hyperband_halves_whole_brackets(run):
+    search = search_of(algorithm={"kind": "hyperband", "reduction_factor": 3, "rungs": 1},
+                       space={"learning_rate": {"log_uniform": [1e-5, 1e-2]}})
+    ledger = run(search, 5)
+    # Two brackets: two trials that run whole, and three of which one goes on.
+    finished = [n for n, t in ledger.trials.items() if t.status == "finished"]
+    stopped = {n: t for n, t in ledger.trials.items() if t.status == "stopped"}
+    assert len(finished) == 3 and len(stopped) == 2
+    assert all(len(t.reports) == 1 for t in stopped.values())
+    measured = len(list((run.folder / "s").iterdir()))
+    cut = ledger.trials[max(stopped)]
+    cut.status, cut.ended = "running", None  # as if the kill had come before the decision
+    ledger.write(cut)
+    again = run(search, 5)
+    assert {n: t.status for n, t in again.trials.items()} == {
+        n: "stopped" if n in stopped else "finished" for n in range(5)}
+    assert len(list((run.folder / "s").iterdir())) == measured
+
+
+def test_a_population_goes_on_from_the_segments_that_it_has(run):
+    search = search_of(algorithm=PBT, space={"learning_rate": {"log_uniform": [1e-5, 1e-2]}})
+    ledger = run(search, 3)
+    measured = len(list((run.folder / "s").iterdir()))
+    kept = {}
+    for number in (0, 2):
+        trial = ledger.trials[number]
+        trial.status, trial.ended = "running", None
+        kept[number] = trial.reports[: number and 1]
+        trial.reports = list(kept[number])
+        ledger.write(trial)
+    again = run(search, 3).trials
+    assert {t.status for t in again.values()} == {"finished"}
+    assert [len(t.reports) for t in again.values()] == [3, 3, 3]
+    assert again[1] == ledger.trials[1] and again[2].reports[0] == kept[2][0]
+    assert len(list((run.folder / "s").iterdir())) == measured + 3 + 2
+
+
+def test_a_population_s_winner_is_a_chain_that_can_be_planned_again(run):
+    search = search_of(algorithm=PBT, space={"learning_rate": {"log_uniform": [1e-5, 1e-2]}})
+    space = Space(BASE, search.space)
+    ledger = run(search, 4)
+    assert {t.status for t in ledger.trials.values()} == {"finished"}
+    chains = [[r.values["learning_rate"] for r in t.reports] for t in ledger.trials.values()]
+    assert [len(chain) for chain in chains] == [3, 3, 3, 3]
+    assert any(len(set(chain)) > 1 for chain in chains)  # somebody took over and changed
+    assert all(1e-5 <= rate <= 1e-2 for chain in chains for rate in chain)
+    for trial, chain in zip(ledger.trials.values(), chains, strict=True):
+        segments = recipes_of(trial, Member("m", "moe", space, ()), search)
+        assert [(s.steps, s.learning_rate) for s in segments] == [(3, r) for r in chain]
+
+
+@pytest.mark.parametrize("algorithm, objectives", [
+    ({"kind": "tpe", "startup_trials": 3}, 1), ({"kind": "nsga2", "population": 3}, 2)])
+def test_optuna_asks_after_a_restart_what_it_would_have_asked(tmp_path, algorithm, objectives):
+    names = [{"score": s} for s in ("edits/clean_accuracy", "questions/accuracy")[:objectives]]
+    search = search_of(algorithm=algorithm, objectives=names, space={
+        **RATE, "schedule": {"choice": ["linear", "cosine"]},
+        "warmup_steps": {"uniform": [1, 4], "when": {"schedule": ["linear"]}}})
+    space, store = Space(BASE, search.space), Store(str(tmp_path))
+    goals = [True, False][:objectives]
+
+    def trials(ledger: Ledger, start: int, stop: int) -> None:
+        source = proposals(search, space, ledger, goals)
+        for number in range(start, stop):
+            trial = ledger.begin(number, source.propose)
+            rate = trial.values["learning_rate"]
+            if number == 2:
+                ledger.end(trial, "failed", "lost")
+            else:
+                trial.reports = [Report(1, [-abs(math.log10(rate) + 2), rate][:objectives], 0.0)]
+                ledger.end(trial, "finished")
+            source.tell(trial)
+
+    trials(Ledger(store, "whole"), 0, 14)
+    trials(Ledger(store, "parts"), 0, 7)
+    trials(Ledger(store, "parts"), 7, 14)
+    whole, parts = (Ledger(store, name).trials for name in ("whole", "parts"))
+    assert {n: t.values for n, t in parts.items()} == {n: t.values for n, t in whole.items()}
+    conditional = [t.values for t in whole.values()]
+    assert all(("warmup_steps" in v) == (v["schedule"] == "linear") for v in conditional)
+    random = [space.draw(0, n)["learning_rate"] for n in range(14)]
+    assert [t.values["learning_rate"] for t in whole.values()] != random
+
+
+def test_tpe_comes_closer_to_the_best_than_it_began(tmp_path):
+    search = search_of(algorithm={"kind": "tpe", "startup_trials": 5})
+    space, ledger = Space(BASE, search.space), Ledger(Store(str(tmp_path)), "s")
+    source = proposals(search, space, ledger, [True])
+    distances = []
+    for number in range(30):
+        trial = ledger.begin(number, source.propose)
+        distances.append(abs(math.log10(trial.values["learning_rate"]) + 3))
+        trial.reports = [Report(1, [-distances[-1]], -distances[-1])]
+        ledger.end(trial, "finished")
+        source.tell(trial)
+    # Draws at random are 1 away on average.
+    assert sum(distances[10:]) / 20 < 0.75
+
+
+def test_as_many_drivers_fit_as_trials_may_run(cluster):
+    """Also beside what Ray Train takes of the same resource, 0.001 for each run."""
+    for concurrent in (1, 2, 7, 22, 23, 100):
+        share = _slot(concurrent)
+        assert concurrent * (share + 0.001) <= 1
+        if concurrent <= 22:
+            assert (concurrent + 1) * share > 1
+    assert ray.cluster_resources()["node:__internal_head__"] == 1
+
+
+def test_the_ledger_reads_back_what_it_wrote(tmp_path):
+    ledger = Ledger(Store(str(tmp_path)), "s")
+    trial = ledger.begin(
+        3, lambda number: Trial(number, {"data.0.repeat": 2, "schedule": "linear"}))
+    trial.reports = [Report(1, [], 0.25, 3, 30, {"a/b": 0.25}, trial.values, ["finetune/x@1"])]
+    ledger.write(trial)
+    again = Ledger(Store(str(tmp_path)), "s").trials[3]
+    assert again == trial and not again.over
+    assert json.loads((tmp_path / "s/trials/000003.json").read_text())["status"] == "running"
