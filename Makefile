@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: quickstart test lint benchmark clean
+.PHONY: quickstart test test-families lint benchmark clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: .venv/installed
@@ -15,6 +15,9 @@ quickstart: .venv/installed
 
 test: .venv/installed
 	.venv/bin/python -m pytest
+
+test-families: .venv/installed
+	.venv/bin/python -m pytest -m '' tests/families tests/stages/models/test_families.py
 
 lint: .venv/installed
 	.venv/bin/python -m ruff check .
@@ -24,6 +27,7 @@ benchmark: .venv/installed-benchmark
 	.venv/bin/python benchmarks/multiple_choice.py $(DENSE) $(MOE)
 	.venv/bin/python benchmarks/training.py $(MOE)
 	.venv/bin/python benchmarks/budgets.py
+	.venv/bin/python benchmarks/search.py
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: needs Python 3.11 or 3.12; make PYTHON=/path/to/it"; exit 2; }

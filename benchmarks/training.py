@@ -34,21 +34,21 @@ def batches(vocabulary: int, steps: int) -> np.ndarray:
 
 def ours(folder: Path, ids: np.ndarray) -> tuple[list[float], list[float]]:
     """Losses and seconds of the steps of our loop with expert parallelism over two ranks."""
-    from stages.finetune import loop
+    from stages.finetune import loop, training
     from stages.finetune.batches import Example
     from stages.finetune.spec import FinetuneSpec, TrainSet
 
     torch.distributed.init_process_group("gloo")
     spec = FinetuneSpec(
-        train=(TrainSet(dataset="random"),), steps=len(ids), batch_size=BATCH, learning_rate=RATE,
+        data=(TrainSet(dataset="random"),), steps=len(ids), batch_size=BATCH, learning_rate=RATE,
         schedule="constant", gradient_clipping=CLIP, workers=2, expert_parallel=2,
     )  # fmt: skip
     loop.start_distributed()
     examples = [Example(tuple(row), TOKENS - 1) for row in ids.reshape(-1, TOKENS).tolist()]
     # The same order for every side: row after row.
-    loop.global_batch = lambda rows, size, seed, step: np.arange(step * size, (step + 1) * size)
-    engine, _ = loop.build_engine(spec, folder, examples)
-    rows = [loop.training_step(engine, spec, examples, step) for step in range(len(ids))]
+    training.global_batch = lambda rows, size, seed, step: np.arange(step * size, (step + 1) * size)
+    run, *_ = loop.build(spec, folder, examples)
+    rows = [run.step(step) for step in range(len(ids))]
     return [row["loss"] for row in rows], [row["seconds"] for row in rows]
 
 

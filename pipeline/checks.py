@@ -4,18 +4,25 @@ Imports no torch, Ray or DeepSpeed. All problems of a sweep are told at once, on
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from pipeline.plan import Plan
-from pipeline.sweep import Dataset, Model, Sweep, model_spec, nearest
+from pipeline.plan import Plan, recipe_models
+from pipeline.sweep import Dataset, Model, Recipe, Sweep, model_spec, nearest
 from stages.data import sources as data_sources
-from stages.data.spec import DataSpec
+from stages.data.spec import LABELLED, DataSpec
 from stages.data.templates import TEMPLATES
-from stages.errors import BadInput
+from stages.errors import BadInput, StageFailed
+from stages.evaluate.judges import ModelJudge
+from stages.evaluate.techniques import AnyTechnique, Contrastive, DoLa, ExpertCount, candidates
 from stages.finetune.config import FOLDER as DEEPSPEED_CONFIGS
 from stages.finetune.config import deepspeed_config
+from stages.finetune.recipe import for_dense
+from stages.finetune.refusals import contradictions, inapplicable, misplaced
 from stages.models import sources as model_sources
+from stages.models.families import FAMILIES
 from stages.models.sources import Facts
+from stages.models.spec import SourceSpec
 
 
 def check(sweep: Sweep, path: Path) -> dict[str, str]:
@@ -40,11 +47,18 @@ def check_plan(plan: Plan, path: Path) -> None:
                 raise BadInput(f"{path}: resources.finetune.deepspeed_config: {error}") from None
 
 
+def located(source: str, folder: Path) -> str:
+    """A ``file:`` source from the sweep's folder."""
+    scheme, _, rest = source.partition(":")
+    return f"file:{folder / rest}" if scheme == "file" and rest else source
+
+
 class _Checks:
     def __init__(self, sweep: Sweep, folder: Path):
         self.sweep, self.folder = sweep, folder
         self.contents: dict[str, str] = {}
         self.facts: dict[str, Facts] = {}
+        self.judges: dict[str, ModelJudge] = {}
 
     def problems(self) -> Iterator[str]:
         for name, dataset in self.sweep.datasets.items():
@@ -52,6 +66,7 @@ class _Checks:
         for name, model in self.sweep.models.items():
             yield from self.model(name, model, f"models.{name}", ())
         yield from self.pairs()
+        yield from self.architectures()
         yield from self.recipes()
         yield from self.evaluations()
         yield from self.resources()
@@ -67,7 +82,7 @@ class _Checks:
             return
         if content is not None:
             self.contents[dataset.source] = content
-        for other in dataset.disjoint_from:
+        for other in dataset.disjoint_from or ():
             if other == name or other not in self.sweep.datasets:
                 yield (f"{field}.disjoint_from: {self.unknown('data set', other)}"
                        if other != name else f"{field}.disjoint_from: names itself; remove it")
@@ -83,7 +98,7 @@ class _Checks:
                 return True
             if name not in seen and name in self.sweep.datasets:
                 seen.add(name)
-                stack.extend(self.sweep.datasets[name].disjoint_from)
+                stack.extend(self.sweep.disjoint_from(name))
         return False
 
     def model(self, name: str, model: Model, field: str, parents: tuple[str, ...]) -> Iterator[str]:
@@ -122,9 +137,7 @@ class _Checks:
             self.contents[model.source] = content
 
     def located(self, source: str) -> str:
-        """A ``file:`` source from the sweep's folder."""
-        scheme, _, rest = source.partition(":")
-        return f"file:{self.folder / rest}" if scheme == "file" and rest else source
+        return located(source, self.folder)
 
     def pairs(self) -> Iterator[str]:
         for index, pair in enumerate(self.sweep.pairs):
@@ -141,29 +154,52 @@ class _Checks:
             if self.sweep.pairs.index(pair) < index:
                 yield f"pairs.{index}: stands twice; remove it"
 
+    def architectures(self) -> Iterator[str]:
+        """What the registry says that an architecture cannot do."""
+        spread = self.sweep.resources.finetune.expert_parallel > 1
+        for index, pair in enumerate(self.sweep.pairs):
+            for side in ("moe", "dense"):
+                name, field = getattr(pair, side), f"pairs.{index}.{side}"
+                entry = FAMILIES.get(getattr(self.facts.get(name), "family", None))
+                if entry is None:
+                    continue
+                kind = f"{name} is of the {entry.model_type} architecture"
+                if entry.no_evaluation:
+                    yield f"{field}: {kind}: {entry.no_evaluation}; choose another model"
+                if self.sweep.recipes and entry.no_training:
+                    yield f"{field}: {kind}: {entry.no_training}; choose another model"
+                elif self.sweep.recipes and spread and entry.no_expert_parallel:
+                    yield (f"resources.finetune.expert_parallel: {kind}: "
+                           f"{entry.no_expert_parallel}; set it to 1")
+
     def recipes(self) -> Iterator[str]:
         for name, recipe in self.sweep.recipes.items():
             if name == "none":
                 yield "recipes.none: the name means `not fine-tuned`; choose another"
-            for index, train in enumerate(recipe.train):
-                field = f"recipes.{name}.train.{index}"
+            for index, train in enumerate(recipe.data):
+                field = f"recipes.{name}.data.{index}"
                 yield from self.uses(train.dataset, train.split, f"{field}.dataset")
                 dataset = self.sweep.datasets.get(train.dataset)
                 if dataset is None:
                     continue
-                if dataset.task == "classification":
+                if dataset.task in LABELLED:
+                    fitting = [n for n, t in TEMPLATES.items() if t.task == dataset.task]
                     if train.template is None:
-                        yield (f"{field}.template: is missing for a classification data set; "
-                               f"one of {', '.join(TEMPLATES)}")
+                        yield (f"{field}.template: is missing for a data set of task "
+                               f"{dataset.task}; one of {', '.join(fitting)}")
+                    elif train.template in TEMPLATES and train.template not in fitting:
+                        yield (f"{field}.template: {train.template} is not for task "
+                               f"{dataset.task}; one of {', '.join(fitting)}")
                 elif dataset.task != "instructions":
                     yield (f"{field}.dataset: {train.dataset} is of task {dataset.task}; only "
-                           "classification and instructions can be trained on")
+                           f"{', '.join(sorted(LABELLED))} and instructions can be trained on")
                 elif train.template is not None:
                     yield f"{field}.template: instructions use the model's chat template; remove it"
                 yield from self.template(train.template, f"{field}.template")
-            if recipe.warmup_steps > recipe.steps:
-                yield (f"recipes.{name}.warmup_steps: {recipe.warmup_steps} is more than the "
-                       f"{recipe.steps} steps; lower it")
+                if train.exclude and dataset.task != "instructions":
+                    yield (f"{field}.exclude: {train.dataset} has no responses to look at; "
+                           "remove it")
+            yield from self.knobs(name, recipe)
             workers = self.sweep.resources.finetune.workers
             if recipe.batch_size % workers:
                 yield (f"recipes.{name}.batch_size: {recipe.batch_size} cannot be cut into "
@@ -171,9 +207,39 @@ class _Checks:
         if not self.sweep.recipes and not self.sweep.untuned:
             yield "recipes: is empty while untuned is false; nothing would be evaluated"
 
+    def knobs(self, name: str, recipe: Recipe) -> Iterator[str]:
+        """Problems of what a recipe sets, by itself and for each model that it fine-tunes."""
+        field = f"recipes.{name}"
+        unknown = [m for m in recipe.models or () if m not in self.sweep.models]
+        yield from (f"{field}.models: {self.unknown('model', model)}" for model in unknown)
+        found = list(contradictions(recipe))
+        yield from (f"{field}.{knob}: {reason}" for knob, reason in found)
+        if found or unknown:
+            return
+        moes = {pair.moe for pair in self.sweep.pairs}
+        models = recipe_models(self.sweep, name)
+        if not models:
+            yield f"{field}.models: names no model of a pair; name one"
+        for model in models:
+            facts = self.facts.get(model, Facts())
+            shared = bool(moes & set(models))
+            if model in moes:
+                found = [*inapplicable(recipe, replace(facts, architecture="moe")),
+                         *misplaced(recipe, self.sweep.resources.finetune.expert_parallel)]
+            elif not shared:
+                found = list(inapplicable(recipe, replace(facts, architecture="dense")))
+            else:
+                # What only its partner has is dropped for the dense model; something must be left.
+                try:
+                    for_dense(recipe)
+                    found = []
+                except BadInput as error:
+                    found = [tuple(str(error).split(": ", 1))]
+            yield from (f"{field}.{knob}: {model}: {reason}" for knob, reason in found)
+
     def evaluations(self) -> Iterator[str]:
         trained = {(t.dataset, t.split): name for name, recipe in self.sweep.recipes.items()
-                   for t in recipe.train}
+                   for t in recipe.data}
         for name, evaluation in self.sweep.evaluations.items():
             field = f"evaluations.{name}"
             for dataset, split in evaluation.sources().values():
@@ -182,11 +248,67 @@ class _Checks:
                 if (dataset, split) in trained:
                     yield (f"{field}: scores {dataset}/{split}, on which recipe "
                            f"{trained[dataset, split]} trains; use another split")
+            for key, (dataset, split) in evaluation.sources().items():
+                scored = evaluation.datasets()
+                if key not in scored and scored.get(dataset) == split:
+                    yield (f"{field}: takes examples from {dataset}/{split}, which it scores; "
+                           "use another split for them")
             for dataset, task in evaluation.tasks().items():
                 entry = self.sweep.datasets.get(dataset)
                 if entry is not None and entry.task != task:
                     yield f"{field}: needs task {task}, {dataset} is of task {entry.task}"
             yield from self.template(getattr(evaluation, "template", None), f"{field}.template")
+            if evaluation.declared:
+                yield f"{field}.declared: is filled in by a run; remove it"
+            if getattr(evaluation, "method", None) == "head" and self.sweep.pairs:
+                yield (f"{field}.method: head needs checkpoints with a classification head, and no "
+                       "recipe trains one yet; use label_words")
+            yield from self.technique(evaluation.technique, f"{field}.technique")
+            if evaluation.axis == "language_modelling":
+                yield from self.decoders(f"{field}: perplexity")
+            for judge in evaluation.judge_models().values():
+                yield from self.judge(judge, f"{field}.judges.{judge.name}")
+
+    def judge(self, judge: ModelJudge, field: str) -> Iterator[str]:
+        """Problems of a judge that is a model."""
+        if self.judges.setdefault(judge.name, judge).source != judge.source:
+            yield (f"{field}.source: another evaluation has a judge of this name from "
+                   f"{self.judges[judge.name].source}; give one of them another name")
+        spec = SourceSpec(source=located(judge.source, self.folder))
+        problem = model_sources.check_files(spec.source)
+        if problem is not None:
+            yield f"{field}.source: {problem}"
+        elif spec.source.startswith("file:"):
+            self.contents[judge.source] = model_sources.content(spec)
+
+    def technique(self, technique: AnyTechnique | None, field: str) -> Iterator[str]:
+        """Problems of an inference technique with the models that are evaluated."""
+        if isinstance(technique, Contrastive) and technique.amateur not in self.sweep.models:
+            yield f"{field}.amateur: {self.unknown('model', technique.amateur)}"
+        members = {m for pair in self.sweep.pairs for m in (pair.moe, pair.dense)}
+        dense = {pair.dense for pair in self.sweep.pairs}
+        if technique is not None and not isinstance(technique, ExpertCount):
+            yield from self.decoders(f"{field}.kind: {technique.kind}")
+        for name in sorted(members or self.sweep.models):
+            facts = self.facts.get(name, Facts())
+            if isinstance(technique, ExpertCount) and name not in dense:
+                if facts.architecture == "dense":
+                    yield f"{field}.top_k: {name} is dense and has no experts; remove technique"
+                elif facts.experts and technique.top_k > facts.experts:
+                    yield (f"{field}.top_k: {technique.top_k} is more than the {facts.experts} "
+                           f"experts of {name}; lower it")
+            if isinstance(technique, DoLa) and facts.layers:
+                try:
+                    candidates(technique, facts.layers, tied=True)
+                except StageFailed as error:
+                    yield f"{field}.candidate_layers: {name}: {error}"
+
+    def decoders(self, what: str) -> Iterator[str]:
+        """Problems of what only decoders can do."""
+        for name, facts in self.facts.items():
+            entry = FAMILIES.get(facts.family)
+            if entry is not None and entry.encoder_decoder:
+                yield f"{what} is for decoders, {name} is an encoder-decoder; remove it"
 
     def uses(self, dataset: str, split: str, field: str) -> Iterator[str]:
         if dataset not in self.sweep.datasets:

@@ -65,6 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     planned = add("plan", _plan, [sweep], "print the stage graph; run nothing")
     planned.add_argument("--all", action="store_true", help="print every node of a large plan")
     add("run", _run, [sweep, cluster], "run what is missing, then show the comparison")
+    search = add("search", _search, [sweep, cluster],
+                 "search recipes as the sweep's `search` section says, then compare the winners")
+    search.add_argument("--plan", action="store_true",
+                        help="print what is searched and how far it is; run nothing")
     evaluate = add("evaluate", _evaluate, [places, overrides, cluster],
                    "evaluate one model, without training or comparison")
     evaluate.add_argument("model", metavar="MODEL",
@@ -87,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     gc = add("gc", _gc, [places], "list (with --yes: delete) folders that no given sweep needs")
     gc.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP")
     gc.add_argument("--yes", action="store_true", help="delete them")
+    data = add("data", _data, [overrides],
+               "list the data sets there are, or fetch what a sweep needs")
+    data.add_argument("action", choices=("list", "fetch"))
+    data.add_argument("sweep", type=Path, nargs="?", metavar="SWEEP",
+                      help="a sweep file (list: without one, every data set that can be named)")
+    add("models", _models, [], "architectures and what each supports")
     add("doctor", _doctor, [places, cluster], "versions, devices, stores, and what is missing")
     return parser
 
@@ -94,13 +104,15 @@ def _parser() -> argparse.ArgumentParser:
 def _read(options: argparse.Namespace):
     """Sweep, plan and store of a command, checked; refuses what cannot work."""
     from pipeline.checks import check, check_plan
-    from pipeline.plan import build
+    from pipeline.plan import adopt, build
     from pipeline.sweep import load
 
     sweep = load(options.sweep, options.set)
     plan = build(sweep, check(sweep, options.sweep))
     check_plan(plan, options.sweep)
-    return sweep, plan, _store(options)
+    store = _store(options)
+    adopt(plan, store)
+    return sweep, plan, store
 
 
 def _store(options: argparse.Namespace):
@@ -148,6 +160,61 @@ def _run(options: argparse.Namespace) -> int:
     return _code(outcomes)
 
 
+def _search(options: argparse.Namespace) -> int:
+    from pipeline.display import finish_lines
+    from pipeline.record import record
+    from pipeline.search import run
+    from pipeline.search.checks import check_search
+    from pipeline.sweep import load
+
+    sweep = load(options.sweep, options.set)
+    contents = check_search(sweep, options.sweep)
+    store = _store(options)
+    uri = _tracking_uri(options, store)
+    searches = run.model_searches(sweep, contents)
+    print("\n".join(run.search_lines(sweep, searches, store)))
+    if options.plan:
+        return 0
+    store.check_writable()
+    _run_searches(sweep, searches, contents, store, options)
+    trials = run.report(sweep, searches, store, uri)
+    plan = run.final_plan(sweep, searches, contents, store)
+    outcomes = _execute(plan, store, options)
+    print("\n".join(finish_lines(plan, outcomes, store)))
+    print(f"trials  {trials}")
+    print("\n".join(record(plan, store, uri)))
+    return _code(outcomes)
+
+
+def _run_searches(sweep, searches: list, contents: dict, store, options) -> None:
+    """Run the searches that have no result; starts no Ray when there is none."""
+    from pipeline.display import Watcher
+    from pipeline.search import run
+
+    waiting = run.unfinished(searches, store)
+    if not waiting:
+        return
+    from pipeline.execute import check_cluster, connect, execute
+
+    folder, failures = options.sweep.resolve().parent, []
+    connect(options.address)
+    for each in waiting:
+        check_cluster(each.plan, set(each.plan.nodes), store)
+    shared, todo = run.prepare(waiting, store)
+    if todo:
+        with Watcher(shared, todo, store) as watcher:
+            outcomes = execute(shared, todo, store, folder, watcher.tell)
+        if _code(outcomes):
+            raise StageFailed("data or models of the search could not be prepared, see above")
+    for each in waiting:
+        try:
+            run.run_search(each, sweep, contents, store, folder, lambda t: print(t, flush=True))
+        except StageFailed as error:
+            failures.append(str(error))
+    if failures:
+        raise StageFailed("; ".join(failures))
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from pipeline.checks import check
     from pipeline.display import score_lines
@@ -192,11 +259,11 @@ def _code(outcomes: dict) -> int:
 def _report(options: argparse.Namespace) -> int:
     from pipeline.display import finish_lines
     from pipeline.job import Job, run_stage
-    from pipeline.plan import survey
+    from pipeline.plan import leave_out_missing, survey
 
     _, plan, store = _read(options)
-    states = survey(plan, store)
-    node = plan.compare
+    leave_out_missing(plan, store)
+    states, node = survey(plan, store), plan.compare
     gaps = {role: f"{key} has not been run" for role, key in node.inputs.items()
             if states[key].status != "done"}
     if len(gaps) == len(node.inputs):
@@ -223,9 +290,11 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
+    from pipeline.plan import leave_out_missing
     from pipeline.show import examples
 
     sweep, plan, store = _read(options)
+    leave_out_missing(plan, store)
     print("\n".join(examples(sweep, plan, store, options)))
     return 0
 
@@ -233,14 +302,54 @@ def _show(options: argparse.Namespace) -> int:
 def _gc(options: argparse.Namespace) -> int:
     from pipeline.checks import check
     from pipeline.gc import collect
-    from pipeline.plan import build
+    from pipeline.plan import Plan, adopt, build, leave_out_missing
+    from pipeline.search.checks import check_search
+    from pipeline.search.run import folders_of, model_searches
     from pipeline.sweep import load
 
-    plans = []
+    plans, searched, store = [], set(), _store(options)
     for path in options.sweeps:
         sweep = load(path)
         plans.append(build(sweep, check(sweep, path)))
-    print("\n".join(collect(plans, _store(options), delete=options.yes)))
+        adopt(plans[-1], store)
+        rest = Plan(sweep, dict(plans[-1].nodes))
+        leave_out_missing(rest, store)
+        plans.append(rest)
+        if sweep.search is not None:
+            contents = check_search(sweep, path)
+            searches = model_searches(sweep, contents)
+            searched |= folders_of(sweep, searches, contents, store)
+    print("\n".join(collect(plans, store, options.yes, searched)))
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from pipeline.data import catalogue_lines, fetch_lines, sweep_lines
+    from pipeline.sweep import load
+
+    if options.sweep is None:
+        if options.action == "fetch":
+            raise BadInput("data fetch: no sweep; name the sweep file whose data is to be brought")
+        print("\n".join(catalogue_lines()))
+        return 0
+    sweep, folder = load(options.sweep, options.set), options.sweep.resolve().parent
+    if options.action == "list":
+        print("\n".join(sweep_lines(sweep, folder)))
+        return 0
+    missing = 0
+    for here, line in fetch_lines(sweep, folder):
+        missing += not here
+        print(line, flush=True)
+    if missing:
+        print(f"{missing} of {len(sweep.datasets)} data sets are missing; a run shows what needs "
+              "them as gaps")
+    return 1 if missing else 0
+
+
+def _models(options: argparse.Namespace) -> int:
+    from pipeline.models import model_lines
+
+    print("\n".join(model_lines()))
     return 0
 
 

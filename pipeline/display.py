@@ -124,6 +124,8 @@ def finish_lines(plan: Plan, outcomes: dict[str, Outcome], store: Store) -> list
 
 def score_lines(plan: Plan, outcomes: dict[str, Outcome], store: Store) -> list[str]:
     """The metrics of each evaluation of one model."""
+    from stages.evaluate.partial import left_out
+
     lines = []
     for node in plan.nodes.values():
         if node.stage != "evaluate":
@@ -135,7 +137,9 @@ def score_lines(plan: Plan, outcomes: dict[str, Outcome], store: Store) -> list[
         folder = store.fetch(node.folder)
         summary = json.loads((folder / "summary.json").read_text())
         lines += ["", f"{node.spec.evaluation.axis} · {node.key}"]
-        width = max(map(len, summary))
+        if missing := left_out(node.spec.evaluation):
+            lines.append(f"  without {', '.join(missing)}")
+        width = max(map(len, summary), default=0)
         for name, found in summary.items():
             lines.append(f"  {name:<{width}}  {found['value']:8.3f}  "
                          f"[{found['ci_low']:.3f}, {found['ci_high']:.3f}]  n={found['n']}")

@@ -5,12 +5,15 @@ loads the model once and writes each shard's responses as soon as it has them, s
 killed repeats at most the shards in flight, and its scores equal those of an uninterrupted one.
 """
 
+from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
 from pipeline.job import Job, Outcome, committed, explain, report_progress
 from pipeline.store import Store
+from stages.evaluate.base import Response
 from stages.evaluate.engine import Engine
 from stages.evaluate.shards import (
     Shard,
@@ -20,7 +23,8 @@ from stages.evaluate.shards import (
     responses_from_table,
     responses_to_table,
 )
-from stages.evaluate.stage import requests_for, score_node
+from stages.evaluate.spec import AMATEUR, JUDGE
+from stages.evaluate.stage import judgements_for, requests_for, score_node
 
 RESPONSES = "responses"
 
@@ -28,11 +32,13 @@ RESPONSES = "responses"
 class Responder:
     """An actor that holds the model and answers whole shards."""
 
-    def __init__(self, store: str, checkpoint: str, dtype: str, cpus: float, gpus: float):
+    def __init__(self, store: str, checkpoint: str, dtype: str, cpus: float, gpus: float,
+                 amateurs: dict[str, str]):
         self.store = Store(store)
         self.engine = Engine(
             self.store.fetch(checkpoint), dtype=dtype, device="cuda" if gpus else "cpu",
             threads=None if gpus else max(1, int(cpus)),
+            amateurs={name: self.store.fetch(folder) for name, folder in amateurs.items()},
         )
 
     def __call__(self, batch: dict) -> dict:
@@ -55,23 +61,69 @@ def run_pass(jobs: list[Job]) -> dict[str, Outcome]:
             outcomes[job.node.key] = Outcome("failed", explain(error, job, store))
     jobs = [job for job in jobs if job.node.key not in outcomes]
     try:
-        _respond(jobs, shards, store)
+        _respond(jobs, shards, store, jobs[0].inputs["checkpoint"] if jobs else "")
     except Exception as error:
         return outcomes | {j.node.key: Outcome("failed", explain(error, j, store)) for j in jobs}
+    outcomes |= _judge(jobs, shards, store)
     for job in jobs:
-        outcomes[job.node.key] = _score(job, shards[job.node.key], store)
+        if job.node.key not in outcomes:
+            outcomes[job.node.key] = _score(job, shards[job.node.key], store)
     return outcomes
 
 
+def _judge(jobs: list[Job], shards: dict[str, list[Shard]], store: Store) -> dict[str, Outcome]:
+    """Have the judges that are models read the stored responses, one pass for each judge.
+
+    Adds their shards to those of the nodes; returns the outcomes of nodes that failed.
+    """
+    failed: dict[str, Outcome] = {}
+    by_judge: dict[str, dict[str, list[Shard]]] = {}
+    for job in jobs:
+        try:
+            asked = judgements_for(job.node.spec.evaluation, _inputs(job, store),
+                                   _responses(job, shards[job.node.key], store))
+        except Exception as error:
+            failed[job.node.key] = Outcome("failed", explain(error, job, store))
+            continue
+        for judge, requests in asked.items():
+            folder = job.inputs[f"{JUDGE}{judge}"]
+            planned = plan_shards(requests, job.node.spec.shard_size)
+            by_judge.setdefault(folder, {})[job.node.key] = planned
+    for folder, planned in by_judge.items():
+        asking = [job for job in jobs if job.node.key in planned]
+        try:
+            _respond(asking, planned, store, folder)
+        except Exception as error:
+            failed |= {j.node.key: Outcome("failed", explain(error, j, store)) for j in asking}
+        for key, added in planned.items():
+            shards[key] = [*shards[key], *added]
+    return failed
+
+
 def _prepare(job: Job, store: Store) -> list[Shard]:
-    inputs = {role: store.fetch(folder) for role, folder in job.inputs.items()}
-    requests = requests_for(job.node.spec.evaluation, inputs)
+    requests = requests_for(job.node.spec.evaluation, _inputs(job, store))
     store.write_bytes(f"{job.node.folder}/requests.parquet", _packed(requests_to_table(requests)))
     return plan_shards(requests, job.node.spec.shard_size)
 
 
-def _respond(jobs: list[Job], shards: dict[str, list[Shard]], store: Store) -> None:
-    """Send every shard without stored responses through the actor pool."""
+def _inputs(job: Job, store: Store) -> dict[str, Path]:
+    """The folders that scoring reads; weights stay where they are."""
+    return {role: store.fetch(folder) for role, folder in job.inputs.items()
+            if role.startswith("data/")}
+
+
+def _responses(job: Job, shards: list[Shard], store: Store) -> list[Response]:
+    """The stored responses of a node."""
+    return [
+        response for shard in shards for response in responses_from_table(_unpacked(
+            store.read_bytes(f"{job.node.folder}/{RESPONSES}/{shard.id}.parquet")))
+    ]
+
+
+def _respond(
+    jobs: list[Job], shards: dict[str, list[Shard]], store: Store, checkpoint: str
+) -> None:
+    """Send every shard without stored responses through an actor pool with that checkpoint."""
     rows, waiting = [], {}
     for job in jobs:
         there = store.files(f"{job.node.folder}/{RESPONSES}")
@@ -96,8 +148,10 @@ def _respond(jobs: list[Job], shards: dict[str, list[Shard]], store: Store) -> N
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
         fn_constructor_kwargs={
-            "store": store.uri, "checkpoint": jobs[0].inputs["checkpoint"], "dtype": spec.dtype,
+            "store": store.uri, "checkpoint": checkpoint, "dtype": spec.dtype,
             "cpus": resources.cpus, "gpus": resources.gpus,
+            "amateurs": {role.removeprefix(AMATEUR): folder for job in jobs
+                         for role, folder in job.inputs.items() if role.startswith(AMATEUR)},
         },
     )
     by_key = {job.node.key: job for job in jobs}
@@ -112,13 +166,9 @@ def _score(job: Job, shards: list[Shard], store: Store) -> Outcome:
     """Score one evaluation from its stored responses and commit it."""
 
     def work() -> str:
-        responses = []
-        for shard in shards:
-            data = store.read_bytes(f"{job.node.folder}/{RESPONSES}/{shard.id}.parquet")
-            responses += responses_from_table(_unpacked(data))
-        inputs = {role: store.fetch(folder) for role, folder in job.inputs.items()}
+        responses = _responses(job, shards, store)
         with store.attempt(job.node.folder) as (attempt, output):
-            score_node(job.node.spec.evaluation, inputs, responses, output)
+            score_node(job.node.spec.evaluation, _inputs(job, store), responses, output)
         return attempt
 
     return committed(job, store, work)

@@ -43,10 +43,14 @@ class Unit:
 
 
 def connect(address: str | None) -> None:
-    """Join the Ray cluster at an address, or start a local one."""
+    """Join the Ray cluster at an address, or start a local one; once in a command."""
+    if ray.is_initialized():
+        return
+    # Ray's own default joins whatever cluster happens to run on this machine.
+    address = address or os.environ.get("RAY_ADDRESS", "local")
     options: dict = {}
     if IN_JOB not in os.environ:
-        if address is None:
+        if address == "local":
             # Ray Train frees the resources of a run that died through the dashboard's State API.
             options = {"include_dashboard": True}
         else:
@@ -64,7 +68,7 @@ def connect(address: str | None) -> None:
 
 def check_cluster(plan: Plan, keys: set[str], store: Store) -> None:
     """Refuse what the cluster can never run, and a store that its nodes do not share."""
-    total = _capacity()
+    total = capacity()
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     fixed = state.get_max_resources_from_cluster_config() is None
     for node in (plan.nodes[key] for key in keys):
@@ -83,7 +87,7 @@ def check_cluster(plan: Plan, keys: set[str], store: Store) -> None:
         _check_shared(store)
 
 
-def _capacity() -> dict[str, float]:
+def capacity() -> dict[str, float]:
     """CPUs and GPUs that the cluster has or, where it scales by itself, can grow to."""
     largest = state.get_max_resources_from_cluster_config() or {}
     now = ray.cluster_resources()
@@ -115,22 +119,30 @@ def _read_token(uri: str, path: str) -> str | None:
 
 
 def execute(
-    plan: Plan, todo: set[str], store: Store, folder: Path, tell: Callable[[Event], None]
+    plan: Plan,
+    todo: set[str],
+    store: Store,
+    folder: Path,
+    tell: Callable[[Event], None],
+    one_by_one: bool = False,
 ) -> dict[str, Outcome]:
     """Run the nodes ``todo`` of a plan; nodes outside it count as done. Returns an outcome each.
 
-    A node whose input failed is blocked; the comparison runs all the same, with gaps.
+    Nodes share the cluster as far as their workers fit, or follow each other ``one_by_one``. A
+    node whose input failed is blocked; the comparison runs all the same, with gaps.
     """
-    capacity = _capacity()
+    total = capacity()
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     outcomes = {key: Outcome("done") for key in plan.nodes if key not in todo}
     waiting = _units(plan, todo)
     running: dict[ray.ObjectRef, Unit] = {}
     shown: dict[str, dict] = {}
     while waiting or running:
-        for unit in _ready(waiting, plan, outcomes, running, capacity):
+        for unit in _ready(waiting, plan, outcomes, running, total):
+            if one_by_one and running:
+                break
             waiting.remove(unit)
-            nodes = _unblocked(unit, plan, outcomes, tell)
+            nodes = _unblocked(unit, plan, outcomes, store, tell)
             if not nodes:
                 continue
             jobs = [
@@ -175,13 +187,13 @@ def _units(plan: Plan, todo: set[str]) -> list[Unit]:
 
 
 def _ready(
-    waiting: list[Unit], plan: Plan, outcomes: dict[str, Outcome], running: dict, capacity: dict
+    waiting: list[Unit], plan: Plan, outcomes: dict[str, Outcome], running: dict, total: dict
 ) -> Iterator[Unit]:
     """Units whose inputs are decided and whose workers fit beside what runs."""
     used = {kind: sum(unit.demand[kind] for unit in running.values()) for kind in ("CPU", "GPU")}
     for unit in list(waiting):
         decided = all(key in outcomes for node in unit.nodes for key in node.inputs.values())
-        fits = all(used[k] + v <= capacity[k] for k, v in unit.demand.items())
+        fits = all(used[k] + v <= total[k] for k, v in unit.demand.items())
         if decided and fits:
             for kind, amount in unit.demand.items():
                 used[kind] += amount
@@ -189,16 +201,23 @@ def _ready(
 
 
 def _unblocked(
-    unit: Unit, plan: Plan, outcomes: dict[str, Outcome], tell: Callable[[Event], None]
+    unit: Unit, plan: Plan, outcomes: dict[str, Outcome], store: Store,
+    tell: Callable[[Event], None],
 ) -> list[Node]:
     nodes = []
     for node in unit.nodes:
         gaps = _gaps(node, plan, outcomes)
-        if gaps and node.stage != "compare":
+        if gaps and plan.leave_out(node.key, gaps):
+            node = plan.nodes[node.key]
+            if store.finished([node.folder]):
+                outcomes[node.key] = Outcome("done")
+                tell(Event("done", node, outcomes[node.key]))
+                continue
+        elif gaps and node.stage != "compare":
             outcomes[node.key] = Outcome("blocked", next(iter(gaps.values())))
             tell(Event("blocked", node, outcomes[node.key]))
-        else:
-            nodes.append(node)
+            continue
+        nodes.append(node)
     return nodes
 
 
@@ -213,7 +232,8 @@ def _gaps(node: Node, plan: Plan, outcomes: dict[str, Outcome]) -> dict[str, str
 
 def _submit(jobs: list[Job], here: NodeAffinitySchedulingStrategy) -> ray.ObjectRef:
     node = jobs[0].node
-    options: dict = {"name": node.key, "num_cpus": 0}
+    # Otherwise a task would stay in the placement group of a search's trial that asks for it.
+    options: dict = {"name": node.key, "num_cpus": 0, "scheduling_strategy": "DEFAULT"}
     if node.stage not in ("finetune", "evaluate"):
         options |= {"num_cpus": node.resources.cpus, "num_gpus": node.resources.gpus}
     if str(getattr(node.spec, "source", "")).startswith("file:"):
@@ -242,4 +262,4 @@ def _result(reference: ray.ObjectRef, unit: Unit) -> dict[str, Outcome]:
     except ray.exceptions.RayError as error:
         lines = str(error).strip().splitlines()
         message = f"its task died: {lines[0][:300]}; run again, unfinished work goes on"
-        return {node.key: Outcome("failed", message) for node in unit.nodes}
+        return {node.key: Outcome("failed", message, died=True) for node in unit.nodes}

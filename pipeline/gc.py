@@ -3,15 +3,19 @@
 from pipeline.plan import Plan
 from pipeline.store import Store
 
-STAGES = ("data", "model", "finetune", "evaluate", "compare")
+STAGES = ("data", "model", "judge", "finetune", "evaluate", "compare", "search")
 
 
-def collect(plans: list[Plan], store: Store, delete: bool) -> list[str]:
+def collect(
+    plans: list[Plan], store: Store, delete: bool, searched: set[str] = frozenset()
+) -> list[str]:
     """One line per folder that none of the plans needs, and the bytes in all.
+
+    ``searched`` are the folders that the sweeps' searches need.
 
     Attempts beside a finished node's own (left by killed runs) count too.
     """
-    needed = {node.folder for plan in plans for node in plan.nodes.values()}
+    needed = {node.folder for plan in plans for node in plan.nodes.values()} | searched
     lines, total = [], 0
     for stage in STAGES:
         for name in sorted(store.folders(stage)):

@@ -20,6 +20,7 @@ from stages.errors import BadInput, StageFailed
 STAGES = {
     "data": "stages.data.stage",
     "model": "stages.models.stage",
+    "judge": "stages.evaluate.judge_stage",
     "compare": "stages.compare.stage",
 }
 """Stages that are one call of ``run(spec, inputs, output)``, by the module that holds it."""
@@ -57,6 +58,8 @@ class Outcome:
     status: Literal["done", "failed", "blocked"]
     message: str = ""
     seconds: float = 0.0
+    died: bool = False
+    """The work did not fail by itself: its process or machine was lost."""
 
 
 @dataclass

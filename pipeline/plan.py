@@ -6,19 +6,25 @@ fingerprints, so an equal fingerprint means an equal result and a finished node 
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pipeline.store import Store
 from pipeline.sweep import UNTUNED, Resources, Sweep, model_spec
 from stages.compare.spec import CompareSpec, Pair
 from stages.data.spec import DataSpec
-from stages.evaluate.spec import EvaluateSpec
-from stages.finetune.spec import FinetuneSpec, Recipe
+from stages.evaluate.judges import ModelJudge
+from stages.evaluate.partial import without
+from stages.evaluate.spec import AMATEUR, JUDGE, EvaluateSpec, JudgeSpec
+from stages.evaluate.techniques import Contrastive, ExpertCount
+from stages.finetune.recipe import Recipe, for_dense
+from stages.finetune.spec import FinetuneSpec
 from stages.spec import Spec
 
 Status = Literal["done", "stale", "to run"]
+Searched = dict[tuple[str, str], tuple[Recipe, ...]]
+"""Model and recipe name to what a search found: one recipe, or a chain that is trained in turn."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,10 @@ class Node:
     """Role to the key of the upstream node."""
     resources: Resources
     fingerprint: str
+    found: str | None = None
+    """Folder in which another sweep stored this very result, under a name of its own."""
+    part_of: str | None = None
+    """Folder of the fine-tune whose first steps these are; it holds the resumable state."""
 
     @property
     def key(self) -> str:
@@ -41,7 +51,7 @@ class Node:
     @property
     def folder(self) -> str:
         """Where its result lies in the store."""
-        return f"{self.key}@{self.fingerprint}"
+        return self.found or f"{self.key}@{self.fingerprint}"
 
     @property
     def demand(self) -> dict[str, float]:
@@ -69,6 +79,14 @@ class Plan:
         self, stage: str, name: str, spec: Spec, inputs: dict[str, str], resources: Resources
     ) -> str:
         """Add a node unless it is there, and return its key."""
+        node = self.node(stage, name, spec, inputs, resources)
+        self.nodes.setdefault(node.key, node)
+        return node.key
+
+    def node(
+        self, stage: str, name: str, spec: Spec, inputs: dict[str, str], resources: Resources
+    ) -> Node:
+        """A node with its fingerprint; its inputs are in the plan."""
         content = {
             "stage": stage,
             "version": spec.VERSION,
@@ -77,9 +95,25 @@ class Plan:
         }
         text = json.dumps(content, sort_keys=True, allow_nan=False)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:12]
-        node = Node(stage, name, spec, inputs, resources, fingerprint)
-        self.nodes.setdefault(node.key, node)
-        return node.key
+        return Node(stage, name, spec, inputs, resources, fingerprint)
+
+    def leave_out(self, key: str, roles: Iterable[str]) -> bool:
+        """Put in an evaluation's place the one on its other data sets; False where there is none.
+
+        ``roles`` are those of its inputs that cannot be had. The result has a fingerprint and a
+        folder of its own, and the comparison knows which metrics it lacks.
+        """
+        node, missing = self.nodes[key], set(roles)
+        names = {role.removeprefix("data/") for role in missing if role.startswith("data/")}
+        if node.stage != "evaluate" or len(names) < len(missing):
+            return False
+        rest = without(node.spec.evaluation, names)
+        if rest is None:
+            return False
+        spec = node.spec.model_copy(update={"evaluation": rest})
+        inputs = {role: k for role, k in node.inputs.items() if role not in missing}
+        self.nodes[key] = self.node(node.stage, node.name, spec, inputs, node.resources)
+        return True
 
     @property
     def compare(self) -> Node:
@@ -98,17 +132,20 @@ class Plan:
         return found
 
 
-def build(sweep: Sweep, contents: dict[str, str] | None = None) -> Plan:
+def build(
+    sweep: Sweep, contents: dict[str, str] | None = None, searched: Searched | None = None
+) -> Plan:
     """The graph of a checked sweep.
 
-    ``contents`` maps a ``file:`` source to the digest of what lies there (``checks.check``).
+    ``contents`` maps a ``file:`` source to the digest of what lies there (``checks.check``);
+    ``searched`` has the recipes that are not the same for all models.
     """
-    builder = _Builder(sweep, contents or {})
+    builder = Builder(sweep, contents or {}, searched)
     members = list(dict.fromkeys(m for pair in sweep.pairs for m in (pair.moe, pair.dense)))
     inputs: dict[str, str] = {}
     for model in members:
         for recipe, seeds in sweep_recipes(sweep).items():
-            for seed in seeds:
+            for seed in seeds if model in recipe_models(sweep, recipe) else ():
                 inputs |= builder.checkpoint_and_scores(model, recipe, seed)
     for name in dict.fromkeys(builder.datasets_used):
         inputs[f"data/{name}"] = builder.dataset(name)
@@ -116,6 +153,8 @@ def build(sweep: Sweep, contents: dict[str, str] | None = None) -> Plan:
         title=sweep.description or sweep.name,
         pairs=tuple(Pair(name=p.name, moe=p.moe, dense=p.dense) for p in sweep.pairs),
         recipes=tuple(sweep_recipes(sweep)),
+        models_of={name: recipe_models(sweep, name)
+                   for name, recipe in sweep.recipes.items() if recipe.models},
         seeds=sweep.seeds,
         evaluations=sweep.evaluations,
         resamples=sweep.statistics.resamples,
@@ -127,7 +166,7 @@ def build(sweep: Sweep, contents: dict[str, str] | None = None) -> Plan:
 
 def build_evaluations(sweep: Sweep, model: str, contents: dict[str, str]) -> Plan:
     """The graph of the evaluations of one model of a checked sweep, without a comparison."""
-    builder = _Builder(sweep, contents)
+    builder = Builder(sweep, contents)
     builder.checkpoint_and_scores(model, UNTUNED, 0)
     return builder.plan
 
@@ -138,26 +177,49 @@ def sweep_recipes(sweep: Sweep) -> dict[str, tuple[int, ...]]:
     return untuned | {name: sweep.seeds for name in sweep.recipes}
 
 
-class _Builder:
+def segment_seed(seed: int, index: int) -> int:
+    """The seed of a segment of a chain of fine-tunes; the first has the chain's own.
+
+    With one seed for all, each segment would see the same first batches.
+    """
+    if index == 0:
+        return seed
+    return int(hashlib.sha256(f"{seed}/segment/{index}".encode()).hexdigest()[:8], 16)
+
+
+def recipe_models(sweep: Sweep, name: str) -> tuple[str, ...]:
+    """The models that a recipe fine-tunes (or, untuned, leaves as they are), in their order."""
+    members = dict.fromkeys(m for pair in sweep.pairs for m in (pair.moe, pair.dense))
+    chosen = None if name == UNTUNED else sweep.recipes[name].models
+    return tuple(m for m in members if chosen is None or m in chosen)
+
+
+class Builder:
     """Adds nodes on demand, so that only what a pair needs enters the plan."""
 
-    def __init__(self, sweep: Sweep, contents: dict[str, str]):
+    def __init__(
+        self, sweep: Sweep, contents: dict[str, str], searched: Searched | None = None
+    ):
         self.sweep = sweep
         self.contents = contents
+        self.searched = searched or {}
         self.plan = Plan(sweep)
         self.datasets_used: list[str] = []
 
     def dataset(self, name: str) -> str:
+        """A data set, after those that it must be disjoint from."""
         key = f"data/{name}"
         if key in self.plan.nodes:
             return key
         entry = self.sweep.datasets[name]
-        inputs = {f"disjoint/{other}": self.dataset(other) for other in entry.disjoint_from}
+        inputs = {f"disjoint/{other}": self.dataset(other)
+                  for other in self.sweep.disjoint_from(name)}
         spec = DataSpec(**{f: getattr(entry, f) for f in DataSpec.model_fields if f != "content"},
                         content=self.contents.get(entry.source))
         return self.plan.add("data", name, spec, inputs, self.sweep.resources.data)
 
     def model(self, name: str) -> str:
+        """A model, after the one that it is made of."""
         key = f"model/{name}"
         if key in self.plan.nodes:
             return key
@@ -167,26 +229,49 @@ class _Builder:
         inputs = {"dense": self.model(dense)} if dense else {}
         return self.plan.add("model", name, spec, inputs, self.sweep.resources.model)
 
+    def judge(self, judge: ModelJudge) -> str:
+        """A judge's model, once for all evaluations."""
+        spec = JudgeSpec(
+            kind=judge.kind, source=judge.source, content=self.contents.get(judge.source))
+        return self.plan.add("judge", judge.name, spec, {}, self.sweep.resources.model)
+
     def checkpoint_and_scores(self, model: str, recipe: str, seed: int) -> dict[str, str]:
         """Nodes of one model × recipe × seed, by their role in the comparison."""
         checkpoint = self.model(model)
         label = f"{model}-{recipe}"
         if recipe != UNTUNED:
             label = f"{label}-seed{seed}"
-            checkpoint = self.finetune(label, model, self.sweep.recipes[recipe], seed)
+            segments = self.searched.get((model, recipe)) or (self.sweep.recipes[recipe],)
+            before = [f"{label}-segment{index}" for index in range(len(segments) - 1)]
+            checkpoint = self.chain([*before, label], model, segments, seed)
         roles = {f"checkpoint/{model}/{recipe}/{seed}": checkpoint}
         for name in self.sweep.evaluations:
-            roles[f"scores/{model}/{recipe}/{seed}/{name}"] = self.scores(label, checkpoint, name)
+            key = self.scores(label, checkpoint, model, name)
+            roles[f"scores/{model}/{recipe}/{seed}/{name}"] = key
         return roles
 
-    def finetune(self, label: str, model: str, recipe: Recipe, seed: int) -> str:
+    def chain(
+        self, labels: Sequence[str], model: str, segments: Sequence[Recipe], seed: int
+    ) -> str:
+        """Fine-tunes that each start from the one before; the last one."""
+        checkpoint = self.model(model)
+        for index, (label, recipe) in enumerate(zip(labels, segments, strict=True)):
+            checkpoint = self.finetune(
+                label, model, recipe, segment_seed(seed, index), start=checkpoint)
+        return checkpoint
+
+    def finetune(
+        self, label: str, model: str, recipe: Recipe, seed: int, start: str | None = None
+    ) -> str:
+        """A fine-tune of a model, or one that goes on from the checkpoint ``start``."""
         resources = self.sweep.resources.finetune
         moe = model in {pair.moe for pair in self.sweep.pairs}
-        fields = {f: getattr(recipe, f) for f in Recipe.model_fields}
+        fields, dropped = {f: getattr(recipe, f) for f in Recipe.model_fields}, {}
         if not moe:
-            fields["auxiliary_loss_weight"] = 0.0
+            fields, dropped = for_dense(recipe)
         spec = FinetuneSpec(
             **fields,
+            dropped=dropped,
             seed=seed,
             workers=resources.workers,
             expert_parallel=resources.expert_parallel if moe else 1,
@@ -195,14 +280,19 @@ class _Builder:
             deepspeed_config=resources.deepspeed_config,
             threads=max(1, int(resources.cpus)) if not resources.gpus else None,
         )
-        inputs = {"model": self.model(model)}
-        for train in recipe.train:
+        inputs = {"model": start or self.model(model)}
+        for train in recipe.data:
             inputs[f"data/{train.dataset}"] = self.dataset(train.dataset)
             self.datasets_used.append(train.dataset)
         return self.plan.add("finetune", label, spec, inputs, resources)
 
-    def scores(self, label: str, checkpoint: str, evaluation_name: str) -> str:
+    def scores(self, label: str, checkpoint: str, model: str, evaluation_name: str) -> str:
+        """One evaluation of a checkpoint."""
         evaluation = self.sweep.evaluations[evaluation_name]
+        technique = evaluation.technique
+        if isinstance(technique, ExpertCount) and model in {p.dense for p in self.sweep.pairs}:
+            # A dense partner has no experts to count; it is compared as it is.
+            evaluation = evaluation.model_copy(update={"technique": None})
         resources = self.sweep.resources.evaluate
         spec = EvaluateSpec(
             evaluation=evaluation,
@@ -213,10 +303,33 @@ class _Builder:
             shard_size=resources.shard_size,
         )
         inputs = {"checkpoint": checkpoint}
-        for name in evaluation.datasets():
+        for name in dict.fromkeys(dataset for dataset, _ in evaluation.sources().values()):
             inputs[f"data/{name}"] = self.dataset(name)
             self.datasets_used.append(name)
+        if isinstance(technique, Contrastive):
+            inputs[f"{AMATEUR}{technique.amateur}"] = self.model(technique.amateur)
+        for name, judge in evaluation.judge_models().items():
+            inputs[f"{JUDGE}{name}"] = self.judge(judge)
         return self.plan.add("evaluate", f"{label}-{evaluation_name}", spec, inputs, resources)
+
+
+def adopt(plan: Plan, store: Store) -> None:
+    """Let nodes stand for equal results that are finished under another name.
+
+    The fingerprint says what a result is; the name is only how a sweep calls it.
+    """
+    for stage in dict.fromkeys(node.stage for node in plan.nodes.values()):
+        if stage == "compare":
+            continue  # its report lies under the sweep's name
+        alike: dict[str, list[str]] = {}
+        for folder in sorted(store.folders(stage)):
+            alike.setdefault(folder.rpartition("@")[2], []).append(f"{stage}/{folder}")
+        nodes = [n for n in plan.nodes.values() if n.stage == stage]
+        done = store.finished(f for n in nodes for f in alike.get(n.fingerprint, ()))
+        for node in nodes:
+            others = [folder for folder in alike.get(node.fingerprint, ()) if folder in done]
+            if others and node.folder not in others:
+                plan.nodes[node.key] = replace(node, found=others[0])
 
 
 def survey(plan: Plan, store: Store) -> dict[str, State]:
@@ -245,6 +358,15 @@ def survey(plan: Plan, store: Store) -> dict[str, State]:
         else:
             states[node.key] = State("to run")
     return states
+
+
+def leave_out_missing(plan: Plan, store: Store) -> None:
+    """Put in the place of each unfinished evaluation the one on the data sets that are finished."""
+    states = survey(plan, store)
+    for key, node in list(plan.nodes.items()):
+        roles = [role for role, k in node.inputs.items() if states[k].status != "done"]
+        if states[key].status != "done" and roles:
+            plan.leave_out(key, roles)
 
 
 def _difference(manifest: dict, node: Node, plan: Plan) -> str:

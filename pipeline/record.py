@@ -5,17 +5,22 @@ start MLflow at all.
 """
 
 import json
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 
 import pandas as pd
 
+from pipeline.children import Child, DataInput, content_fingerprint
 from pipeline.job import report_folder
 from pipeline.plan import Node, Plan
 from pipeline.store import Store
 from pipeline.sweep import UNTUNED
-from pipeline.tracking import Child, DataInput, Tracker, content_fingerprint
+from pipeline.tracking import Tracker
 from stages.compare.table import render_text
 from stages.data.card import DataCard
+from stages.finetune.spec import EVIDENCE_FILE, ROUTING_FIGURE
 from stages.models.card import ModelCard
 
 
@@ -41,7 +46,9 @@ def record(plan: Plan, store: Store, uri: str) -> list[str]:
         store.write_json(memory, known)
     if uri.startswith("http"):
         return [f"MLflow  {uri.rstrip('/')}{known['comparison_path']}"]
-    return [f"MLflow  `moe-reliability ui --tracking-uri {uri}`, then compare the runs at",
+    installed = shutil.which("moe-reliability") is not None  # not so in a .venv that is not active
+    command = "moe-reliability" if installed else f"{os.path.relpath(sys.executable)} -m pipeline"
+    return [f"MLflow  `{command} ui --tracking-uri {uri}`, then compare the runs at",
             f"        http://127.0.0.1:5000{known['comparison_path']}"]
 
 
@@ -70,7 +77,7 @@ def _child(plan: Plan, store: Store, place: str, node: Node, scores: dict[str, N
         for name, n in scores.items()
     }
     params = {key: value for key, value in node.spec.identity().items()
-              if key not in ("train", "seed")} if tuned else {}
+              if key not in ("data", "seed")} if tuned else {}
     return Child(
         model=model,
         recipe=recipe,
@@ -85,13 +92,14 @@ def _child(plan: Plan, store: Store, place: str, node: Node, scores: dict[str, N
         params=params,
         curve=pd.read_parquet(folder / "training_curve.parquet") if tuned else None,
         data=tuple(_data(plan, store, node, scores)),
-        artifacts=(folder / "card.json",),
+        artifacts=tuple(path for name in ("card.json", EVIDENCE_FILE, ROUTING_FIGURE)
+                        if (path := folder / name).exists()),
     )
 
 
 def _data(plan: Plan, store: Store, node: Node, scores: dict[str, Node]) -> Iterator[DataInput]:
     """The splits that a checkpoint was trained and scored on, each once."""
-    uses = {(t.dataset, t.split): "training" for t in getattr(node.spec, "train", ())}
+    uses = {(t.dataset, t.split): "training" for t in getattr(node.spec, "data", ())}
     for scored in scores.values():
         for dataset, split in scored.spec.evaluation.datasets().items():
             uses.setdefault((dataset, split), "evaluation")

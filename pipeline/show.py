@@ -40,6 +40,9 @@ def examples(sweep: Sweep, plan: Plan, store: Store, options: argparse.Namespace
         tables[side] = pd.read_parquet(folder / "scores.parquet").set_index("example_id")
     evaluation = sweep.evaluations[options.evaluation]
     metric = next(m for m in evaluation.metrics() if m.name == evaluation.primary)
+    if metric.column is None:
+        raise BadInput(f"--evaluation {options.evaluation}: its primary metric {metric.name} is no "
+                       "mean of examples' scores; read its scores.parquet")
     kept = _select(tables, metric, options.where)
     total = len(_select(tables, metric, ""))
     lines = [f"{len(kept)} of {total} examples · {options.evaluation} · {pair.name} · {recipe}, "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.sweep import Model, Sweep, load, nearest
 from stages.errors import BadInput
+from stages.evaluate.techniques import Contrastive
 
 
 def single_model(options: argparse.Namespace) -> tuple[Sweep, str]:
@@ -18,9 +19,12 @@ def single_model(options: argparse.Namespace) -> tuple[Sweep, str]:
             raise BadInput(f"--evaluations {name}: not in {options.sweep}"
                            f"{nearest(name, list(sweep.evaluations))}")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", options.model.rstrip("/").split("/")[-1]).strip("-.")
+    # An amateur, or what it is made of, may be any model of the sweep.
+    others = sweep.models if any(
+        isinstance(sweep.evaluations[n].technique, Contrastive) for n in wanted) else {}
     cut = sweep.model_copy(update={
         "name": name,
-        "models": {name: Model(source=_source(options.model))},
+        "models": others | {name: Model(source=_source(options.model))},
         "pairs": (),
         "recipes": {},
         "evaluations": {n: sweep.evaluations[n] for n in wanted},

@@ -12,11 +12,13 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
-from stages.evaluate.registry import KINDS, AnyEvaluation
 
+from pipeline.search.spec import ALGORITHMS, Search
+from stages.data.sources import task_of
 from stages.data.spec import DataSpec
 from stages.errors import BadInput
-from stages.finetune.spec import Recipe
+from stages.evaluate.registry import KINDS, AnyEvaluation
+from stages.finetune.recipe import Recipe as StageRecipe
 from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec
 from stages.spec import Spec
 
@@ -28,8 +30,10 @@ UNTUNED = "none"
 class Dataset(DataSpec):
     """A data set of the sweep."""
 
-    disjoint_from: tuple[Name, ...] = ()
-    """Rows whose normalised text occurs in one of these data sets are dropped and counted."""
+    disjoint_from: tuple[Name, ...] | None = None
+    """Rows whose normalised text occurs in one of these data sets are dropped and counted. Where it
+    is not given, a published data set that no recipe trains on is kept disjoint from all that one
+    does; ``[]`` keeps the rows."""
 
 
 class Upcycle(UpcycleSpec):
@@ -43,7 +47,7 @@ class Widen(Spec):
     """A dense twin with the activated FLOPs of an upcycled model of the sweep."""
 
     like: Name
-    """The upcycled model; dense model, layers, top-k, noise and seed are its own."""
+    """The upcycled model; dense model, layers, activated neurons, noise and seed are its own."""
 
 
 class Model(SourceSpec):
@@ -72,6 +76,13 @@ class Pair(Spec):
     def name(self) -> str:
         """How the pair is called in tables."""
         return f"{self.moe} vs {self.dense}"
+
+
+class Recipe(StageRecipe):
+    """A recipe of the sweep."""
+
+    models: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    """The models that it fine-tunes; all models of all pairs when absent."""
 
 
 class Resources(Spec):
@@ -143,6 +154,25 @@ class Sweep(Spec):
     """Precision of the weights during evaluation."""
     statistics: Statistics = Statistics()
     resources: AllResources = AllResources()
+    search: Search | None = None
+    """What ``moe-reliability search`` looks for; ``run`` leaves it alone."""
+
+    def disjoint_from(self, name: str) -> tuple[str, ...]:
+        """The data sets whose texts a data set must not hold.
+
+        A training set that the sweep keeps disjoint from evaluation sets is never implied for
+        another one: that could close a circle.
+        """
+        dataset = self.datasets[name]
+        if dataset.disjoint_from is not None:
+            return dataset.disjoint_from
+        trained = {train.dataset: self.datasets[train.dataset]
+                   for recipe in self.recipes.values() for train in recipe.data
+                   if train.dataset in self.datasets}
+        if name in trained or not (dataset.format or dataset.source.startswith("catalogue:")):
+            return ()
+        return tuple(other for other, entry in trained.items()
+                     if set(entry.disjoint_from or ()) <= set(trained))
 
 
 def model_spec(sweep: Sweep, name: str) -> tuple[SourceSpec | UpcycleSpec | WidenSpec, str | None]:
@@ -151,10 +181,15 @@ def model_spec(sweep: Sweep, name: str) -> tuple[SourceSpec | UpcycleSpec | Wide
     if model.source is not None:
         return SourceSpec(**{f: getattr(model, f) for f in SourceSpec.model_fields}), None
     if model.upcycle is not None:
-        upcycle, kind = model.upcycle, UpcycleSpec
-    else:
-        upcycle, kind = sweep.models[model.widen.like].upcycle, WidenSpec
-    return kind(**{f: getattr(upcycle, f) for f in kind.model_fields}), upcycle.model
+        upcycle = model.upcycle
+        return UpcycleSpec(**{f: getattr(upcycle, f) for f in UpcycleSpec.model_fields}), (
+            upcycle.model
+        )
+    upcycle = sweep.models[model.widen.like].upcycle
+    same = {f: getattr(upcycle, f) for f in ("top_k", "layers", "seed")}
+    if upcycle.experts_from == "copies":
+        return WidenSpec(**same, drop=upcycle.drop, noise=upcycle.noise), upcycle.model
+    return WidenSpec(**same, parts=upcycle.experts, noise=0), upcycle.model
 
 
 class _Loader(yaml.SafeLoader):
@@ -212,14 +247,31 @@ def load(path: Path, overrides: list[str] = ()) -> Sweep:
         raise BadInput(f"{path}: holds no fields; a sweep is a mapping that starts with `name:`")
     for override in overrides:
         _override(content, override)
+    _name_tasks(content, path)
     try:
         # JSON, because strict validation there still takes a list for a tuple.
         return Sweep.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        lines = [f"{path}: {_explain(problem, content)}" for problem in error.errors()]
+        lines = [
+            f"{path}: {_explain(problem, content)}"
+            for problem in error.errors()
+            # A default that follows from fields with problems of their own.
+            if problem["type"] != "default_factory_not_called"
+        ]
         raise BadInput("\n".join(dict.fromkeys(lines))) from None
     except (TypeError, ValueError) as error:
         raise BadInput(f"{path}: {error}; write plain text, numbers, lists and mappings") from None
+
+
+def _name_tasks(content: dict, path: Path) -> None:
+    """Add the task of each data set whose source holds a known one."""
+    entries = content.get("datasets")
+    for name, entry in entries.items() if isinstance(entries, dict) else ():
+        if isinstance(entry, dict) and "task" not in entry and isinstance(entry.get("source"), str):
+            where = f"{path}: datasets.{name}.source"
+            task = task_of(entry["source"], entry.get("format"), where)
+            if task is not None:
+                entry["task"] = task
 
 
 def _parse(text: str, where: str) -> Any:
@@ -268,10 +320,12 @@ def _explain(problem: dict, content: dict) -> str:
     if kind == "missing":
         return f"{field}: is missing; add it"
     if kind == "union_tag_not_found":
-        return f"{field}.kind: is missing; one of {', '.join(KINDS)}"
+        return f"{field}.kind: is missing; one of {', '.join(_kinds(field.split('.')))}"
     if kind == "union_tag_invalid":
-        tag = problem["ctx"]["tag"]
-        return f"{field}.kind: unknown evaluation {tag!r}{nearest(tag, KINDS)}"
+        tag, kinds = problem["ctx"]["tag"], re.findall("'(.+?)'", problem["ctx"]["expected_tags"])
+        what = {frozenset(KINDS): "evaluation", frozenset(ALGORITHMS): "algorithm"}.get(
+            frozenset(kinds), re.sub(r"[.0-9]+$", "", field).rpartition(".")[2])
+        return f"{field}.kind: unknown {what} {tag!r}{nearest(tag, kinds)}"
     if kind in ("float_type", "int_type"):
         remedy = "write it without quotes" if isinstance(given, str) else "write one number"
         return f"{field}: {shown} is not a number; {remedy}"
@@ -292,19 +346,33 @@ def _path(loc: tuple, content: Any) -> str:
         else:
             continue
         parts.append(str(part))
-    # The last part may be a missing field; but a member of a union of plain types is no field.
-    if not loc or isinstance(content, dict | list) and loc[-1] != "[key]":
+    # The last part may be a missing field; but a member of a union of plain types is no field, nor
+    # is the kind of a section that is wrong as a whole.
+    whole = loc and isinstance(content, dict) and loc[-1] == content.get("kind")
+    if not loc or isinstance(content, dict | list) and loc[-1] != "[key]" and not whole:
         parts += [str(part) for part in loc[-1:]]
     return ".".join(parts) or "sweep"
 
 
 def _known_fields(path: list[str]) -> list[str]:
-    """Names of the fields that may stand under a path; parts that are no field are dict keys."""
+    """Names of the fields that may stand under a path."""
+    found = (model.model_fields.items() for model in _models_at(path))
+    return [field.alias or name for fields in found for name, field in fields]
+
+
+def _kinds(path: list[str]) -> list[str]:
+    """The kinds that a section which is told apart by its ``kind`` may have."""
+    fields = [model.model_fields["kind"].annotation for model in _models_at(path)]
+    return [kind for field in fields for kind in get_args(field)]
+
+
+def _models_at(path: list[str]) -> list[type[BaseModel]]:
+    """What may stand at a path of the sweep; parts that are no field are dict keys."""
     models = [Sweep]
     for part in path:
         annotations = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         models = [m for a in annotations for m in _models(a)] or models
-    return [field.alias or name for m in models for name, field in m.model_fields.items()]
+    return models
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

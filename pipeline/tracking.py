@@ -7,11 +7,9 @@ tells the old one.
 
 Everything goes through ``MlflowClient`` with explicit run ids, from one process, after the work:
 the fluent API's active run and environment variables play no part. MLflow is imported when a
-``Tracker`` is made, so that ``content_fingerprint`` can tell without it that nothing changed.
+``Tracker`` is made.
 """
 
-import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -19,87 +17,21 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
-from stages.models.card import ModelCard
+from pipeline.children import DIGEST, Child, content_fingerprint
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-UNTUNED = "none"
 _SECRETS = re.compile(r"TOKEN|PASSWORD|SECRET|ACCESS_KEY|API_KEY|CREDENTIAL", re.IGNORECASE)
 _SHORTEST_SECRET = 8
 """Shorter values of secret variables are not looked for: they would match by chance."""
 _PER_BATCH = 1000  # MLflow's limit on metrics in a log_batch
 _PARAMS_PER_BATCH = 100
+_STEPS_BY_LAYER = 50
+"""Steps, evenly spaced, for which the curves of single layers are logged."""
 PAGES = "workflowType=machine_learning"
 """Asks MLflow's pages for the view of model training; without it they open that of agents."""
-_DIGEST = 32  # MLflow allows 36 characters
-
-
-@dataclass(frozen=True)
-class DataInput:
-    """A split that a model was trained or evaluated on."""
-
-    name: str
-    """``<dataset>/<split>``"""
-    digest: str
-    source: str
-    rows: int
-    use: str = "evaluation"
-    """``evaluation`` or ``training``"""
-
-
-@dataclass(frozen=True)
-class Child:
-    """One checkpoint, how it came to be and what it scored."""
-
-    model: str
-    recipe: str
-    """``none`` for an untuned model."""
-    seed: int
-    pairs: tuple[str, ...]
-    """Names of the pairs that the model is in."""
-    card: ModelCard
-    metrics: dict[str, dict[str, dict[str, float]]]
-    """Evaluation to metric to value, ci_low, ci_high and n, as ``summarise`` gives them."""
-    scores_digest: str
-    """Digest of the score tables, or of the fingerprints that name them."""
-    checkpoint_uri: str
-    started: float
-    """Seconds since 1970, from the manifests, as is ``finished``: they date every point."""
-    finished: float
-    params: dict[str, object] = dataclasses.field(default_factory=dict)
-    """What identifies the child besides its name: the recipe's fields."""
-    curve: "pd.DataFrame | None" = None
-    """Columns ``step``, ``seconds`` (of each step) and the curves to log; NaN is left out."""
-    data: tuple[DataInput, ...] = ()
-    artifacts: tuple[Path, ...] = ()
-    """Small files to keep with the run."""
-
-    @property
-    def name(self) -> str:
-        """How the run is called."""
-        if self.recipe == UNTUNED:
-            return f"{self.model} · untuned"
-        return f"{self.model} · {self.recipe} · seed {self.seed}"
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the content; when it was made plays no part."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("started", "finished"):
-            del fields[name]
-        curve = fields.pop("curve")
-        fields |= {
-            "card": self.card.model_dump(mode="json"),
-            "data": [dataclasses.astuple(each) for each in self.data],
-            "artifacts": _digests(self.artifacts),
-            "curve": None if curve is None else curve.drop(columns="seconds").to_csv(index=False),
-        }
-        return _digest(fields)
 
 
 @dataclass(frozen=True)
@@ -127,12 +59,6 @@ class Logged:
         chosen = {"runs": self.child_run_ids, "experiments": [self.experiment_id]}
         query = urlencode({name: json.dumps(ids) for name, ids in chosen.items()})
         return f"/#/compare-runs?{query}&{PAGES}"
-
-
-def content_fingerprint(sweep: str, children: Sequence[Child], report: Path | None) -> str:
-    """Digest of everything that ``Tracker.log_sweep`` would log; needs no MLflow."""
-    files = [] if report is None else sorted(p for p in report.rglob("*") if p.is_file())
-    return _digest([sweep, [child.fingerprint for child in children], _digests(files)])
 
 
 class Tracker:
@@ -192,7 +118,7 @@ class Tracker:
             # Last, so that a call that was killed is repeated.
             self._tag(parent.info.run_id, {"fingerprint": content})
             finished = max((child.finished for child in children), default=0.0)
-            self.client.set_terminated(parent.info.run_id, "FINISHED", _milliseconds(finished))
+            self.client.set_terminated(parent.info.run_id, "FINISHED", milliseconds(finished))
         return Logged(experiment, parent.info.run_id, added, superseded, tuple(current))
 
     def _experiment(self, sweep: str) -> str:
@@ -228,7 +154,7 @@ class Tracker:
                 return run
         started = min((child.started for child in children), default=0.0)
         return self.client.create_run(
-            experiment, _milliseconds(started), {"kind": "sweep", "sweep": sweep}, sweep
+            experiment, milliseconds(started), {"kind": "sweep", "sweep": sweep}, sweep
         )
 
     def _create(self, experiment: str, parent: str, child: Child):
@@ -248,14 +174,14 @@ class Tracker:
             "superseded": "false",
         }
         return self.client.create_run(
-            experiment, _milliseconds(child.started), _clean_all(tags), child.name
+            experiment, milliseconds(child.started), clean_all(tags), child.name
         )
 
     def _fill(self, experiment: str, run: str, child: Child) -> None:
         """Log all of a child's content; what is there already stays as it is."""
         from mlflow.entities import Param
 
-        params = [Param(key, value) for key, value in _clean_all(_params(child)).items()]
+        params = [Param(key, value) for key, value in clean_all(_params(child)).items()]
         for start in range(0, len(params), _PARAMS_PER_BATCH):
             self.client.log_batch(run, params=params[start : start + _PARAMS_PER_BATCH])
         self._log_inputs(run, child)
@@ -265,7 +191,7 @@ class Tracker:
             self.client.log_batch(run, metrics=points[start : start + _PER_BATCH])
         for file in child.artifacts:
             self.client.log_artifact(run, str(file))
-        self.client.set_terminated(run, "FINISHED", _milliseconds(child.finished))
+        self.client.set_terminated(run, "FINISHED", milliseconds(child.finished))
 
     def _log_inputs(self, run: str, child: Child) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -274,7 +200,7 @@ class Tracker:
             DatasetInput(
                 Dataset(
                     name=each.name,
-                    digest=each.digest[:_DIGEST],
+                    digest=each.digest[:DIGEST],
                     source_type="pack" if each.source.startswith("pack:") else "local",
                     source=json.dumps({"uri": _clean(each.source)}),
                     profile=json.dumps({"num_rows": each.rows}),
@@ -299,10 +225,10 @@ class Tracker:
             # MLflow allows no / : . % " ' in the name of a model.
             name=re.sub(r"[/:.%\"']", "-", child.name),
             source_run_id=run,
-            tags=_clean_all(
+            tags=clean_all(
                 {"mlflow.model.isExternal": "true", "checkpoint_uri": child.checkpoint_uri}
             ),
-            params=_clean_all(_identity(child)),
+            params=clean_all(_identity(child)),
             model_type=child.card.architecture,
         )
         self.client.finalize_logged_model(model.model_id, "READY")
@@ -327,7 +253,7 @@ class Tracker:
     def _tag(self, run: str, tags: dict[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        self.client.log_batch(run, tags=[RunTag(k, v) for k, v in _clean_all(tags).items()])
+        self.client.log_batch(run, tags=[RunTag(k, v) for k, v in clean_all(tags).items()])
 
     def _log_report(self, run: str, report: Path) -> None:
         """The report's files, and its tables as MLflow shows them.
@@ -388,17 +314,31 @@ def _curve_points(child: Child) -> Iterable:
         return
     curve = child.curve
     times = child.started + curve["seconds"].cumsum()
+    shown = range(0, len(curve), math.ceil(len(curve) / _STEPS_BY_LAYER) or 1)
     for column in curve.columns.drop(["step", "seconds"]):
-        for step, time, value in zip(curve["step"], times, curve[column], strict=True):
-            if value is not None and math.isfinite(value):
-                yield Metric(f"training/{column}", float(value), _milliseconds(time), int(step))
+        by_layer = column.endswith("_by_layer")
+        for place in shown if by_layer else range(len(curve)):
+            value, step = curve[column].iloc[place], int(curve["step"].iloc[place])
+            name = f"training/{column.removesuffix('_by_layer')}"
+            time = milliseconds(times.iloc[place])
+            for key, number in _numbers(name, value):
+                yield Metric(key, number, time, step)
+
+
+def _numbers(name: str, value: object) -> Iterable[tuple[str, float]]:
+    """A value, or the value of each layer; the loads of single experts are left to the figure."""
+    if isinstance(value, dict):
+        for layer, part in value.items():
+            yield from _numbers(f"{name}/{layer}", part)
+    elif isinstance(value, Real) and math.isfinite(value):
+        yield name, float(value)
 
 
 def _score_points(child: Child, model: str) -> Iterable:
     """``evaluation/metric`` with ``_ci_low``, ``_ci_high`` and ``_n``, tied to the checkpoint."""
     from mlflow.entities import Metric
 
-    time = _milliseconds(child.finished)
+    time = milliseconds(child.finished)
     ends = {"value": "", "ci_low": "_ci_low", "ci_high": "_ci_high", "n": "_n"}
     for evaluation, metrics in child.metrics.items():
         for metric, found in metrics.items():
@@ -408,11 +348,13 @@ def _score_points(child: Child, model: str) -> Iterable:
                     yield Metric(key, float(found[field]), time, 0, model_id=model)
 
 
-def _milliseconds(seconds: float) -> int:
+def milliseconds(seconds: float) -> int:
+    """MLflow's unit of time."""
     return int(seconds * 1000)
 
 
-def _clean_all(values: dict[str, object]) -> dict[str, str]:
+def clean_all(values: dict[str, object]) -> dict[str, str]:
+    """The values as text, without user names, passwords and secrets."""
     return {key: _clean(str(value)) for key, value in values.items()}
 
 
@@ -423,12 +365,3 @@ def _clean(text: str) -> str:
         if _SECRETS.search(name) and len(value) >= _SHORTEST_SECRET:
             text = text.replace(value, "***")
     return text
-
-
-def _digests(files: Iterable[Path]) -> list[list[str]]:
-    return [[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
-
-
-def _digest(content: object) -> str:
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST]

@@ -12,10 +12,12 @@ import ray.train
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from pipeline import memory
 from pipeline.job import Job, Outcome, committed, report_progress
 from pipeline.store import Store
 from stages.errors import BadInput, StageFailed
-from stages.finetune.loop import train
+from stages.finetune.loop import PastTheEnd, train
+from stages.finetune.spec import FinetuneSpec
 
 CHECKPOINTS = "train"
 """Folder of the Ray Train run inside the node's folder."""
@@ -24,8 +26,11 @@ CHECKPOINTS = "train"
 class RayCallbacks:
     """What the training loop tells the outside, passed on to Ray Train and the store."""
 
-    def __init__(self, job: Job, store: Store):
+    def __init__(self, job: Job, store: Store, spec: FinetuneSpec):
         self.job, self.store = job, store
+        self.note = ""
+        if spec.out_of_memory_at:
+            self.note = f" · micro-batch {spec.micro_batch} after out of memory"
 
     @contextmanager
     def resume_from(self) -> Iterator[Path | None]:
@@ -40,9 +45,8 @@ class RayCallbacks:
     def report(self, metrics: dict, checkpoint: Path | None = None) -> None:
         """Called by every worker; the checkpoint files of all workers are merged."""
         if ray.train.get_context().get_world_rank() == 0:
-            total = self.job.node.spec.steps
-            report_progress(self.store, self.job.node, metrics["step"], total,
-                            f"loss {metrics['loss']:.3f}")
+            report_progress(self.store, self.job.node, metrics["step"], metrics["total_steps"],
+                            f"loss {metrics['loss']:.3f}{self.note}")
         if checkpoint is not None:
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(str(checkpoint)))
 
@@ -56,21 +60,27 @@ def _worker(config: dict) -> dict:
     # Only the first worker writes the result.
     place = store.attempt(job.node.folder) if first else nullcontext(("", Path()))
     try:
-        with place as (attempt, output):
-            train(job.node.spec, inputs, output, RayCallbacks(job, store))
+        with place as (attempt, output), memory.guarded(store, job.node) as spec:
+            train(spec, inputs, output, RayCallbacks(job, store, spec))
     except (StageFailed, BadInput) as error:
         # Returned, not raised: a restart from the last checkpoint would fail the same way.
         return {"failed": str(error)}
+    except PastTheEnd:
+        return {"past": True}
     return {"attempt": attempt}
 
 
 def fit(job: Job) -> Outcome:
-    """Train a node's model on its workers and commit the result."""
+    """Train a node's model on its workers and commit the result.
+
+    The first steps of a longer fine-tune are trained in that one's folder: it goes on from there.
+    """
     store = Store(job.store)
     resources = job.node.resources
+    home = job.node.part_of or job.node.folder
 
-    def work() -> str:
-        trainer = TorchTrainer(
+    def trainer() -> TorchTrainer:
+        return TorchTrainer(
             _worker,
             train_loop_config={"job": job},
             torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
@@ -83,7 +93,7 @@ def fit(job: Job) -> Outcome:
             ),
             run_config=RunConfig(
                 name=CHECKPOINTS,
-                storage_path=store.path(job.node.folder),
+                storage_path=store.path(home),
                 failure_config=FailureConfig(
                     max_failures=resources.max_failures,
                     # Each is a minute of waiting for workers; Ray's own default is for ever.
@@ -92,16 +102,27 @@ def fit(job: Job) -> Outcome:
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
             ),
         )
+
+    def work() -> str:
+        tried = memory.too_large(store, job.node)
         try:
-            returned = trainer.fit().return_value
+            returned = trainer().fit().return_value
         except ray.train.TrainingFailedError as error:
+            if memory.too_large(store, job.node) != tried:
+                return work()  # smaller, from the last checkpoint
             raise StageFailed(
                 f"training ended after {resources.max_failures} allowed "
                 f"restart(s): {_cause(error)}; run again to resume from the last checkpoint"
             ) from error
         if "failed" in returned:
             raise StageFailed(returned["failed"])
-        store.delete(f"{job.node.folder}/{CHECKPOINTS}")
+        if "past" in returned:
+            # Another search's rung was later; only a new training passes through this one.
+            store.delete(f"{home}/{CHECKPOINTS}")
+            return work()
+        if job.node.part_of is None:
+            store.delete(f"{home}/{CHECKPOINTS}")
+        store.delete(f"{job.node.folder}/{memory.FOLDER}")
         return returned["attempt"]
 
     return committed(job, store, work)

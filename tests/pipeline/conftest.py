@@ -1,8 +1,10 @@
 """One Ray cluster of two simulated machines, and one smoke sweep run on it as a job."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +22,11 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 @pytest.fixture(scope="session")
 def cluster():
     """Two machines of one CPU each, so that two workers never share one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     cluster = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": 1, "include_dashboard": True, "dashboard_port": 8399})
+        "num_cpus": 1, "include_dashboard": True, "dashboard_port": port})
     cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
@@ -35,11 +40,16 @@ def cluster():
 def job(cluster, tmp_path_factory):
     """The smoke sweep, submitted as a job to the cluster; its store and what was printed."""
     store = tmp_path_factory.mktemp("smoke") / "store"
-    done = subprocess.run(
-        ["ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", ".",
-         "--runtime-env-json", f'{{"env_vars": {{"HF_TOKEN": "{SECRET}"}}}}',
-         "--", "python", "-m", "pipeline", "run", "sweeps/smoke.yaml", "--store", str(store)],
-        cwd=ROOT, text=True, capture_output=True, check=False, timeout=900)
-    return SimpleNamespace(
-        returncode=done.returncode, output=done.stdout + done.stderr, store=Store(str(store)),
-        folder=store, plan=planned())
+    for _ in range(20):
+        done = subprocess.run(
+            ["ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", ".",
+             "--runtime-env-json", f'{{"env_vars": {{"HF_TOKEN": "{SECRET}"}}}}',
+             "--", "python", "-m", "pipeline", "run", "sweeps/smoke.yaml", "--store", str(store)],
+            cwd=ROOT, text=True, capture_output=True, check=False, timeout=900)
+        # Ray's job agents come up some seconds after the machines.
+        if "No available agent" not in done.stderr:
+            break
+        time.sleep(3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return SimpleNamespace(output=done.stdout + done.stderr, store=Store(str(store)), folder=store,
+                           plan=planned())

@@ -1,5 +1,6 @@
 """The graph of a sweep, fingerprints, and what is done, stale or to run."""
 
+import json
 import subprocess
 import sys
 from argparse import Namespace
@@ -11,31 +12,38 @@ from pipeline.checks import check
 from pipeline.plan import build, build_evaluations, survey
 from pipeline.single import single_model
 from pipeline.store import Store
-from pipeline.sweep import load
+from pipeline.sweep import load, model_spec
 from stages.compare.spec import CompareSpec
 from stages.data.spec import DataSpec
 from stages.errors import BadInput
-from stages.evaluate.spec import EvaluateSpec
+from stages.evaluate.spec import EvaluateSpec, JudgeSpec
 from stages.finetune.spec import FinetuneSpec
-from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec
+from stages.models.spec import EveryNth, SourceSpec, UpcycleSpec, WidenSpec
 
 SMOKE = Path(__file__).parents[2] / "sweeps" / "smoke.yaml"
 
 FIELDS = {
     DataSpec: (
-        {"task", "source", "content", "columns", "labels", "splits", "rows", "seed"}, set()),
-    SourceSpec: ({"source", "content", "trust_remote_code", "seed"}, set()),
-    UpcycleSpec: ({"experts", "top_k", "layers", "noise", "seed"}, set()),
-    WidenSpec: ({"top_k", "layers", "noise", "seed"}, set()),
+        {"task", "source", "format", "content", "columns", "labels", "splits", "rows", "seed"},
+        set()),
+    SourceSpec: ({"source", "content", "seed"}, set()),
+    UpcycleSpec: (
+        {"experts", "top_k", "layers", "experts_from", "drop", "noise", "rescale", "router",
+         "seed"}, set()),
+    WidenSpec: ({"top_k", "parts", "layers", "drop", "noise", "seed"}, set()),
     FinetuneSpec: (
-        {"train", "steps", "batch_size", "max_length", "learning_rate", "schedule", "warmup_steps",
-         "weight_decay", "gradient_clipping", "auxiliary_loss_weight", "precision", "seed"},
+        {"data", "steps", "batch_size", "max_length", "learning_rate", "schedule", "warmup_steps",
+         "weight_decay", "gradient_clipping", "auxiliary_loss_weight", "precision", "seed",
+         "epochs", "warmup_ratio", "optimizer", "max_nonfinite_steps", "train", "freeze", "lora",
+         "alternate", "z_loss_weight", "router", "experts", "dropout", "adversarial", "until"},
         {"workers", "expert_parallel", "micro_batch", "checkpoint_every", "deepspeed_config",
-         "threads"}),
+         "threads", "dropped", "out_of_memory_at"}),
     EvaluateSpec: (
         {"evaluation", "dtype"}, {"workers", "cpus", "gpus", "shard_size"}),
+    JudgeSpec: ({"kind", "source", "content"}, set()),
     CompareSpec: (
-        {"title", "pairs", "recipes", "seeds", "evaluations", "resamples", "seed"}, set()),
+        {"title", "pairs", "recipes", "models_of", "seeds", "evaluations", "resamples", "seed"},
+        set()),
 }
 
 
@@ -91,6 +99,37 @@ def test_a_field_changes_the_fingerprints_downstream_of_it_and_no_others():
      "resources.finetune.cpus=4"])
 def test_run_time_fields_change_no_fingerprint(override):
     assert changed(override, base=("recipes.sft.auxiliary_loss_weight=0",)) == set()
+
+
+ROUTER = "recipes.sft.router={noise: 0.1, learning_rate: 1e-4}"
+
+
+def test_what_only_a_router_has_is_dropped_for_the_dense_partner():
+    changed_nodes = changed("recipes.sft.router={noise: 0.1}", "recipes.sft.freeze=[router]")
+    assert "finetune/tiny-moe-sft-seed0" in changed_nodes
+    assert "finetune/tiny-sft-seed0" not in changed_nodes
+    nodes = plan_of(ROUTER).nodes
+    dense, moe = (nodes[f"finetune/{model}-sft-seed0"].spec for model in ("tiny", "tiny-moe"))
+    assert dense.dropped == {
+        "auxiliary_loss_weight": 0.01, "router.noise": 0.1, "router.learning_rate": 1e-4}
+    assert dense.router.noise == 0 and moe.router.noise == 0.1 and moe.dropped == {}
+    mixed = "recipes.sft.train=[router, backbone]"
+    assert plan_of(mixed).nodes["finetune/tiny-sft-seed0"].spec.train == ("backbone",)
+
+
+def test_a_recipe_for_some_models_makes_nodes_and_rows_for_them_alone():
+    plan = plan_of("recipes.sft.models=[tiny-moe]")
+    assert "finetune/tiny-moe-sft-seed0" in plan.nodes
+    assert "finetune/tiny-sft-seed0" not in plan.nodes
+    spec = plan.compare.spec
+    assert spec.has("sft", "tiny-moe") and not spec.has("sft", "tiny-moe", "tiny")
+    assert spec.has("none", "tiny-moe", "tiny")
+
+
+def test_the_micro_batch_is_identity_where_random_numbers_depend_on_it():
+    noisy = ("recipes.sft.auxiliary_loss_weight=0", "recipes.sft.dropout={residual: 0.1}")
+    assert {"finetune/tiny-moe-sft-seed0", "finetune/tiny-sft-seed0"} <= changed(
+        "resources.finetune.micro_batch=1", base=noisy)
 
 
 def test_the_micro_batch_is_identity_where_the_load_balancing_loss_depends_on_it():
@@ -165,3 +204,66 @@ def test_evaluate_refuses_unknown_names(given, reason):
     known = {"sweep": SMOKE, "set": [], "model": "tiny:llama", "evaluations": "all"}
     with pytest.raises(BadInput, match=reason):
         single_model(Namespace(**(known | given)))
+
+
+def test_the_dense_partner_follows_the_upcycled_model():
+    def partner(**upcycle):
+        changes = [f"models.tiny-moe.upcycle.{key}={json.dumps(v)}" for key, v in upcycle.items()]
+        return model_spec(load(SMOKE, changes), "tiny-wide")
+
+    rule = EveryNth(every=2)
+    copies = partner(top_k=3, layers={"every": 2}, drop=0.25, noise=0.125, seed=4)
+    assert copies == (WidenSpec(top_k=3, layers=rule, drop=0.25, noise=0.125, seed=4), "tiny")
+    split = partner(layers={"every": 2}, experts=8, experts_from="random_split", noise=0.5, seed=4)
+    assert split == (WidenSpec(top_k=2, parts=8, layers=rule, noise=0, seed=4), "tiny")
+    assert split[0].added(neurons=128, count=4) == -48  # of 128, 32 are left in two layers of four
+
+
+CATALOGUE_FILES = SMOKE.parent.parent / "tests/stages/data/originals"
+
+
+def published(*overrides: str):
+    return plan_of(
+        f"datasets.boss={{source: 'file:{CATALOGUE_FILES}/boss_sentiment.tsv', format: amazon}}",
+        "datasets.sst2={source: 'catalogue:sst2'}",
+        "evaluations.boss={kind: out_of_distribution, in_distribution: reviews, "
+        "out_of_distribution: [boss, sst2], template: sentiment}", *overrides)
+
+
+def test_a_published_data_set_needs_no_task_and_is_kept_from_what_recipes_train_on():
+    plan = published()
+    boss, sst2 = plan.nodes["data/boss"], plan.nodes["data/sst2"]
+    assert (boss.spec.task, sst2.spec.task) == ("classification", "classification")
+    trained = {"disjoint/reviews": "data/reviews", "disjoint/refusals": "data/refusals"}
+    assert boss.inputs == sst2.inputs == trained
+    assert plan.nodes["data/harmful"].inputs == {}  # not a published one
+    kept = published("datasets.sst2.disjoint_from=[]")
+    assert kept.nodes["data/sst2"].inputs == {}
+    circle = published("datasets.refusals.disjoint_from=[boss]")
+    assert circle.nodes["data/boss"].inputs == {"disjoint/reviews": "data/reviews"}
+
+
+def test_a_changed_file_or_split_of_a_published_data_set_is_another_node():
+    first = published().nodes["data/sst2"].fingerprint
+    assert first != published("datasets.sst2.source=catalogue:sst2#train").nodes[
+        "data/sst2"].fingerprint
+    assert len(published().nodes["data/boss"].spec.content) == 64
+
+
+def test_a_technique_changes_its_own_evaluation_and_never_the_dense_partners_plain_one():
+    # The dense partner has no experts to count.
+    assert changed("evaluations.questions.technique={kind: expert_count, top_k: 1}") == {
+        "evaluate/tiny-moe-none-questions", "evaluate/tiny-moe-sft-seed0-questions",
+        "compare/smoke"}
+    plan = plan_of("evaluations.questions.technique={kind: contrastive, amateur: tiny-wide}")
+    node = plan.nodes["evaluate/tiny-none-questions"]
+    assert node.inputs["amateur/tiny-wide"] == "model/tiny-wide"
+
+
+def test_a_judge_that_is_a_model_is_one_node_for_all_that_ask_it():
+    judge = "{kind: regressor, name: harm, source: 'hub:a/b@1'}"
+    plan = plan_of(f"evaluations.refusal.judges=[{judge}, {{kind: keywords}}]")
+    assert [k for k, n in plan.nodes.items() if n.stage == "judge"] == ["judge/harm"]
+    asking = {k for k, n in plan.nodes.items() if n.inputs.get("judge/harm") == "judge/harm"}
+    assert asking == {f"evaluate/{label}-refusal" for label in (
+        "tiny-none", "tiny-moe-none", "tiny-sft-seed0", "tiny-moe-sft-seed0")}

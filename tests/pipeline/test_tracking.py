@@ -6,7 +6,8 @@ import sys
 import pandas as pd
 import pytest
 
-from pipeline.tracking import Child, DataInput, Tracker, content_fingerprint
+from pipeline.children import Child, DataInput, content_fingerprint
+from pipeline.tracking import Tracker, _curve_points
 from stages.models.card import ModelCard
 
 MOE = ModelCard(
@@ -241,8 +242,34 @@ def test_credentials_are_not_logged(database, report, monkeypatch, tmp_path_fact
 
 def test_importing_the_module_and_fingerprinting_do_not_import_mlflow():
     code = (
-        "import sys, pipeline.tracking as t; t.content_fingerprint('s', [], None);"
-        "print([m for m in ('mlflow', 'pandas', 'torch', 'ray') if m in sys.modules])"
+        "import sys, pipeline.children as t; t.content_fingerprint('s', [], None);"
+        "print([m for m in ('mlflow', 'torch', 'ray') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_curves_of_layers_are_logged_thinned_out_and_loads_are_left_to_the_figure():
+    steps = 120
+    curve = pd.DataFrame(
+        {
+            "step": range(1, steps + 1),
+            "seconds": [1.0] * steps,
+            "loss": [2.0] * steps,
+            "router_entropy_by_layer": [{"layer_1": 0.5, "layer_3": 0.25}] * steps,
+            "expert_load_by_layer": [{"layer_1": [0.75, 0.25]}] * steps,
+        }
+    )
+    points = list(_curve_points(child(curve=curve)))
+    names = [point.key for point in points]
+    assert names.count("training/loss") == steps
+    assert names.count("training/router_entropy/layer_3") == 40  # every third of 120
+    assert {p.value for p in points if p.key.endswith("layer_3")} == {0.25}
+    assert not any("expert_load" in name for name in names)
+
+
+def test_the_speed_of_a_run_is_no_content_of_it():
+    fast = child()
+    curve = fast.curve.assign(tokens_per_second=[1.0, 2.0, 3.0])
+    slow = child(curve=curve.assign(tokens_per_second=9.0))
+    assert child(curve=curve).fingerprint == slow.fingerprint != child(accuracy=0.5).fingerprint
