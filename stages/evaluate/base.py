@@ -2,10 +2,13 @@
 
 An evaluation is a frozen spec (its fields are what a sweep sets) with three methods' worth of
 meaning: it turns data sets into *requests* for the model, turns the model's *responses* into one
-*score* row per example, and names the *metrics* that summarise score rows. It never sees a model.
+*score* row per example, and names the *metrics* that summarise score rows. It never sees a model,
+but for a *procedure*: an attack or a probe, which no list of questions can express, is handed the
+loaded model and the rows, by the same workers and in the same shards.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,6 +20,8 @@ from stages.evaluate.techniques import AnyTechnique, SelfConsistency
 from stages.spec import Spec
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from stages.evaluate.judges import ModelJudge
 
 AXES = ("safety", "truthfulness", "adversarial", "out_of_distribution", "language_modelling")
@@ -24,8 +29,10 @@ AXES = ("safety", "truthfulness", "adversarial", "out_of_distribution", "languag
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a model, of one of four kinds: the first of these that applies.
+    """One question to a model, of one of five kinds: the first of these that applies.
 
+    - ``procedure``: what the evaluation's own ``procedure`` finds on one row, with the model in
+      hand.
     - ``head``: the outputs of the model's classification head on the context.
     - ``window``: the log-probability of every token of the context.
     - ``choices``: the log-probability of each choice given the context (both tokenised together, as
@@ -50,11 +57,15 @@ class Request:
     """The inference technique as JSON (``stages/evaluate/techniques.py``); plain when empty."""
     model: str = ""
     """The judge that is asked; empty for the checkpoint."""
+    procedure: str = ""
+    """The evaluation whose procedure is run, as JSON (``Evaluation.procedure_request``)."""
+    row: str = ""
+    """What the procedure is given, as JSON."""
 
     @property
     def generates(self) -> bool:
         """Whether the response is a text."""
-        return not (self.head or self.window or self.choices)
+        return not (self.procedure or self.head or self.window or self.choices)
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,8 @@ class Response:
     """The generated text."""
     finished: bool = True
     """The generation ended by itself, not at ``max_new_tokens``."""
+    result: str = ""
+    """What a procedure found on its row, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +180,25 @@ class Evaluation(Spec):
 
     def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:
         """Every request that the evaluation needs, in a fixed order; ids are unique."""
+        raise NotImplementedError
+
+    def procedure_request(self, id: str, row: dict) -> Request:
+        """A request for what ``procedure`` finds on a row of JSON-ready values."""
+        asked = self.model_dump_json(exclude={"declared"})
+        return Request(id, "", procedure=asked, row=json.dumps(row))
+
+    def procedure(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        rows: Sequence[dict],
+    ) -> Iterable[dict]:
+        """One JSON-ready result for each row, in their order.
+
+        The model is in evaluation mode and its parameters want no gradient; it is left as it was
+        found. A row's result depends on that row, the model and the evaluation alone, never on the
+        rows beside it, so that neither workers nor restarts change it.
+        """
         raise NotImplementedError
 
     def judge_models(self) -> "dict[str, ModelJudge]":

@@ -1,5 +1,6 @@
 """One loaded checkpoint that answers requests of every evaluation."""
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -20,6 +21,7 @@ from stages.evaluate.decoding import (
 )
 from stages.evaluate.generate import generate
 from stages.evaluate.heads import Head, has_head
+from stages.evaluate.registry import KINDS
 from stages.evaluate.scorer import score
 from stages.evaluate.techniques import (
     AnyTechnique,
@@ -69,18 +71,35 @@ class Engine:
                 f"{self.folder}: has a classification head and cannot continue texts; evaluate it "
                 "with method: head"
             )
-        return load(self.folder, dtype=self.dtype, device=self.device)
+        return load(self.folder, dtype=self.dtype, device=self.device).requires_grad_(False)
 
     def respond(self, requests: Sequence[Request]) -> list[Response]:
         """A response for each request, in their order; the same list gives the same responses."""
         responses: dict[int, Response] = {}
-        order = sorted(range(len(requests)), key=lambda index: requests[index].technique)
-        for technique, group in groupby(order, key=lambda index: requests[index].technique):
+
+        def kind(index: int) -> tuple[str, str]:
+            return requests[index].procedure, requests[index].technique
+
+        for (procedure, technique), group in groupby(sorted(range(len(requests)), key=kind), kind):
             members = list(group)
             asked = [requests[index] for index in members]
-            answered = self._under(read(technique) if technique else None, asked)
+            if procedure:
+                answered = self._proceed(procedure, asked)
+            else:
+                answered = self._under(read(technique) if technique else None, asked)
             responses |= dict(zip(members, answered, strict=True))
         return [responses[index] for index in range(len(requests))]
+
+    def _proceed(self, procedure: str, requests: list[Request]) -> list[Response]:
+        """What the procedure of one evaluation finds on the requests' rows."""
+        evaluation = json.loads(procedure)
+        evaluation = KINDS[evaluation["kind"]].model_validate(evaluation)
+        rows = [json.loads(request.row) for request in requests]
+        results = evaluation.procedure(self.model, self.tokenizer, rows)
+        return [
+            Response(request.id, result=json.dumps(result))
+            for request, result in zip(requests, results, strict=True)
+        ]
 
     def _under(self, technique: AnyTechnique | None, requests: list[Request]) -> list[Response]:
         """Responses to requests of one technique."""

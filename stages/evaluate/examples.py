@@ -4,6 +4,7 @@ An example's id is its data set's name and its row's id, so that examples of sev
 meet; a bootstrap cluster is named the same way.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -39,6 +40,11 @@ def answers(ids: Iterable[str], responses: dict[str, Response]) -> list[Response
             "learning_rate"
         )
     return found
+
+
+def results(ids: Iterable[str], responses: dict[str, Response]) -> list[dict]:
+    """What a procedure found, in the order of the ids (see ``answers``)."""
+    return [json.loads(response.result) for response in answers(ids, responses)]
 
 
 def mean_where(

@@ -26,6 +26,8 @@ REQUEST_SCHEMA = pa.schema(
         ("head", pa.bool_()),
         ("technique", pa.string()),
         ("model", pa.string()),
+        ("procedure", pa.string()),
+        ("row", pa.string()),
     ]
 )
 RESPONSE_SCHEMA = pa.schema(
@@ -36,8 +38,11 @@ RESPONSE_SCHEMA = pa.schema(
         ("outputs", pa.list_(pa.float64())),
         ("text", pa.string()),
         ("finished", pa.bool_()),
+        ("result", pa.string()),
     ]
 )
+PROCEDURE_WORK = 16
+"""A row of a procedure counts as so many requests: it is many passes through the model."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +57,19 @@ class Shard:
 def plan_shards(requests: Sequence[Request], size: int) -> list[Shard]:
     """Cut requests into shards of at most ``size``, alike in kind and length.
 
-    Requests that generate share no shard with others; the longest come first, so that a pool of
-    workers ends with the short ones. The same requests in any order give the same shards.
+    Requests that generate share no shard with others, nor do those of procedures, whose shards are
+    smaller (``PROCEDURE_WORK``); the longest come first, so that a pool of workers ends with the
+    short ones. The same requests in any order give the same shards.
     """
     shards = []
-    for generates in (True, False):
-        kind = [request for request in requests if request.generates == generates]
+    small = max(1, size // PROCEDURE_WORK)
+    procedures = [request for request in requests if request.procedure]
+    generations = [request for request in requests if request.generates]
+    others = [request for request in requests if not (request.procedure or request.generates)]
+    for kind, most in ((procedures, small), (generations, size), (others, size)):
         ordered = sorted(kind, key=lambda request: (-_length(request), request.id))
-        for start in range(0, len(ordered), size):
-            members = tuple(ordered[start : start + size])
+        for start in range(0, len(ordered), most):
+            members = tuple(ordered[start : start + most])
             content = json.dumps([_content(request) for request in members], sort_keys=True)
             digest = hashlib.sha256(content.encode()).hexdigest()[:16]
             shards.append(Shard(digest, members))
@@ -78,6 +87,7 @@ def _length(request: Request) -> int:
     return (
         len(request.context)
         + len(request.reply)
+        + len(request.row)
         + sum(map(len, request.choices))
         + 4 * request.max_new_tokens
     )
@@ -104,6 +114,7 @@ def responses_from_table(table: pa.Table) -> list[Response]:
 
 
 def _read(kind: type, row: dict) -> Request | Response:
-    """A frozen dataclass from a row: lists become tuples, columns it does not know are left."""
-    values = {each.name: row[each.name] for each in fields(kind)}
+    """A frozen dataclass from a row: lists become tuples, columns it does not know are left, and
+    those that an older file lacks are at their default."""
+    values = {each.name: row[each.name] for each in fields(kind) if each.name in row}
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
