@@ -1,0 +1,227 @@
+"""Routes of every family are recorded and forced; the recorded ones give the same bits."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from stages.errors import StageFailed
+from stages.finetune.loop import start_distributed
+from stages.models import routes
+from stages.models.expert_parallel import convert
+from stages.models.families import FAMILIES
+from stages.models.routes import routed, selected
+from stages.models.routing import blocks, weighing
+from stages.models.tiny import tiny_model, tiny_tokenizer
+from stages.models.tiny_shapes import TINY
+
+MOE = [name for name in TINY if FAMILIES[name].is_moe and not FAMILIES[name].no_evaluation]
+SEEN = [name for name in MOE if FAMILIES[name].index is not None]
+TOKENS = torch.arange(3, 33)[None]
+OTHERS = torch.arange(40, 70)[None]
+
+
+def model_of(name):
+    return tiny_model(name, tiny_tokenizer(), seed=3)
+
+
+@pytest.fixture(scope="module")
+def mixtral():
+    return model_of("mixtral")
+
+
+@torch.no_grad()
+def logits_of(model, tokens=TOKENS):
+    inputs = {"input_ids": tokens, "use_cache": False}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens[:, :7]
+    return model(**inputs).logits
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_forcing_the_recorded_routes_gives_the_same_bits(name):
+    model = model_of(name)
+    plain = logits_of(model)
+    with routed(model) as clean:
+        assert torch.equal(logits_of(model), plain)
+    assert [r.layer for r in clean] and len({r.layer for r in clean}) == len(clean)
+    experts, count = FAMILIES[name].experts_of(model.config.to_dict())
+    for r in clean:
+        assert r.logits.shape == (len(r.experts), experts)
+        assert r.experts.shape == r.weights.shape == (len(r.experts), count)
+        assert r.experts.max() < experts and selected(r).sum(-1).max() <= count
+    with routed(model, routes.imposed(clean)) as forced:
+        assert torch.equal(logits_of(model), plain)
+    for before, after in zip(clean, forced, strict=True):
+        assert torch.equal(before.experts, after.experts)
+        assert torch.equal(before.weights, after.weights)
+    # On another input they are what is computed, and they change the outcome.
+    free = logits_of(model, OTHERS)
+    with routed(model, routes.imposed(clean)) as forced:
+        held = logits_of(model, OTHERS)
+    assert all(torch.equal(a.experts, b.experts) for a, b in zip(clean, forced, strict=True))
+    assert held.isfinite().all() and not torch.equal(held, free)
+    assert torch.equal(logits_of(model), plain)
+
+
+def test_a_dense_model_has_no_routes_and_a_broken_family_says_why():
+    with routed(model_of("llama")) as clean:
+        pass
+    assert clean == []
+    with pytest.raises(StageFailed, match="nllb-moe: routes cannot be seen: NllbMoeExperts"):
+        with routed(SimpleNamespace(config=SimpleNamespace(model_type="nllb-moe"))):
+            pass
+
+
+def test_nothing_is_left_behind(mixtral):
+    with routed(mixtral, routes.without_output()):
+        logits_of(mixtral)
+    for router, experts in blocks(mixtral).values():
+        assert "forward" not in vars(router)
+        assert not experts._forward_pre_hooks and not experts._forward_hooks
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_every_policy_acts_in_every_family(name):
+    model = model_of(name)
+    plain = logits_of(model)
+    with routed(model) as clean:
+        logits_of(model)
+    policies = [routes.at_random(0), routes.permuted(0), routes.without_first(),
+                routes.without_output(), routes.fixed(range(clean[0].experts.shape[1]))]
+    if 2 * clean[0].experts.shape[1] <= clean[0].logits.shape[1]:
+        policies.append(routes.next_ranked())
+    if FAMILIES[name].scores != "sparsemixer":
+        weigh = weighing(model)
+        policies += [routes.masked({r.layer: [0] for r in clean}, weigh), routes.soft(weigh),
+                     routes.another_k(1, weigh)]
+    for policy in policies:
+        with routed(model, policy):
+            changed = logits_of(model)
+        assert changed.isfinite().all() and not torch.equal(changed, plain)
+
+
+def one(mixtral, policy):
+    """The first block's routes as they were and as they are under a policy."""
+    with routed(mixtral) as clean:
+        logits_of(mixtral)
+    with routed(mixtral, policy) as forced:
+        logits_of(mixtral)
+    return clean[0], forced[0]
+
+
+def test_next_ranks_are_those_that_topk_leaves(mixtral):
+    clean, forced = one(mixtral, routes.next_ranked())
+    assert torch.equal(forced.experts, clean.logits.topk(4).indices[:, 2:])
+    assert torch.equal(forced.weights, clean.weights.sort(-1, descending=True).values)
+    _, forced = one(mixtral, routes.next_ranked(weighing(mixtral)))
+    expected = clean.logits.softmax(-1).gather(-1, forced.experts)
+    torch.testing.assert_close(forced.weights, expected / expected.sum(-1, keepdim=True))
+    with pytest.raises(StageFailed, match="chooses 3 of 4 experts, so there are no ranks 4 to 6"):
+        routes.next_ranked()(clean.change(experts=torch.zeros(30, 3, dtype=torch.long)))
+
+
+def test_random_experts_differ_and_are_the_same_next_time(mixtral):
+    clean, forced = one(mixtral, routes.at_random(5))
+    assert (forced.experts[:, 0] != forced.experts[:, 1]).all()
+    assert torch.equal(one(mixtral, routes.at_random(5))[1].experts, forced.experts)
+    assert not torch.equal(one(mixtral, routes.at_random(6))[1].experts, forced.experts)
+
+
+def test_masked_experts_are_replaced_by_the_next_best(mixtral):
+    layer = one(mixtral, routes.without_first())[0].layer
+    clean, forced = one(mixtral, routes.masked({layer: [1]}, weighing(mixtral)))
+    left = clean.logits.clone()
+    left[:, 1] = -torch.inf
+    assert torch.equal(forced.experts.sort(-1).values, left.topk(2).indices.sort(-1).values)
+    untouched = (clean.experts != 1).all(-1)
+    assert untouched.any()
+    torch.testing.assert_close(
+        forced.weights[untouched].sort(-1).values, clean.weights[untouched].sort(-1).values)
+    with pytest.raises(StageFailed, match="1 of 4 experts remain and a token needs 2; mask fewer"):
+        one(mixtral, routes.masked({layer: [0, 1, 2]}, weighing(mixtral)))
+
+
+def test_dropping_and_permuting_by_hand(mixtral):
+    clean, forced = one(mixtral, routes.without_first())
+    assert torch.equal(forced.weights.max(-1).values, clean.weights.min(-1).values)
+    assert (forced.weights.min(-1).values == 0).all()
+    assert (selected(forced).sum(-1) == 1).all()
+    clean, forced = one(mixtral, routes.permuted(0))
+    moves = {(a, b) for a, b in zip(
+        clean.experts.flatten().tolist(), forced.experts.flatten().tolist(), strict=True)}
+    assert len({a for a, _ in moves}) == len({b for _, b in moves}) == len(moves) == 4
+
+
+def test_a_share_of_the_tokens(mixtral):
+    clean, whole = one(mixtral, routes.next_ranked())
+    _, half = one(mixtral, routes.at_share(routes.next_ranked(), 0.5, seed=0))
+    moved = (half.experts == whole.experts).all(-1)
+    assert torch.equal(half.experts[~moved], clean.experts[~moved]) and 5 < moved.sum() < 25
+    assert torch.equal(one(mixtral, routes.at_share(routes.next_ranked(), 1.0, 0))[1].experts,
+                       whole.experts)
+
+
+def test_another_k_is_the_configured_k(mixtral):
+    model = model_of("mixtral")
+    for router, _ in blocks(model).values():
+        router.top_k = 3
+    expected = logits_of(model)
+    with routed(mixtral, routes.another_k(3, weighing(mixtral))):
+        torch.testing.assert_close(logits_of(mixtral), expected)
+
+
+def gradient(model):
+    embedded = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded, use_cache=False).logits
+    return logits.detach(), torch.autograd.grad(logits.square().sum(), embedded)[0]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_soft_backward_leaves_the_outputs_and_gives_soft_gradients(name):
+    model = model_of(name)
+    plain, hard = gradient(model)
+    with routes.soft_backward(model):
+        values, straight = gradient(model)
+    assert torch.equal(values, plain) and not torch.allclose(straight, hard, rtol=1e-2)
+
+
+def test_the_straight_through_gradient_of_one_block_by_hand():
+    """K = 1 with weights that sum to 1: the router has no gradient at all but this one."""
+    model = model_of("mixtral")
+    for router, _ in blocks(model).values():
+        router.top_k = 1
+    path = "model.layers.0.mlp"
+    router, experts = blocks(model)[path]
+    block = model.get_submodule(path)
+    hidden = torch.randn(1, 5, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    every = torch.arange(4).expand(5, 4)
+
+    def router_gradient(output):
+        return torch.autograd.grad(output.sum(), router.weight, allow_unused=True)[0]
+
+    plain = router_gradient(block(hidden)).abs().max()
+    assert plain < 1e-5  # rounding of the normalisation
+    weights = (hidden[0] @ router.weight.T).softmax(-1)
+    expected = router_gradient(experts(hidden[0], every, weights))
+    with routes.soft_backward(model):
+        found = router_gradient(block(hidden))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert expected.abs().max() > 1e-2
+
+
+def test_with_spread_experts_the_same_routes_are_forced(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    start_distributed()
+    model = model_of("mixtral")
+    with routed(model) as clean:
+        logits_of(model)
+    with routed(model, routes.imposed(clean)):
+        expected = logits_of(model, OTHERS)
+    convert(model, 1, grouped_mm=True)
+    with routed(model, routes.imposed(clean)) as forced:
+        held = logits_of(model, OTHERS)
+    assert torch.equal(forced[2].experts, clean[2].experts)
+    torch.testing.assert_close(held, expected, rtol=1e-5, atol=1e-6)
+    with routed(model, routes.imposed(clean)):
+        assert torch.equal(logits_of(model), logits_of(model))
