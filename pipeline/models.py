@@ -1,7 +1,8 @@
 """What each architecture supports, from the registry alone."""
 
 from stages.models.dense import DENSE
-from stages.models.families import FAMILIES, Family
+from stages.models.families import FAMILIES
+from stages.models.family import Family
 from stages.models.tiny_shapes import TINY
 
 _COLUMNS = ("family", "evaluate", "train", "experts spread", "balancing loss", "upcycled", "tiny:")

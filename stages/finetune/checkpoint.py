@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from stages.models.expert_parallel import ExpertParallel
 
-PROGRESS_FILE = "progress.json"
+CURVE_FILE = "curve.json"
 WEIGHT, STEP = "weight", "step"
 
 
@@ -77,39 +77,32 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 
 
 def save(engine, curve: list[dict], folder: Path) -> None:
-    """Write this rank's files of a checkpoint: its intervals, its random state, and on rank 0 the
-    training curve. Called by every rank.
+    """Write this rank's files of a checkpoint: its intervals, and on rank 0 the training curve.
+
+    Called by every rank. There is no random state to keep: every micro-batch sets its own.
     """
-    rank = torch.distributed.get_rank()
     writer = dcp.FileSystemWriter(folder)
     dcp.save(_intervals(engine), storage_writer=writer, planner=_SavePlanner())
-    torch.save(torch.get_rng_state(), folder / f"random_state_{rank}.pt")
-    if rank == 0:
-        workers = torch.distributed.get_world_size()
-        progress = {"curve": curve, "workers": workers}
-        (folder / PROGRESS_FILE).write_text(json.dumps(progress))
+    if torch.distributed.get_rank() == 0:
+        (folder / CURVE_FILE).write_text(json.dumps(curve))
 
 
 def resume(engine, folder: Path) -> list[dict]:
     """Load a checkpoint of any layout into a fresh engine; the rows of the curve that it has.
 
-    Called by every rank. The random state (dropout) is taken up with the same number of workers
-    only; with another, each rank goes on with the one that its seed gave it.
+    Called by every rank.
     """
     reader = dcp.FileSystemReader(folder)
     _make_optimizer_state(engine, reader.read_metadata().state_dict_metadata)
     dcp.load(_intervals(engine), storage_reader=reader, planner=_LoadPlanner())
     if engine.zero_optimization():
         engine.optimizer.update_lp_params()
-    progress = json.loads((folder / PROGRESS_FILE).read_text())
+    curve = json.loads((folder / CURVE_FILE).read_text())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no optimiser step stands between
-        for _ in progress["curve"]:
+        for _ in curve:
             engine.lr_scheduler.step()
-    if progress["workers"] == torch.distributed.get_world_size():
-        rank = torch.distributed.get_rank()
-        torch.set_rng_state(torch.load(folder / f"random_state_{rank}.pt"))
-    return progress["curve"]
+    return curve
 
 
 def _intervals(engine) -> dict[str, Interval]:

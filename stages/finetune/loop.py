@@ -130,6 +130,16 @@ def start_distributed() -> None:
     deepspeed.init_distributed(dist_backend=backend)
 
 
+def end_distributed() -> None:
+    """Part from the other ranks, where the process is about to end. Called by every rank.
+
+    A thread of gloo's that still holds a tensor of the last exchange while Python shuts down would
+    abort the process, and torchrun would call a finished training failed.
+    """
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 def build(
     spec: FinetuneSpec, folder: Path, examples: list[Example]
 ) -> tuple[Training, list[Example], LoraModel | None]:

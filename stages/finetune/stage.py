@@ -20,8 +20,11 @@ class NoCallbacks:
 
 def run(spec: FinetuneSpec, inputs: dict[str, Path], output: Path) -> None:
     """Fine-tune without Ray; outside torchrun in one process, whatever the spec's workers."""
-    from stages.finetune.loop import train
+    from stages.finetune.loop import end_distributed, train
 
-    if "WORLD_SIZE" not in os.environ:
+    alone = "WORLD_SIZE" not in os.environ
+    if alone:
         spec = spec.model_copy(update={"workers": 1, "expert_parallel": 1})
     train(spec, inputs, output, NoCallbacks())
+    if not alone:
+        end_distributed()

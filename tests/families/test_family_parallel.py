@@ -5,7 +5,6 @@ Four families of different shape run always, the others under ``make test-famili
 """
 
 import json
-import os
 import time
 import traceback
 from functools import partial
@@ -21,7 +20,7 @@ from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.models.tiny_shapes import TINY
 from tests.stages.finetune.conftest import data  # noqa: F401
 from tests.stages.finetune.reference import assert_same_training, curve, weights
-from tests.stages.finetune.runs import Run, launch
+from tests.stages.finetune.runs import Run, launch, process_group
 
 QUICK = ("mixtral", "deepseek_v3", "gpt_oss", "switch_transformers")
 PARALLEL = [n for n in TINY if FAMILIES[n].is_moe and not FAMILIES[n].no_expert_parallel]
@@ -97,20 +96,16 @@ def compared(folders, tmp_path_factory) -> Path:
 def _compare(rank: int, folders: dict[str, Path], output: Path, store: Path) -> None:
     from stages.finetune.loop import start_distributed
 
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
-    )
-    start_distributed()
-    for name, folder in folders.items():
-        if name not in PARALLEL:
-            continue
-        try:
-            result = _differences(name, folder, rank)
-        except Exception:
-            result = {"crashed": traceback.format_exc()}
-        (output / f"{name}_{rank}.json").write_text(json.dumps(result))
+    with process_group(rank, 2, store):
+        start_distributed()
+        for name, folder in folders.items():
+            if name not in PARALLEL:
+                continue
+            try:
+                result = _differences(name, folder, rank)
+            except Exception:
+                result = {"crashed": traceback.format_exc()}
+            (output / f"{name}_{rank}.json").write_text(json.dumps(result))
 
 
 def _differences(name: str, folder: Path, rank: int) -> dict[str, float]:

@@ -8,7 +8,15 @@ where one was confirmed and otherwise a branch, which ``data list`` marks as not
 
 import difflib
 
-from stages.data.catalogue import inference, safety, sentiment, text, toxicity, truthfulness
+from stages.data.catalogue import (
+    counterfactual,
+    inference,
+    safety,
+    sentiment,
+    text,
+    toxicity,
+    truthfulness,
+)
 from stages.data.published import Published
 from stages.errors import BadInput
 
@@ -17,6 +25,7 @@ CATALOGUE: dict[str, Published] = {
     **truthfulness.SETS,
     **inference.SETS,
     **sentiment.SETS,
+    **counterfactual.SETS,
     **toxicity.SETS,
     **text.SETS,
 }

@@ -18,7 +18,7 @@ _HUB = Form(
     labels=_NUMBERED | _NAMED,
     unlabelled=_UNLABELLED,
 )
-_STANFORD = Form(
+STANFORD = Form(
     {
         "premise": "sentence1",
         "hypothesis": "sentence2",
@@ -39,11 +39,8 @@ _ANLI = Form(
     labels=_HUB.labels | {"e": "entailment", "n": "neutral", "c": "contradiction"},
     unlabelled=_UNLABELLED,
 )
+_ANLI_HUB = Hub("facebook/anli", "8e4813d81f46d313dac7892e1c28076917cfcdf9")
 _GLUE = Hub("nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")
-_COUNTERFACTUAL = (
-    "https://raw.githubusercontent.com/acmi-lab/counterfactually-augmented-data/"
-    "6f232a1d2a11462a30ce08fb4825b734ab30828e/NLI/"
-)
 ADVERSARIAL_GLUE = Web(
     "https://raw.githubusercontent.com/AI-secure/adversarial-glue/"
     "2e18301c3e6b0fed775834d64e9e431745df92ed/dev.json",
@@ -65,30 +62,8 @@ def _anli(number: int, train: int, test: int) -> Published:
             "train": Split(files["train"], rows=train),
         },
         forms=(_ANLI, _BOSS),
-        hub=Hub("facebook/anli", "8e4813d81f46d313dac7892e1c28076917cfcdf9"),
+        hub=_ANLI_HUB,
         files=f"R{number}/test.jsonl of anli_v1.0.zip",
-        labels=LABELS,
-    )
-
-
-def _counterfactual(part: str, title: str, parts: dict[str, tuple[int, str]]) -> Published:
-    """One part of counterfactually augmented SNLI; rows counted in the files."""
-    return Published(
-        task="nli",
-        title=title,
-        citation="Kaushik et al. 2020, ICLR",
-        licence="Apache-2.0; SNLI CC BY-SA 4.0",
-        splits={
-            split: Split(
-                web=Web(f"{_COUNTERFACTUAL}{part}/{name}.tsv", parts[name][1]),
-                rows=parts[name][0],
-            )
-            for split, name in (("test", "test"), ("validation", "dev"), ("train", "train"))
-        },
-        forms=(
-            Form(_STANFORD.columns, labels=_NAMED, unlabelled=_UNLABELLED, quoted=True),
-        ),
-        files=f"NLI/{part}/test.tsv",
         labels=LABELS,
     )
 
@@ -131,7 +106,7 @@ SETS: dict[str, Published] = {
             "validation": Split(("plain_text/validation-*.parquet",), rows=10_000),
             "train": Split(("plain_text/train-*.parquet",), rows=550_152),
         },
-        forms=(_HUB, _STANFORD, _BOSS),
+        forms=(_HUB, STANFORD, _BOSS),
         hub=Hub("stanfordnlp/snli", "cdb5c3d5eed6ead6e5a341c8e56e669bb666725b"),
         files="snli_1.0_test.jsonl or .txt",
         original=originals.headed_text,
@@ -148,7 +123,7 @@ SETS: dict[str, Published] = {
                 web=Web("https://nlp.stanford.edu/projects/snli/snli_1.0_test_hard.jsonl")
             )
         },
-        forms=(_STANFORD, _BOSS),
+        forms=(STANFORD, _BOSS),
         files="snli_1.0_test_hard.jsonl",
         labels=LABELS,
     ),
@@ -167,7 +142,7 @@ SETS: dict[str, Published] = {
             ),
         },
         forms=(_ANLI, _BOSS),
-        hub=Hub("facebook/anli", "8e4813d81f46d313dac7892e1c28076917cfcdf9"),
+        hub=_ANLI_HUB,
         files="BOSS NaturalLanguageInference/anli/test.tsv",
         labels=LABELS,
     ),
@@ -183,7 +158,7 @@ SETS: dict[str, Published] = {
             ),
             "train": Split(("mnli/train-*.parquet",), rows=392_702),
         },
-        forms=(_HUB, _STANFORD, _BOSS),
+        forms=(_HUB, STANFORD, _BOSS),
         hub=_GLUE,
         files="multinli_1.0_dev_matched.jsonl or .txt",
         original=originals.headed_text,
@@ -230,24 +205,6 @@ SETS: dict[str, Published] = {
         original=originals.contract_nli,
         original_suffix=".json",
         labels=LABELS,
-    ),
-    "counterfactual_snli": _counterfactual(
-        "revised_combined",
-        "Counterfactually revised SNLI, premise or hypothesis",
-        {
-            "test": (1600, "e5a3e55f7df0319decbb34dfa8ab4a4820be1b5ae4af9ee54aeaba539b9636f5"),
-            "dev": (800, "ff7d6d40a26c5bca5b9d9030db14000a42fbf5bc8a0e6d0d86cc9b378198eb88"),
-            "train": (6664, "054a8cf808bcd4a5b3a849eba4e6c1fb49f2f789e3a0f88d21e05f3f38fa5428"),
-        },
-    ),
-    "counterfactual_snli_original": _counterfactual(
-        "original",
-        "The SNLI pairs that were revised",
-        {
-            "test": (400, "07154b31ea7cf1bb0ac33e37bec143b928edbf2c964a73988973e5c0fe039b07"),
-            "dev": (200, "27ef042f87b7181c79609b56734caed8fb9c09ba2627d0fe876f7248141fdff7"),
-            "train": (1666, "016b1657b1c0eb89e163aa194e5e2da6ca890fd6e97ee42c33de914e7e0a7ce6"),
-        },
     ),
     "adv_glue_mnli": _adversarial_glue("mnli", 121, _HUB, LABELS),
     "adv_glue_mnli_mismatched": _adversarial_glue("mnli-mm", 162, _HUB, LABELS),

@@ -2,7 +2,7 @@
 
 from stages.data import originals
 from stages.data.catalogue.inference import ADVERSARIAL_GLUE
-from stages.data.published import Form, Hub, Published, Split, Web
+from stages.data.published import Form, Hub, Published, Split
 
 BINARY = ("negative", "positive")
 TERNARY = ("negative", "positive", "neutral")
@@ -29,10 +29,6 @@ _BOSS = Form(
     quoted=True,
 )
 _TERNARY_NAMES = {label: label for label in TERNARY}
-_COUNTERFACTUAL = (
-    "https://raw.githubusercontent.com/acmi-lab/counterfactually-augmented-data/"
-    "6f232a1d2a11462a30ce08fb4825b734ab30828e/sentiment/"
-)
 
 
 def _style(name: str, category: str) -> Published:
@@ -52,32 +48,6 @@ def _style(name: str, category: str) -> Published:
         # The newest commit that is known to have changed this file.
         hub=Hub("AI-Secure/DecodingTrust", "214d9a81ef9d333039faeda85a24e045ded71d5d"),
         files="style.jsonl of DecodingTrust's ood",
-        labels=BINARY,
-    )
-
-
-def _counterfactual(part: str, title: str, parts: dict[str, tuple[int, str]]) -> Published:
-    """One part of counterfactually augmented IMDB; rows counted in the files."""
-    return Published(
-        task="classification",
-        title=title,
-        citation="Kaushik et al. 2020, ICLR",
-        licence="Apache-2.0; the reviews are third-party text",
-        splits={
-            split: Split(
-                web=Web(f"{_COUNTERFACTUAL}{part}/{name}.tsv", parts[name][1]),
-                rows=parts[name][0],
-            )
-            for split, name in (("test", "test"), ("validation", "dev"), ("train", "train"))
-        },
-        forms=(
-            Form(
-                {"text": "Text", "label": "Sentiment"},
-                labels={"Negative": "negative", "Positive": "positive"},
-                quoted=True,
-            ),
-        ),
-        files=f"sentiment/{part}/test.tsv",
         labels=BINARY,
     )
 
@@ -141,24 +111,6 @@ SETS: dict[str, Published] = {
         original=originals.adversarial_glue("sst2"),
         original_suffix=".json",
         labels=BINARY,
-    ),
-    "counterfactual_imdb": _counterfactual(
-        "new",
-        "Counterfactually revised IMDB reviews",
-        {
-            "test": (488, "28d32ca405131d87ef095109cc1764d6e917a3df63584b2f16e9465020b7f29d"),
-            "dev": (245, "69f559bfbf9eb2e0545d2d2f14482a699ec81f94e2bca110e4fa15670fdf78e6"),
-            "train": (1707, "c9f65a2425e9aa358082040961d9d0e215fb8631b85242cbb410b82f9c62c0d4"),
-        },
-    ),
-    "counterfactual_imdb_original": _counterfactual(
-        "orig",
-        "The IMDB reviews that were revised",
-        {
-            "test": (488, "35e8fab251220685ae47f95ef86bad1fd7fa0017a6ce4afe803ab18a71ff61ff"),
-            "dev": (245, "d7b815d31ddc6eed7bdeb9dc78e18db88ebb22dd347cf72cc797791edfd7bab0"),
-            "train": (1707, "adccf2763b67ddbfbd4571b7ee96c9bb689e98c4295e779151148c014b2b1050"),
-        },
     ),
     "amazon": Published(
         task="classification",

@@ -3,8 +3,8 @@
 import os
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,23 +72,33 @@ def launch(workers: int, runs: list[Run], store: Path, keep_going: bool = False)
 def _worker(rank: int, workers: int, runs: list[Run], store: Path, keep_going: bool) -> None:
     from stages.finetune.loop import PastTheEnd, train
 
+    with process_group(rank, workers, store):
+        for run in runs:
+            if run.prepare is not None:
+                run.prepare()
+            try:
+                train(run.spec, run.inputs, run.output, Recorder(run))
+            except KeyboardInterrupt:
+                pass
+            except PastTheEnd as error:
+                (run.output / f"past_{rank}.txt").write_text(str(error))
+            except StageFailed as error:
+                (run.output / f"failed_{rank}.txt").write_text(str(error))
+            except Exception:
+                (run.output / f"crashed_{rank}.txt").write_text(traceback.format_exc())
+                if not keep_going:
+                    raise
+
+
+@contextmanager
+def process_group(rank: int, workers: int, store: Path) -> Iterator[None]:
+    """Makes this process, with one thread, a rank over gloo, and takes leave of the others."""
+    from stages.finetune.loop import end_distributed
+
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=workers
     )
-    for run in runs:
-        if run.prepare is not None:
-            run.prepare()
-        try:
-            train(run.spec, run.inputs, run.output, Recorder(run))
-        except KeyboardInterrupt:
-            pass
-        except PastTheEnd as error:
-            (run.output / f"past_{rank}.txt").write_text(str(error))
-        except StageFailed as error:
-            (run.output / f"failed_{rank}.txt").write_text(str(error))
-        except Exception:
-            (run.output / f"crashed_{rank}.txt").write_text(traceback.format_exc())
-            if not keep_going:
-                raise
+    yield
+    end_distributed()

@@ -1,7 +1,11 @@
 """EP=1, EP=2 and a plain Hugging Face loop give the same numbers; resumed equals uninterrupted."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,6 +20,7 @@ from stages.models.card import ModelCard
 from tests.stages.finetune.reference import assert_same_training, curve, weights
 from tests.stages.finetune.runs import Run, launch
 
+ROOT = str(Path(__file__).parents[3])
 SPEC = FinetuneSpec(
     data=(TrainSet(dataset="reviews", template="sentiment"), TrainSet(dataset="refusals")),
     steps=6,
@@ -111,6 +116,27 @@ def test_one_process_equals_two(runs, models, data, tmp_path):
     for column in ("loss", "gradient_norm"):
         assert one[column].to_numpy() == pytest.approx(two[column].to_numpy(), rel=1e-5)
     assert one["tokens"].tolist() == two["tokens"].tolist()
+
+
+def test_torchrun_trains_the_same_and_ends_without_an_error(runs, models, data, tmp_path):
+    spec = copy(SPEC, threads=1)
+    inputs = {name: str(path) for name, path in {"model": models["llama"], **data}.items()}
+    script = tmp_path / "train.py"
+    script.write_text(f"""
+from pathlib import Path
+import torch
+from stages.finetune.spec import FinetuneSpec
+from stages.finetune.stage import run
+spec = FinetuneSpec.model_validate_json({spec.model_dump_json()!r})
+run(spec, {{name: Path(path) for name, path in {inputs!r}.items()}}, Path({str(tmp_path)!r}))
+assert not torch.distributed.is_initialized()
+""")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ROOT}
+    )
+    assert done.returncode == 0, done.stderr
+    assert curve(tmp_path)["loss"].to_list() == curve(runs / "dense")["loss"].to_list()
 
 
 @pytest.mark.parametrize("name", ["ep2", "zero2"])

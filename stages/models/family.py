@@ -1,0 +1,120 @@
+"""What can be said of an architecture: where its parts are and how its router works.
+
+Light to import: neither torch nor transformers is needed to describe a configuration.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+Role = Literal[
+    "router", "expert", "shared_expert", "shared_expert_gate", "embedding", "head", "backbone"
+]
+"""``expert`` is a routed expert. A head tied to the embedding has no parameters of its own.
+``backbone`` is everything else: attention, norms, dense feed-forward blocks."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture. The fields about experts are empty for a dense one.
+
+    A router is a module whose forward returns a tuple: at ``logits`` the raw scores (T, experts)
+    before any softmax, at ``weights`` (T, K) and ``index`` (T, K) the chosen experts of each token
+    and the weight of each. The experts' module is called as
+    ``experts(hidden_states (T, D), index (T, K), weights (T, K))``, with and without expert
+    parallelism, and returns the weighted sum (T, D). Families that do otherwise say so.
+    """
+
+    model_type: str
+    router: str = ""
+    """Module whose parameters score the experts; several paths are separated by spaces."""
+    experts: str = ""
+    """Module that holds all routed experts of a layer; the first axis of its fused parameters, or
+    the index of its children, is the expert."""
+    shared_expert: str = ""
+    """Feed-forward block that every token of a sparse layer passes."""
+    shared_expert_gate: str = ""
+    """Module that scales the shared expert's output per token."""
+    num_experts: str = "num_experts"
+    """Configuration attribute: routed experts of a sparse layer."""
+    top_k: str | int = "num_experts_per_tok"
+    """Configuration attribute: experts that one token passes; a number where it is fixed."""
+    layer_counts: tuple[str, ...] = ("num_hidden_layers",)
+    """Configuration attributes that count the layers together."""
+    sparse_layers: Callable[[Mapping], tuple[int, ...]] = lambda config: ()
+    """Indices of the sparse layers, from the content of ``config.json``."""
+    scores: Literal["softmax", "softmax of the chosen", "sigmoid", "sparsemixer"] = "softmax"
+    """How the raw scores become weights."""
+    normalised: bool | str = True
+    """Whether the weights of the chosen experts are made to sum to 1 (before any scaling factor),
+    or the configuration attribute that says so."""
+    logits: int = 0
+    """Place of the raw scores in what the router returns."""
+    weights: int | None = 1
+    """Place of the chosen experts' weights; None where they cannot be read off."""
+    index: int | None = 2
+    """Place of the chosen experts' numbers; None where they cannot be read off."""
+    auxiliary_loss: tuple[str, ...] = ()
+    """What ``forward(output_router_logits=True)`` calls the load-balancing loss, unweighted, or its
+    parts, whose sum it is; empty where it returns none."""
+    capacity: bool = False
+    """Experts drop tokens beyond a capacity, so that a token's output depends on the tokens that
+    share its batch: sequences must not be packed together."""
+    recurrent: bool = False
+    """Some layers carry a state from token to token that no attention mask cuts: sequences must not
+    be packed together."""
+    masks_by_position: bool = True
+    """Attention keeps sequences of one row apart by positions that start again at 0."""
+    encoder_decoder: bool = False
+    """The prompt goes through an encoder, the answer through a decoder that attends to it; layers
+    are counted through both, the encoder's first."""
+    no_evaluation: str = ""
+    """Why evaluation is refused; empty where it is exact."""
+    no_training: str = ""
+    """Why training is refused; empty where it is exact."""
+    no_expert_parallel: str = ""
+    """Why expert parallelism is refused; empty where it is exact."""
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the architecture has routed experts."""
+        return bool(self.router)
+
+    def experts_of(self, config: Mapping) -> tuple[int | None, int | None]:
+        """Routed experts of a sparse layer and those that one token passes, from the content of
+        ``config.json``; None where it leaves them to the architecture's default."""
+        if not self.is_moe:
+            return 0, 0
+        chosen = self.top_k if isinstance(self.top_k, int) else config.get(self.top_k)
+        # transformers reads the count of experts under a second name and may write that.
+        names = (self.num_experts, "num_experts", "num_local_experts")
+        return next((config[name] for name in names if name in config), None), chosen
+
+    def layers_of(self, config: Mapping) -> int | None:
+        """The number of layers, from the content of ``config.json``; None where it leaves that to
+        the architecture's default."""
+        counts = [config.get(name) for name in self.layer_counts]
+        return None if None in counts else sum(counts)
+
+    @property
+    def packs(self) -> bool:
+        """Whether sequences may stand one after the other in a row without padding, kept apart by
+        their positions alone."""
+        return self.masks_by_position and not (
+            self.capacity or self.recurrent or self.encoder_decoder
+        )
+
+    def modules(self, model: "PreTrainedModel", role: Role) -> dict[str, "nn.Module"]:
+        """The modules of a role by their path, in the order of the layers.
+
+        The same paths before and after ``expert_parallel.convert``.
+        """
+        paths = getattr(self, "experts" if role == "expert" else role).split()
+        pattern = re.compile("|".join(re.escape(p).replace(r"\*", r"[^.]+") for p in paths))
+        # The root module's path is empty, like the path of a part that the family lacks.
+        return {name: m for name, m in model.named_modules() if name and pattern.fullmatch(name)}
