@@ -210,6 +210,10 @@ class _Checks:
     def knobs(self, name: str, recipe: Recipe) -> Iterator[str]:
         """Problems of what a recipe sets, by itself and for each model that it fine-tunes."""
         field = f"recipes.{name}"
+        for scored in recipe.evaluations or ():
+            if scored not in self.sweep.evaluations:
+                yield (f"{field}.evaluations: unknown evaluation {scored!r}"
+                       f"{nearest(scored, list(self.sweep.evaluations))}")
         unknown = [m for m in recipe.models or () if m not in self.sweep.models]
         yield from (f"{field}.models: {self.unknown('model', model)}" for model in unknown)
         found = list(contradictions(recipe))
@@ -327,6 +331,11 @@ class _Checks:
         if finetune.workers % size:
             yield (f"{field}: {size} does not divide the {finetune.workers} workers; "
                    "use a divisor of workers")
+        for stage in ("data", "model", "finetune", "evaluate", "compare"):
+            gpus = getattr(self.sweep.resources, stage).gpus
+            if gpus > 1 and gpus != int(gpus):
+                yield (f"resources.{stage}.gpus: {gpus:g} is more than one GPU and a part of "
+                       "another; take whole ones")
         for pair in self.sweep.pairs:
             experts = getattr(self.facts.get(pair.moe), "experts", None)
             if self.sweep.recipes and experts and experts % size:

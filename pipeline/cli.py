@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 def _read(options: argparse.Namespace):
     """Sweep, plan and store of a command, checked; refuses what cannot work."""
     from pipeline.checks import check, check_plan
+    from pipeline.estimate import check_memory
     from pipeline.plan import adopt, build
     from pipeline.sweep import load
 
@@ -112,6 +113,7 @@ def _read(options: argparse.Namespace):
     check_plan(plan, options.sweep)
     store = _store(options)
     adopt(plan, store)
+    check_memory(plan, store, options.sweep.resolve().parent, options.sweep)
     return sweep, plan, store
 
 
@@ -144,7 +146,8 @@ def _plan(options: argparse.Namespace) -> int:
     from pipeline.plan import survey
 
     _, plan, store = _read(options)
-    print("\n".join(plan_lines(plan, survey(plan, store), store, everything=options.all)))
+    folder = options.sweep.resolve().parent
+    print("\n".join(plan_lines(plan, survey(plan, store), store, folder, options.all)))
     return 0
 
 

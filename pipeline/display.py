@@ -4,7 +4,9 @@ import json
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
+from pipeline.estimate import Estimator, summary_lines, work_text
 from pipeline.job import Event, Outcome, report_folder
 from pipeline.plan import Node, Plan, State
 from pipeline.store import PROGRESS, Store
@@ -15,9 +17,18 @@ _SHOWN = 60
 
 
 def plan_lines(
-    plan: Plan, states: dict[str, State], store: Store, everything: bool = False
+    plan: Plan,
+    states: dict[str, State],
+    store: Store,
+    folder: Path,
+    everything: bool = False,
 ) -> list[str]:
-    """The stage graph: a line per node, with what it waits for and asks of the cluster."""
+    """The stage graph: a line per node, with what it waits for, asks of the cluster and will take.
+
+    ``folder`` is that of the sweep file.
+    """
+    estimator = Estimator(plan, store, folder)
+    works = {key: estimator.work(node) for key, node in plan.nodes.items()}
     counts = Counter(state.status for state in states.values())
     summary = ", ".join(f"{counts[s]} {s}" for s in ("done", "stale", "to run") if counts[s])
     lines = [f"{plan.sweep.name}: {len(plan.nodes)} nodes ({summary}) · store {store.uri}", ""]
@@ -33,11 +44,13 @@ def plan_lines(
             lines.append(f"    needs {', '.join(dict.fromkeys(node.inputs.values()))}")
         if state.because:
             lines.append(f"    because {state.because}")
+        if state.status != "done" and (text := work_text(works[node.key])):
+            lines.append(f"    {text}")
     if len(shown) < len(nodes):
         for stage, total in Counter(node.stage for node in nodes).items():
             lines.append(f"  {stage:<10} {total} nodes")
         lines.append("`--all` prints every node")
-    return lines
+    return [*lines, *summary_lines(plan, states, estimator, works)]
 
 
 def _resources(node: Node) -> str:

@@ -14,7 +14,7 @@ import ray.data
 from pipeline.job import Job, Outcome, committed, explain, report_progress
 from pipeline.store import Store
 from stages.evaluate.base import Response
-from stages.evaluate.engine import Engine
+from stages.evaluate.engine import Engine, device_of
 from stages.evaluate.shards import (
     Shard,
     plan_shards,
@@ -36,7 +36,7 @@ class Responder:
                  amateurs: dict[str, str]):
         self.store = Store(store)
         self.engine = Engine(
-            self.store.fetch(checkpoint), dtype=dtype, device="cuda" if gpus else "cpu",
+            self.store.fetch(checkpoint), dtype=dtype, device=device_of(gpus),
             threads=None if gpus else max(1, int(cpus)),
             amateurs={name: self.store.fetch(folder) for name, folder in amateurs.items()},
         )

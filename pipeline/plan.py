@@ -155,6 +155,8 @@ def build(
         recipes=tuple(sweep_recipes(sweep)),
         models_of={name: recipe_models(sweep, name)
                    for name, recipe in sweep.recipes.items() if recipe.models},
+        evaluations_of={name: recipe.evaluations
+                        for name, recipe in sweep.recipes.items() if recipe.evaluations},
         seeds=sweep.seeds,
         evaluations=sweep.evaluations,
         resamples=sweep.statistics.resamples,
@@ -245,7 +247,8 @@ class Builder:
             before = [f"{label}-segment{index}" for index in range(len(segments) - 1)]
             checkpoint = self.chain([*before, label], model, segments, seed)
         roles = {f"checkpoint/{model}/{recipe}/{seed}": checkpoint}
-        for name in self.sweep.evaluations:
+        chosen = None if recipe == UNTUNED else self.sweep.recipes[recipe].evaluations
+        for name in chosen or self.sweep.evaluations:
             key = self.scores(label, checkpoint, model, name)
             roles[f"scores/{model}/{recipe}/{seed}/{name}"] = key
         return roles

@@ -32,6 +32,9 @@ def examples(sweep: Sweep, plan: Plan, store: Store, options: argparse.Namespace
     tables = {}
     for side in _SIDES:
         role = f"scores/{getattr(pair, side)}/{recipe}/{seed}/{options.evaluation}"
+        if role not in plan.compare.inputs:
+            raise BadInput(f"--recipe {recipe}: {options.evaluation} does not score "
+                           f"{getattr(pair, side)} under it; name another recipe")
         key = plan.compare.inputs[role]
         if states[key].status != "done":
             raise StageFailed(f"{key} has not been run; "

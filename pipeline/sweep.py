@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.search.spec import ALGORITHMS, Search
 from stages.data.sources import task_of
-from stages.data.spec import DataSpec
+from stages.data.spec import DataSpec, Task
 from stages.errors import BadInput
 from stages.evaluate.registry import KINDS, AnyEvaluation
 from stages.finetune.recipe import Recipe as StageRecipe
@@ -83,6 +83,8 @@ class Recipe(StageRecipe):
 
     models: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     """The models that it fine-tunes; all models of all pairs when absent."""
+    evaluations: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    """The evaluations of what it fine-tunes; all of the sweep when absent."""
 
 
 class Resources(Spec):
@@ -112,7 +114,10 @@ class FinetuneResources(Resources):
 
 
 class EvaluateResources(Resources):
-    """Actors of one evaluation pass; each loads the model once."""
+    """Actors of one evaluation pass; each loads the model once, over all GPUs that it has."""
+
+    gpu_memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """Memory of one GPU, in 10^9 bytes; a plan whose models do not fit is then refused."""
 
     shard_size: Annotated[int, Field(ge=1)] = 64
     """Requests that are written (and, after a kill, repeated) together."""
@@ -126,6 +131,37 @@ class AllResources(Spec):
     finetune: FinetuneResources = FinetuneResources()
     evaluate: EvaluateResources = EvaluateResources()
     compare: Resources = Resources()
+
+
+class Assumptions(Spec):
+    """What ``plan`` assumes for its estimate where nothing is counted; changes no result."""
+
+    characters_per_token: Annotated[float, Field(gt=0)] = 4.0
+    """English text under the tokenizers of today's language models has 4 to 5."""
+    tokens_per_row: dict[Task, Annotated[float, Field(gt=0)]] = {
+        "classification": 25,
+        "nli": 75,
+        "prompts": 20,
+        "multiple_choice": 110,
+        "statements": 120,
+        "open_question": 20,
+        "text": 600,
+        "instructions": 100,
+    }
+    """Of a data set's text, by task, where its rows are not at hand; about those of the pinned
+    archives' sets."""
+    training_tflops: Annotated[float, Field(gt=0)] = 100
+    """Sustained by one GPU in training, in 10^12 operations per second."""
+    scoring_tflops: Annotated[float, Field(gt=0)] = 100
+    """The same when prompts are read."""
+    decoding_tflops: Annotated[float, Field(gt=0)] = 5
+    """The same when answers are written, token by token."""
+
+    @model_validator(mode="after")
+    def _every_task(self) -> "Assumptions":
+        default = type(self).model_fields["tokens_per_row"].default
+        object.__setattr__(self, "tokens_per_row", default | self.tokens_per_row)
+        return self
 
 
 class Statistics(Spec):
@@ -154,6 +190,7 @@ class Sweep(Spec):
     """Precision of the weights during evaluation."""
     statistics: Statistics = Statistics()
     resources: AllResources = AllResources()
+    assumptions: Assumptions = Assumptions()
     search: Search | None = None
     """What ``moe-reliability search`` looks for; ``run`` leaves it alone."""
 

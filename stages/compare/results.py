@@ -46,7 +46,7 @@ def compare(
             )
             for pair in spec.pairs:
                 for recipe in spec.recipes:
-                    if not spec.has(recipe, pair.moe, pair.dense):
+                    if not spec.has(recipe, name, pair.moe, pair.dense):
                         continue
                     row = scores.paired(
                         [(pair.moe, recipe, seed) for seed in spec.seeds_of(recipe)],
@@ -61,7 +61,7 @@ def compare(
                 continue
             for model, architecture in spec.models.items():
                 for recipe in spec.recipes:
-                    if recipe == UNTUNED or not spec.has(recipe, model):
+                    if recipe == UNTUNED or not spec.has(recipe, name, model):
                         continue
                     row = scores.paired(
                         [(model, recipe, seed) for seed in spec.seeds],

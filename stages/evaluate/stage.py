@@ -26,14 +26,14 @@ def run(spec: EvaluateSpec, inputs: dict[str, Path], output: Path) -> None:
 
     Writes ``requests.parquet``, ``responses/<shard>.parquet`` and what ``score_node`` writes.
     """
-    from stages.evaluate.engine import Engine
+    from stages.evaluate.engine import Engine, device_of
 
     requests = requests_for(spec.evaluation, inputs)
     pq.write_table(requests_to_table(requests), output / "requests.parquet")
     (output / "responses").mkdir()
 
     def answered(folder: Path, asked: list[Request], **options: object) -> list[Response]:
-        device = "cuda" if spec.gpus else "cpu"
+        device = device_of(spec.gpus)
         engine = Engine(folder, dtype=spec.dtype, device=device, **options)
         responses = []
         for shard in plan_shards(asked, spec.shard_size):

@@ -31,11 +31,16 @@ def load(
     *,
     dtype: str = "float32",
     device: str = "cpu",
+    max_memory: Mapping[int | str, int] | None = None,
+    offload: Path | None = None,
 ) -> PreTrainedModel:
     """The language model of a Hugging Face folder, in evaluation mode.
 
-    ``dtype`` names a torch type. Raises StageFailed when the folder cannot be read, or lacks
-    weights of its architecture (transformers would draw them at random and go on).
+    ``dtype`` names a torch type, ``device`` a torch device; ``auto`` spreads the layers over all
+    accelerators that this process sees, or over the devices of ``max_memory`` (bytes by device
+    number or ``cpu``). What fits on none of them is read from the folder ``offload`` at each pass.
+    Raises StageFailed when the model's folder cannot be read, lacks weights of its architecture
+    (transformers would draw them at random and go on), or does not fit and there is no ``offload``.
     """
     try:
         kind = auto_class(json.loads((folder / "config.json").read_text()))
@@ -44,6 +49,8 @@ def load(
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             device_map=device,
+            max_memory=max_memory and dict(max_memory),
+            offload_folder=offload,
             local_files_only=True,
             output_loading_info=True,
         )
@@ -54,12 +61,27 @@ def load(
             f"{folder}: {len(missing)} weights of {model.config.model_type} are missing from its "
             f"safetensors, first {missing[0]}; it is incomplete or of another architecture"
         )
+    if device == "auto" and offload is None and (homes := _homes(model)) & {"cpu", "disk"}:
+        raise StageFailed(
+            f"{folder}: does not fit on the accelerators of one worker ({', '.join(sorted(homes))} "
+            "would hold a part of it); take more of them, `gpus` in the sweep's resources"
+        )
     with torch.device("meta"):
         fresh = type(model)(model.config)
     # Loading forgets which parameters are not meant to be trained (biases of a router's choice).
     for parameter, meant in zip(model.parameters(), fresh.parameters(), strict=True):
         parameter.requires_grad_(meant.requires_grad)
     return model.eval()
+
+
+def _homes(model: PreTrainedModel) -> set[str]:
+    """Where the parts of a model lie that was loaded with a device map."""
+    return {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+
+
+def spread(model: PreTrainedModel) -> bool:
+    """Whether a model's layers lie on several devices."""
+    return len(_homes(model)) > 1
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -10,6 +10,7 @@ from pipeline.plan import build
 from pipeline.sweep import load
 
 FOLDER = Path(__file__).parents[2] / "sweeps" / "moe_rbench"
+SCRIPT_FILES = ("adv_nli", "boss_nli", "boss_sa", "boss_td", "snli_hard", "style_ood")
 # Script, model, learning rate, global batch, epochs, schedule, expert dropout, weight of the
 # balance and z-loss, router frozen (Y), precision: as released, `2e-1:` read as 0.2.
 SCRIPTS = """
@@ -66,7 +67,7 @@ def planned():
     connect, socket.socket.connect = socket.socket.connect, _refuse
     try:
         found = {}
-        for file in sorted(FOLDER.glob("*.yaml")):
+        for file in (FOLDER / f"{name}.yaml" for name in SCRIPT_FILES):
             sweep = load(file)
             plan = build(sweep, check(sweep, file))
             check_plan(plan, file)

@@ -42,7 +42,8 @@ FIELDS = {
         {"evaluation", "dtype"}, {"workers", "cpus", "gpus", "shard_size"}),
     JudgeSpec: ({"kind", "source", "content"}, set()),
     CompareSpec: (
-        {"title", "pairs", "recipes", "models_of", "seeds", "evaluations", "resamples", "seed"},
+        {"title", "pairs", "recipes", "models_of", "evaluations_of", "seeds", "evaluations",
+         "resamples", "seed"},
         set()),
 }
 
@@ -122,8 +123,23 @@ def test_a_recipe_for_some_models_makes_nodes_and_rows_for_them_alone():
     assert "finetune/tiny-moe-sft-seed0" in plan.nodes
     assert "finetune/tiny-sft-seed0" not in plan.nodes
     spec = plan.compare.spec
-    assert spec.has("sft", "tiny-moe") and not spec.has("sft", "tiny-moe", "tiny")
-    assert spec.has("none", "tiny-moe", "tiny")
+    assert spec.has("sft", "edits", "tiny-moe")
+    assert not spec.has("sft", "edits", "tiny-moe", "tiny")
+    assert spec.has("none", "edits", "tiny-moe", "tiny")
+
+
+def test_a_recipe_may_name_the_evaluations_of_what_it_trains():
+    plan = plan_of("recipes.sft.evaluations=[edits]")
+    scored = [key for key in plan.nodes if key.startswith("evaluate/") and "-sft-" in key]
+    assert scored == ["evaluate/tiny-moe-sft-seed0-edits", "evaluate/tiny-sft-seed0-edits"]
+    spec = plan.compare.spec
+    assert spec.has("sft", "edits", "tiny") and not spec.has("sft", "refusal", "tiny")
+    assert spec.has("none", "refusal", "tiny")
+    # What is trained is the same.
+    trained = "finetune/tiny-sft-seed0"
+    assert plan.nodes[trained].fingerprint == plan_of().nodes[trained].fingerprint
+    with pytest.raises(BadInput, match="sft.evaluations: unknown evaluation 'edit'.*edits"):
+        plan_of("recipes.sft.evaluations=[edit]")
 
 
 def test_the_micro_batch_is_identity_where_random_numbers_depend_on_it():

