@@ -125,7 +125,7 @@ class _Checks:
                 return
             field = f"{field}.{kind}"
         spec, dense = model_spec(self.sweep, name)
-        if dense is None:
+        if model.source is not None:
             spec = spec.model_copy(update={"source": self.located(spec.source)})
         problem = model_sources.check(spec, field, self.facts.get(dense))
         if problem is not None:

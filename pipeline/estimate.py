@@ -28,6 +28,7 @@ from stages.evaluate.techniques import applied
 from stages.models.card import CARD_FILE
 from stages.models.known import WITHOUT_CLASS, Known, known
 from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec, indices
+from stages.models.vision_spec import VisionSpec
 
 SAMPLE = 200
 """Rows of a data set that stand for all of it when requests are counted."""
@@ -162,6 +163,8 @@ class Estimator:
             return self.size(node.inputs["model"])
         if isinstance(node.spec, SourceSpec) or node.stage == "judge":
             return known(node.spec.source)
+        if isinstance(node.spec, VisionSpec):
+            return Known(*node.spec.counts(), 4)
         dense = self.size(node.inputs["dense"])
         return dense and _twin(node.spec, dense)
 

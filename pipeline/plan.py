@@ -20,6 +20,7 @@ from stages.evaluate.spec import AMATEUR, JUDGE, EvaluateSpec, JudgeSpec
 from stages.evaluate.techniques import Contrastive, ExpertCount
 from stages.finetune.recipe import Recipe, for_dense
 from stages.finetune.spec import FinetuneSpec
+from stages.models.spec import SourceSpec
 from stages.spec import Spec
 
 Status = Literal["done", "stale", "to run"]
@@ -226,7 +227,7 @@ class Builder:
         if key in self.plan.nodes:
             return key
         spec, dense = model_spec(self.sweep, name)
-        if dense is None:
+        if isinstance(spec, SourceSpec):
             spec = spec.model_copy(update={"content": self.contents.get(spec.source)})
         inputs = {"dense": self.model(dense)} if dense else {}
         return self.plan.add("model", name, spec, inputs, self.sweep.resources.model)

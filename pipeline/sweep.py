@@ -20,6 +20,7 @@ from stages.errors import BadInput
 from stages.evaluate.registry import KINDS, AnyEvaluation
 from stages.finetune.recipe import Recipe as StageRecipe
 from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec
+from stages.models.vision_spec import VisionSpec
 from stages.spec import Spec
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]
@@ -51,18 +52,20 @@ class Widen(Spec):
 
 
 class Model(SourceSpec):
-    """A model of the sweep: exactly one of ``source``, ``upcycle`` and ``widen``."""
+    """A model of the sweep: exactly one of ``source``, ``upcycle``, ``widen`` and ``vision``."""
 
     source: str | None = None
     upcycle: Upcycle | None = None
     widen: Widen | None = None
+    vision: VisionSpec | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Model":
-        given = [n for n in ("source", "upcycle", "widen") if getattr(self, n) is not None]
+        origins = ("source", "upcycle", "widen", "vision")
+        given = [name for name in origins if getattr(self, name) is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
-            raise ValueError(f"needs exactly one of source, upcycle and widen, has {found}")
+            raise ValueError(f"needs exactly one of {', '.join(origins)}; has {found}")
         return self
 
 
@@ -212,11 +215,15 @@ class Sweep(Spec):
                      if set(entry.disjoint_from or ()) <= set(trained))
 
 
-def model_spec(sweep: Sweep, name: str) -> tuple[SourceSpec | UpcycleSpec | WidenSpec, str | None]:
+def model_spec(
+    sweep: Sweep, name: str
+) -> tuple[SourceSpec | UpcycleSpec | WidenSpec | VisionSpec, str | None]:
     """The stage's spec of a model whose references exist, and the dense model it is made of."""
     model = sweep.models[name]
     if model.source is not None:
         return SourceSpec(**{f: getattr(model, f) for f in SourceSpec.model_fields}), None
+    if model.vision is not None:
+        return model.vision, None
     if model.upcycle is not None:
         upcycle = model.upcycle
         return UpcycleSpec(**{f: getattr(upcycle, f) for f in UpcycleSpec.model_fields}), (

@@ -32,7 +32,7 @@ from stages.evaluate.techniques import (
     read,
 )
 from stages.evaluate.windows import score_windows
-from stages.models.load import load, load_tokenizer
+from stages.models.load import load, load_input, load_tokenizer
 
 
 def device_of(gpus: float) -> str:
@@ -41,7 +41,7 @@ def device_of(gpus: float) -> str:
 
 
 class Engine:
-    """A model and its tokenizer, read once from a Hugging Face folder.
+    """A model and its tokenizer or image processor, read once from a Hugging Face folder.
 
     ``dtype`` names a torch type, ``device`` a torch device or ``auto``, which with ``max_memory``
     and ``offload`` is as for ``load``; ``threads`` is the number of CPU threads of this process
@@ -69,7 +69,7 @@ class Engine:
         }
         self.amateurs = dict(amateurs or {})
         self.predictors: dict[AnyTechnique, Predictor] = {}
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = load_input(folder)
         one = "cuda" if device == "auto" else device
         self.head = Head(folder, self.tokenizer, dtype, one) if has_head(folder) else None
         if self.head is None:
@@ -77,7 +77,7 @@ class Engine:
 
     @cached_property
     def model(self):
-        """The causal language model."""
+        """The causal language model, or the image classifier."""
         if self.head is not None:
             raise StageFailed(
                 f"{self.folder}: has a classification head and cannot continue texts; evaluate it "

@@ -12,6 +12,7 @@ Qwen2                 Qwen2-MoE                             Qwen2-MoE
 Qwen3                 Qwen3-MoE                             Qwen3-MoE
 OLMo 2                FlexOlmo                              none has its norms and dense layers
 GPT-NeoX (Pythia)     GPTNeoXMoe, a class of this project   the same
+ViT                   V-MoE, a class of this project        the same
 ====================  ====================================  =======================================
 
 No architecture of transformers has OLMo's norms without weights and experts, nor GPT-NeoX's
@@ -56,6 +57,14 @@ DENSE = {
         inputs=("dense_h_to_4h.weight", "dense_h_to_4h.bias"),
         output="dense_4h_to_h.weight",
         output_bias="dense_4h_to_h.bias",
+    ),
+    "vit": Dense(
+        "vit_moe",
+        "vit_moe",
+        block="vit.layers.{}.mlp",
+        inputs=("fc1.weight", "fc1.bias"),
+        output="fc2.weight",
+        output_bias="fc2.bias",
     ),
 }
 """By ``model_type``."""
@@ -133,6 +142,8 @@ def _architecture(spec: UpcycleSpec | WidenSpec, config: Mapping) -> str | None:
         known = ", ".join(DENSE)
         return f": its dense model is of the {name} architecture; only {known} can be {kind}"
     if isinstance(spec, WidenSpec):
+        if name == "vit" and spec.parts > 1:
+            return ": the neurons that a narrowed twin keeps are chosen on texts; use copies"
         return None
     count = config.get("num_hidden_layers")
     target = becomes(spec, name, count)

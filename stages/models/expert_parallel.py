@@ -225,7 +225,8 @@ class Observation:
 
 @torch.no_grad()
 def observe_blocks(model: PreTrainedModel) -> dict[str, Observation]:
-    """What each experts module does, by its path, while the model reads 16 random tokens.
+    """What each experts module does, by its path, while the model reads 16 random tokens, or one
+    random image.
 
     Each rank draws its own, so that tokens which end up at the wrong rank are seen.
     """
@@ -240,8 +241,12 @@ def observe_blocks(model: PreTrainedModel) -> dict[str, Observation]:
     for path in family(model).modules(model, "expert"):
         watch(path)
     generator = torch.Generator().manual_seed(dist.get_rank())
-    tokens = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
-    model(tokens, labels=tokens, use_cache=False)  # labels: a decoder's input, where there is one
+    if family(model).modality == "image":
+        size, channels = model.config.image_size, model.config.num_channels
+        model(torch.randn(1, channels, size, size, generator=generator))
+    else:
+        tokens = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
+        model(tokens, labels=tokens, use_cache=False)  # labels: a decoder's input, if there is one
     for hook in hooks:
         hook.remove()
     return found

@@ -125,6 +125,7 @@ _GRANITE = {
     "auxiliary_loss": _AUX,
     **_LOCAL,
 }
+_VISION = {"modality": "image", "head": "classifier", "embedding": "vit.embeddings"}
 _MOE = (
     _decoder("mixtral", auxiliary_loss=_AUX, **_LOCAL),
     _decoder(
@@ -262,6 +263,14 @@ _MOE = (
         auxiliary_loss=_AUX,
     ),
     Family(
+        "vit_moe",  # stages/models/vision_moe.py
+        router="vit.layers.*.mlp.gate",
+        experts="vit.layers.*.mlp.experts",
+        sparse_layers=lambda config: tuple(config.get("moe_layers") or ()),
+        normalised="norm_topk_prob",
+        **_VISION,
+    ),
+    Family(
         "jetmoe",
         router="model.layers.*.mlp.router model.layers.*.self_attention.experts.router",
         experts=(
@@ -317,7 +326,7 @@ _DENSE = (
 _T5 = Family("t5", layer_counts=_SWITCH_LAYERS, encoder_decoder=True)
 FAMILIES: dict[str, Family] = {
     entry.model_type: entry
-    for entry in (*_MOE, *map(Family, _DENSE), _T5)
+    for entry in (*_MOE, *map(Family, _DENSE), _T5, Family("vit", **_VISION))
 }
 
 
@@ -353,11 +362,15 @@ def roles(model: "PreTrainedModel") -> dict[str, Role]:
                 f"{entry.model_type}: no module {entry.router}; mend the entry in "
                 "stages/models/families.py for the installed transformers"
             )
-    head = model.get_output_embeddings()
+    head = None if entry.head else model.get_output_embeddings()
     if head is not None:
         modules[_path(model, head)] = "head"
     # Last, because a tied head's weight is listed under the embedding's name.
-    modules[_path(model, model.get_input_embeddings())] = "embedding"
+    if not entry.embedding:
+        modules[_path(model, model.get_input_embeddings())] = "embedding"
+    for role in ("head", "embedding"):
+        if getattr(entry, role):
+            modules |= dict.fromkeys(entry.modules(model, role), role)
 
     def role(parameter: str) -> Role:
         path = parameter

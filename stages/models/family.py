@@ -70,6 +70,13 @@ class Family:
     be packed together."""
     masks_by_position: bool = True
     """Attention keeps sequences of one row apart by positions that start again at 0."""
+    modality: Literal["text", "image"] = "text"
+    """What it reads: tokens, or pixels (B, C, H, W) of which it makes patches."""
+    head: str = ""
+    """Module whose outputs are the labels; where empty, what the model calls its output embedding.
+    """
+    embedding: str = ""
+    """Module that embeds the input; where empty, what the model calls its input embedding."""
     encoder_decoder: bool = False
     """The prompt goes through an encoder, the answer through a decoder that attends to it; layers
     are counted through both, the encoder's first."""
@@ -105,9 +112,8 @@ class Family:
     def packs(self) -> bool:
         """Whether sequences may stand one after the other in a row without padding, kept apart by
         their positions alone."""
-        return self.masks_by_position and not (
-            self.capacity or self.recurrent or self.encoder_decoder
-        )
+        texts = self.modality == "text" and self.masks_by_position
+        return texts and not (self.capacity or self.recurrent or self.encoder_decoder)
 
     def modules(self, model: "PreTrainedModel", role: Role) -> dict[str, "nn.Module"]:
         """The modules of a role by their path, in the order of the layers.

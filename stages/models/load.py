@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -17,12 +18,16 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.initialization import no_init_weights
 
 from stages.errors import StageFailed
-from stages.models import gpt_neox_moe  # noqa: F401 - registers the architecture
-from stages.models.families import family
+from stages.models import gpt_neox_moe, vision_moe  # noqa: F401 - register the architectures
+from stages.models.families import FAMILIES, family
+from stages.models.images import ImageProcessor, load_processor
 
 
 def auto_class(config: PretrainedConfig | Mapping) -> type:
-    """The class of transformers that makes a language model of a configuration."""
+    """The class of transformers that makes a language model, or an image classifier, of a
+    configuration."""
+    if family(config).modality == "image":
+        return AutoModelForImageClassification
     return AutoModelForSeq2SeqLM if family(config).encoder_decoder else AutoModelForCausalLM
 
 
@@ -34,7 +39,7 @@ def load(
     max_memory: Mapping[int | str, int] | None = None,
     offload: Path | None = None,
 ) -> PreTrainedModel:
-    """The language model of a Hugging Face folder, in evaluation mode.
+    """The language or vision model of a Hugging Face folder, in evaluation mode.
 
     ``dtype`` names a torch type, ``device`` a torch device; ``auto`` spreads the layers over all
     accelerators that this process sees, or over the devices of ``max_memory`` (bytes by device
@@ -95,6 +100,22 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_input(folder: Path) -> Tokenizer | ImageProcessor:
+    """What turns data into the input of a folder's model: a tokenizer, or an image processor.
+
+    Raises StageFailed when there is none.
+    """
+    return load_processor(folder) if reads_images(folder) else load_tokenizer(folder)
+
+
+def reads_images(folder: Path) -> bool:
+    """Whether a folder holds a vision model."""
+    file = folder / "config.json"
+    # A classifier of texts or a judge may be of an architecture that is not in the registry.
+    name = json.loads(file.read_text()).get("model_type") if file.is_file() else None
+    return name in FAMILIES and FAMILIES[name].modality == "image"
 
 
 def filled(

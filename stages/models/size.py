@@ -5,6 +5,10 @@ from transformers import PreTrainedModel
 
 from stages.models.card import ModelCard
 from stages.models.families import family, roles
+from stages.models.images import tokens_per_image
+
+ADDED = ("cls_token", "position_embeddings")
+"""Ends of the names of a vision model's parameters that are added or put before, not multiplied."""
 
 
 def measure(model: PreTrainedModel, origin: str, notes: dict | None = None) -> ModelCard:
@@ -14,22 +18,33 @@ def measure(model: PreTrainedModel, origin: str, notes: dict | None = None) -> M
     dense parts always are. Operations per token are twice the active entries of all matrices that
     a token is multiplied with: an embedding look-up costs nothing, the head counts once, tied or
     not. Attention scores (they grow with the sequence), norms and activations are left out.
+
+    A vision model's tokens are the patches of an image and the class token; the head, which reads
+    the class token alone, is left out of a token's operations, and ``flops_per_image`` in the notes
+    has it.
     """
     entry, config = family(model), model.config
     experts, top_k = entry.experts_of(config.to_dict())
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     role_of = roles(model)
     total = active = multiplied = 0
+    head_size = 0
     for name, parameter in model.named_parameters():
         size = parameter.numel()
         used = size * top_k // experts if role_of[name] == "expert" else size
         total, active = total + size, active + used
         # The fused biases of experts have two axes too.
-        matrix = parameter.ndim >= 2 and not name.endswith("bias")
+        matrix = parameter.ndim >= 2 and not name.endswith(("bias", *ADDED))
         if matrix and id(parameter) not in looked_up:
             multiplied += used
-    head = model.get_output_embeddings().weight
-    if id(head) in looked_up:
+            head_size += used if role_of[name] == "head" else 0
+    notes = dict(notes or {})
+    if entry.modality == "image":
+        multiplied -= head_size
+        tokens = tokens_per_image(model)
+        flops = 2 * (tokens * multiplied + head_size)
+        notes |= {"tokens_per_image": tokens, "flops_per_image": flops}
+    elif id(head := model.get_output_embeddings().weight) in looked_up:
         multiplied += head.numel()
     return ModelCard(
         architecture="moe" if entry.is_moe else "dense",
@@ -42,5 +57,5 @@ def measure(model: PreTrainedModel, origin: str, notes: dict | None = None) -> M
         moe_layers=entry.sparse_layers(config.to_dict()),
         layers=sum(getattr(config, name) for name in entry.layer_counts),
         origin=origin,
-        notes=notes or {},
+        notes=notes,
     )

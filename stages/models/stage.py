@@ -1,7 +1,7 @@
-"""The model stages: a source taken as it is, or a twin made of a dense model.
+"""The model stages: a source taken as it is, a twin of a dense model, a vision model from scratch.
 
-Each writes a Hugging Face folder (safetensors, tokenizer, chat template) with ``card.json``. The
-twins are written in float32.
+Each writes a Hugging Face folder (safetensors; tokenizer and chat template, or image processor)
+with ``card.json``. The twins are written in float32.
 """
 
 import json
@@ -14,12 +14,15 @@ from stages.models.card import ModelCard
 from stages.models.families import family
 from stages.models.sources import PACK_MODELS
 from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec, indices
+from stages.models.vision_spec import VisionSpec
 
 # What is taken of a model's folder: never code, and weights in no format that could hold any.
 FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
-def run(spec: SourceSpec | UpcycleSpec | WidenSpec, inputs: dict[str, Path], output: Path) -> None:
+def run(
+    spec: SourceSpec | UpcycleSpec | WidenSpec | VisionSpec, inputs: dict[str, Path], output: Path
+) -> None:
     """Write the model that ``spec`` asks for; a twin reads the input role ``dense``.
 
     Raises StageFailed when the source cannot be had or read, or a twin is refused, and BadInput
@@ -34,6 +37,8 @@ def run(spec: SourceSpec | UpcycleSpec | WidenSpec, inputs: dict[str, Path], out
         else:
             bring(spec.source, output)
         _describe_source(spec, output)
+    elif isinstance(spec, VisionSpec):
+        _vision(spec, output)
     else:
         _twin(spec, inputs["dense"], output)
 
@@ -73,6 +78,15 @@ def _tiny(name: str, seed: int, output: Path) -> None:
     _save(tiny_model(name, tokenizer, seed), tokenizer, output)
 
 
+def _vision(spec: VisionSpec, output: Path) -> None:
+    from stages.models.size import measure
+    from stages.models.vision import from_scratch
+
+    model, processor = from_scratch(spec)
+    _save(model, processor, output)
+    measure(model, f"{spec.title}, random weights").write(output)
+
+
 def _from_hub(name: str, output: Path) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -103,23 +117,23 @@ def _describe_source(spec: SourceSpec, output: Path) -> None:
     import torch
     from transformers import AutoConfig
 
-    from stages.models.load import auto_class, load_tokenizer
+    from stages.models.load import auto_class, load_input
     from stages.models.size import measure
 
     # Before transformers is asked, whose message fills a page.
-    family(json.loads((output / "config.json").read_text()))
-    tokenizer = load_tokenizer(output)
+    entry = family(json.loads((output / "config.json").read_text()))
+    processor = load_input(output)
     config = AutoConfig.from_pretrained(output)
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
-    notes = {"pad_token": tokenizer.pad_token}
+    notes = {"pad_token": processor.pad_token} if entry.modality == "text" else {}
     measure(model, spec.source, notes).write(output)
 
 
 def _twin(spec: UpcycleSpec | WidenSpec, folder: Path, output: Path) -> None:
     from transformers import AutoConfig
 
-    from stages.models.load import load, load_tokenizer
+    from stages.models.load import load, load_input
     from stages.models.size import measure
     from stages.models.twin import require_possible
     from stages.models.upcycle import upcycle
@@ -127,18 +141,18 @@ def _twin(spec: UpcycleSpec | WidenSpec, folder: Path, output: Path) -> None:
 
     # Before the weights are read; the configuration is complete only here.
     require_possible(spec, AutoConfig.from_pretrained(folder))
-    dense, tokenizer = load(folder), load_tokenizer(folder)
+    dense, processor = load(folder), load_input(folder)
     source = ModelCard.read(folder).origin
     if isinstance(spec, UpcycleSpec):
-        model, notes = upcycle(dense, tokenizer, spec)
+        model, notes = upcycle(dense, processor, spec)
         made = f"{spec.experts} experts ({spec.experts_from.replace('_', ' ')}), top-{spec.top_k}"
         origin = f"upcycled from {source}: {made}, in {_where(spec, dense)}"
     else:
-        model, notes = widen(dense, tokenizer, spec)
+        model, notes = widen(dense, processor, spec)
         added = notes["neurons_added_per_layer"]
         change = f"{added} neurons added" if added >= 0 else f"{-added} neurons left out"
         origin = f"{'widened' if added >= 0 else 'narrowed'} from {source}: {change} per layer"
-    _save(model, tokenizer, output)
+    _save(model, processor, output)
     measure(model, origin, notes).write(output)
 
 
@@ -149,6 +163,6 @@ def _where(spec: UpcycleSpec, dense) -> str:
     return f"layers {', '.join(map(str, layers))}"
 
 
-def _save(model, tokenizer, output: Path) -> None:
+def _save(model, processor, output: Path) -> None:
     model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    processor.save_pretrained(output)

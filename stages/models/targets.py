@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from stages.models.gpt_neox_moe import GPTNeoXMoeConfig, GPTNeoXMoeForCausalLM
+from stages.models.vision_moe import ViTMoeConfig, ViTMoeForImageClassification
 
 CLASSES = {
     "mixtral": MixtralForCausalLM,
@@ -24,7 +25,10 @@ CLASSES = {
     "qwen3_moe": Qwen3MoeForCausalLM,
     "flex_olmo": FlexOlmoForCausalLM,
     "gpt_neox_moe": GPTNeoXMoeForCausalLM,
+    "vit_moe": ViTMoeForImageClassification,
 }
+UNGATED = {"gpt_neox_moe": ("dense_h_to_4h", "dense_4h_to_h"), "vit_moe": ("fc1", "fc2")}
+"""Twins with ungated, biased experts, and the two layers of the dense block."""
 SHARED_CONFIG = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "hidden_act", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "attention_dropout", "max_position_embeddings"),
@@ -56,6 +60,16 @@ def configuration(
             num_experts_per_tok=top_k,
             moe_intermediate_size=neurons,
             mlp_only_layers=dense,
+        )
+    if name == "vit_moe":
+        fields = {k: v for k, v in old.to_dict().items() if k != "model_type"}
+        return ViTMoeConfig(
+            **fields | {"architectures": None},
+            num_experts=experts,
+            num_experts_per_tok=top_k,
+            moe_intermediate_size=neurons,
+            moe_layers=list(layers),
+            norm_topk_prob=True,
         )
     # OLMo 2 has no head_dim of its own.
     shared = {field: getattr(old, field) for field in SHARED_CONFIG if hasattr(old, field)}
@@ -96,12 +110,13 @@ def configuration(
 
 def expert(name: str, block: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The parameters of one expert, by their names in a sparse block, from a dense block's."""
-    if name == "gpt_neox_moe":
+    if name in UNGATED:
+        up, down = UNGATED[name]
         return {
-            "experts.up_proj": block["dense_h_to_4h.weight"],
-            "experts.up_proj_bias": block["dense_h_to_4h.bias"],
-            "experts.down_proj": block["dense_4h_to_h.weight"],
-            "experts.down_proj_bias": block["dense_4h_to_h.bias"],
+            "experts.up_proj": block[f"{up}.weight"],
+            "experts.up_proj_bias": block[f"{up}.bias"],
+            "experts.down_proj": block[f"{down}.weight"],
+            "experts.down_proj_bias": block[f"{down}.bias"],
         }
     return {
         "experts.gate_up_proj": torch.cat([block["gate_proj.weight"], block["up_proj.weight"]]),

@@ -8,10 +8,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.errors import StageFailed
 from stages.models.dense import refusal
+from stages.models.images import ImageProcessor
 from stages.models.spec import UpcycleSpec, WidenSpec
 
-Probe = tuple[list[torch.Tensor], float]
-"""Logits (1, tokens, vocabulary) of each probe text, and the mean loss over all tokens."""
+Probe = tuple[list[torch.Tensor], float | None]
+"""Logits (1, tokens, vocabulary) of each probe text, and the mean loss over all tokens; of a vision
+model its logits (images, labels) of random images, which have no loss."""
 Weights = list[tuple[torch.Tensor, int]]
 """Views of a feed-forward block's weights, each with the axis on which its neurons lie; the last
 one is the down-projection (D, F)."""
@@ -19,6 +21,7 @@ one is the down-projection (D, F)."""
 TOLERANCE = 1e-3
 """Largest logit difference to the dense model; rounding alone stays below 1e-4 for logits of 30."""
 
+PROBE_IMAGES = 8
 PROBE_TEXTS = (
     "The capital of France is Paris, and its river is the Seine.",
     "Question: What do plants take from the air to make sugar?\nAnswer: carbon dioxide",
@@ -36,8 +39,12 @@ def require_possible(spec: UpcycleSpec | WidenSpec, config: PretrainedConfig) ->
         raise StageFailed(f"{kind}{problem}")
 
 
-def probe(model: PreTrainedModel, tokenizer: Tokenizer) -> Probe:
-    """What a model makes of the probe texts."""
+def probe(model: PreTrainedModel, tokenizer: Tokenizer | ImageProcessor) -> Probe:
+    """What a model makes of the probe texts, or of random images."""
+    if isinstance(tokenizer, ImageProcessor):
+        shape = (PROBE_IMAGES, tokenizer.channels, tokenizer.size, tokenizer.size)
+        pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        return [model(tokenizer.normalised(pixels)).logits], None
     logits, losses = [], []
     for text in PROBE_TEXTS:
         tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
@@ -122,8 +129,7 @@ def notes(dense: Probe, twin: Probe, spec: UpcycleSpec | WidenSpec) -> dict[str,
         made["noise"] = (
             f"Gaussian, {spec.noise:g} of each matrix's own standard deviation, seed {spec.seed}"
         )
-    return made | {
-        "logit_difference_of_twin": difference(twin[0], dense[0]),
-        "loss_of_dense": dense[1],
-        "loss_of_twin": twin[1],
-    }
+    made["logit_difference_of_twin"] = difference(twin[0], dense[0])
+    if dense[1] is not None:
+        made |= {"loss_of_dense": dense[1], "loss_of_twin": twin[1]}
+    return made

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from stages.models import experts, targets, twin
 from stages.models.dense import DENSE, becomes
 from stages.models.families import family
+from stages.models.images import ImageProcessor
 from stages.models.load import filled
 from stages.models.spec import UpcycleSpec, indices
 
@@ -22,7 +23,7 @@ from stages.models.spec import UpcycleSpec, indices
 
 @torch.no_grad()
 def upcycle(
-    dense: PreTrainedModel, tokenizer: Tokenizer, spec: UpcycleSpec
+    dense: PreTrainedModel, tokenizer: Tokenizer | ImageProcessor, spec: UpcycleSpec
 ) -> tuple[PreTrainedModel, dict]:
     """The upcycled twin of a float32 model, and the notes of its card.
 
@@ -46,8 +47,9 @@ def upcycle(
     how = "as routed" if copies else "with all experts at even weights"
     notes = {"logit_difference": kept, "logit_difference_measured": how}
     notes |= twin.notes(dense_probe, twin.probe(model, tokenizer), spec)
-    if model.config.model_type == "gpt_neox_moe":
-        notes["loading"] = "import stages.models.gpt_neox_moe before transformers' from_pretrained"
+    own = {"gpt_neox_moe": "gpt_neox_moe", "vit_moe": "vision_moe"}.get(model.config.model_type)
+    if own:
+        notes["loading"] = f"import stages.models.{own} before transformers' from_pretrained"
     return model, notes
 
 
@@ -89,7 +91,8 @@ def _build(
         neurons=old.intermediate_size // share,
     )
     model = filled(targets.CLASSES[name], config, state)
-    model.generation_config = dense.generation_config
+    if dense.can_generate():
+        model.generation_config = dense.generation_config
     return model, routers
 
 

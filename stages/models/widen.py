@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.models import twin
 from stages.models.dense import DENSE, Dense
+from stages.models.images import ImageProcessor
 from stages.models.load import filled
 from stages.models.spec import WidenSpec
 
@@ -55,7 +56,7 @@ CALIBRATION_TEXTS = (
 
 @torch.no_grad()
 def widen(
-    dense: PreTrainedModel, tokenizer: Tokenizer, spec: WidenSpec
+    dense: PreTrainedModel, tokenizer: Tokenizer | ImageProcessor, spec: WidenSpec
 ) -> tuple[PreTrainedModel, dict]:
     """The widened (or narrowed) twin of a float32 model, and the notes of its card.
 
@@ -115,7 +116,8 @@ def _build(
         down = f"{path}.{layout.output}"
         state[down] = state[down][:, source] / copies_F[source]
     model = filled(type(dense), config, state)
-    model.generation_config = dense.generation_config
+    if dense.can_generate():
+        model.generation_config = dense.generation_config
     return model, copied
 
 

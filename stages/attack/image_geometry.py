@@ -1,0 +1,88 @@
+"""Balls around images: norms, directions of steepest ascent, projection, and random points."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from stages.attack.image_spec import Norm
+
+# Shape letters: B images, C channels, H and W their size.
+
+
+def sizes(delta: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """The norm of each perturbation (B, C, H, W), shape (B,)."""
+    flat = delta.flatten(1)
+    return flat.abs().amax(1) if norm == "linf" else flat.norm(dim=1)
+
+
+def per_image(values: torch.Tensor) -> torch.Tensor:
+    """Numbers (B,) in a shape that multiplies images."""
+    return values[:, None, None, None]
+
+
+def steepest(gradient: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """The direction of length 1 that ascends fastest, (B, C, H, W); 0 where the gradient is."""
+    if norm == "linf":
+        return gradient.sign()
+    # In float64: a confident model's gradient is small enough to square to 0.
+    return (gradient / per_image(sizes(gradient.double(), norm)).clamp_min(1e-300)).to(gradient)
+
+
+def project(images: torch.Tensor, clean: torch.Tensor, budget: float, norm: Norm) -> torch.Tensor:
+    """The nearest images within the budget, clipped to [0, 1].
+
+    ``clean`` lies in [0, 1], so that clipping leads nobody out of the ball.
+    """
+    delta = images - clean
+    if norm == "linf":
+        delta = delta.clamp(-budget, budget)
+    else:
+        delta = delta * (budget / per_image(sizes(delta, norm)).clamp_min(1e-12)).clamp_max(1)
+    return (clean + delta).clamp(0, 1)
+
+
+class Draws:
+    """Random numbers of each image, from its own seed.
+
+    So neither the batch nor the shard in which an image stands changes what is drawn for it.
+    """
+
+    def __init__(self, seeds: Sequence[int | Sequence[int]]):
+        self.generators = [np.random.default_rng(seed) for seed in seeds]
+
+    def only(self, chosen: torch.Tensor) -> "Draws":
+        """Those of the images that the mask (B,) names; they go on where these are."""
+        part = Draws(())
+        part.generators = [self.generators[i] for i in chosen.nonzero().flatten().tolist()]
+        return part
+
+    def uniform(self, low: float, high: float, shape: tuple[int, ...]) -> torch.Tensor:
+        """Uniform numbers, (B, *shape), float32 on the CPU."""
+        drawn = [g.uniform(low, high, shape) for g in self.generators]
+        return torch.from_numpy(np.array(drawn, dtype=np.float32))
+
+    def normal(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Standard normal numbers, (B, *shape), float32 on the CPU."""
+        drawn = [g.standard_normal(shape) for g in self.generators]
+        return torch.from_numpy(np.array(drawn, dtype=np.float32))
+
+    def signs(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """-1 or 1, (B, *shape), float32 on the CPU."""
+        drawn = [g.integers(0, 2, shape) for g in self.generators]
+        return torch.from_numpy(2 * np.array(drawn, dtype=np.float32) - 1)
+
+    def integers(self, high: int, count: int) -> np.ndarray:
+        """Whole numbers from 0 to ``high`` - 1, (B, count)."""
+        return np.array([g.integers(0, high, count) for g in self.generators])
+
+    def in_ball(self, clean: torch.Tensor, budget: float, norm: Norm) -> torch.Tensor:
+        """A point of each image's ball, clipped to [0, 1]: uniform, in both norms."""
+        shape = tuple(clean.shape[1:])
+        if norm == "linf":
+            delta = self.uniform(-budget, budget, shape)
+        else:
+            delta = self.normal(shape)
+            share = self.uniform(0, 1, ()) ** (1 / delta[0].numel())
+            delta = delta * per_image(budget * share / sizes(delta, norm))
+        return (clean + delta.to(clean)).clamp(0, 1)

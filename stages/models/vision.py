@@ -1,0 +1,59 @@
+"""Vision models with random weights, dense and with experts."""
+
+import torch
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+
+from stages.models.families import family
+from stages.models.images import ImageProcessor
+from stages.models.vision_moe import ViTMoeConfig, ViTMoeForImageClassification
+from stages.models.vision_spec import VisionSpec
+
+
+def from_scratch(spec: VisionSpec) -> tuple[PreTrainedModel, ImageProcessor]:
+    """The model in evaluation mode, its weights drawn from the seed, and its input's form.
+
+    Matrices are normal with standard deviation 1/sqrt(width); biases are zero. Pixels are read in
+    [-1, 1].
+    """
+    shape, names = spec.shape, spec.names
+    fields = {
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.neurons,
+        "image_size": spec.image_size,
+        "patch_size": spec.patch,
+        "num_channels": spec.channels,
+        "initializer_range": shape.hidden**-0.5,
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        if spec.experts:
+            model = ViTMoeForImageClassification(
+                ViTMoeConfig(
+                    **fields,
+                    num_experts=spec.experts,
+                    num_experts_per_tok=spec.top_k,
+                    moe_intermediate_size=shape.neurons,
+                    moe_layers=list(spec.moe_layers),
+                    capacity_factor=spec.capacity_factor,
+                    eval_capacity_factor=spec.eval_capacity_factor,
+                    group_size=spec.group_size,
+                    batch_prioritized=spec.batch_prioritized,
+                )
+            )
+        else:
+            model = ViTForImageClassification(ViTConfig(**fields))
+    if spec.shared_start:
+        _equal_experts(model)
+    half = (0.5,) * spec.channels
+    return model.eval(), ImageProcessor(spec.image_size, spec.channels, half, half)
+
+
+@torch.no_grad()
+def _equal_experts(model: PreTrainedModel) -> None:
+    for experts in family(model).modules(model, "expert").values() if family(model).is_moe else ():
+        for parameter in experts.parameters():
+            parameter.copy_(parameter[:1].expand_as(parameter))

@@ -1,0 +1,140 @@
+"""Vision models made from scratch: what the model stage is told, and what follows from it.
+
+Light to import: no torch.
+"""
+
+from typing import Annotated, NamedTuple
+
+from pydantic import Field, model_validator
+
+from stages.models.spec import EveryNth, Layers, indices
+from stages.spec import Spec
+
+
+class Size(NamedTuple):
+    """Width, depth and heads of a Vision Transformer."""
+
+    hidden: int
+    depth: int
+    neurons: int
+    heads: int
+
+
+SIZES = {
+    "tiny": Size(64, 4, 256, 4),
+    "S": Size(512, 8, 2048, 8),
+    "B": Size(768, 12, 3072, 12),
+    "B+": Size(832, 15, 3328, 13),
+    "B++": Size(896, 18, 3584, 14),
+    "B+++": Size(960, 21, 3840, 15),
+    "L": Size(1024, 24, 4096, 16),
+    "H": Size(1280, 32, 5120, 16),
+}
+"""The sizes of *On the Adversarial Robustness of Mixture of Experts* (arXiv 2210.10253), as in its
+authors' code, whose S is not the usual ViT-S; and ``tiny``, for small images on a CPU."""
+
+
+class VisionSpec(Spec):
+    """A Vision Transformer, dense or with experts (V-MoE), with random weights."""
+
+    size: str = "S"
+    """A name in ``SIZES``."""
+    hidden: Annotated[int, Field(ge=1)] | None = None
+    """Width instead of the size's; so for ``depth``, ``neurons`` (of a feed-forward block and of
+    each expert) and ``heads``."""
+    depth: Annotated[int, Field(ge=1)] | None = None
+    neurons: Annotated[int, Field(ge=1)] | None = None
+    heads: Annotated[int, Field(ge=1)] | None = None
+    patch: Annotated[int, Field(ge=1)] = 32
+    """Side of a patch in pixels; divides ``image_size``."""
+    image_size: Annotated[int, Field(ge=1)] = 224
+    """Side of the square that every image is resized to."""
+    channels: Annotated[int, Field(ge=1, le=3)] = 3
+    """3 for colours, 1 for grey."""
+    labels: Annotated[int, Field(ge=2)] | Annotated[tuple[str, ...], Field(min_length=2)]
+    """The labels of the data in the order of the outputs, or how many: they are then 0, 1, …"""
+    experts: Annotated[int, Field(ge=0)] = 0
+    """Experts of a sparse layer; 0 makes a dense model."""
+    top_k: Annotated[int, Field(ge=1)] = 1
+    layers: Layers = EveryNth(every=2)
+    """The sparse layers. V-MoE's *Every 2* is ``{every: 2}``, its *Last 2* of 8 layers ``[5, 7]``.
+    """
+    capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    """Limit of an expert's tokens in training, in units of an even share; none when absent, so that
+    no image depends on the others of its batch."""
+    eval_capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    """The same outside training."""
+    group_size: Annotated[int, Field(ge=1)] | None = None
+    """Images that share a capacity; all of a forward pass when absent."""
+    batch_prioritized: bool = False
+    """Tokens with the largest weights are served first, instead of in their order."""
+    shared_start: bool = True
+    """The experts of a layer start with equal weights, as in the authors' code."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "VisionSpec":
+        if self.size not in SIZES:
+            raise ValueError(f"size: there is no {self.size!r}; one of {', '.join(SIZES)}")
+        if self.image_size % self.patch:
+            raise ValueError(
+                f"patch: {self.patch} does not divide image_size {self.image_size}; use a divisor"
+            )
+        shape = self.shape
+        if shape.hidden % shape.heads:
+            raise ValueError(
+                f"heads: {shape.heads} does not divide the width {shape.hidden}; use a divisor"
+            )
+        if self.experts and self.top_k > self.experts:
+            raise ValueError(
+                f"top_k: {self.top_k} is more than the {self.experts} experts; lower it"
+            )
+        if self.experts and not set(self.moe_layers) & set(range(shape.depth)):
+            raise ValueError(f"layers: names none of the {shape.depth} layers; mend it")
+        return self
+
+    @property
+    def shape(self) -> Size:
+        """The size with what is given instead of its parts."""
+        given = {name: getattr(self, name) for name in Size._fields}
+        return SIZES[self.size]._replace(**{k: v for k, v in given.items() if v is not None})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The labels in the order of the outputs."""
+        if isinstance(self.labels, int):
+            return tuple(map(str, range(self.labels)))
+        return self.labels
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the sparse layers."""
+        return indices(self.layers, self.shape.depth) if self.experts else ()
+
+    @property
+    def title(self) -> str:
+        """The model's name as the paper writes it."""
+        if not self.experts:
+            return f"ViT-{self.size}/{self.patch}"
+        layers = ", ".join(map(str, self.moe_layers))
+        return (
+            f"V-MoE-{self.size}/{self.patch}, E={self.experts}, K={self.top_k}, layers {layers}"
+        )
+
+    def counts(self) -> tuple[int, int, int]:
+        """Parameters, those that one token uses, and operations of a token, as on the card."""
+        shape, sparse = self.shape, len(self.moe_layers)
+        width, depth = shape.hidden, shape.depth
+        pixels = self.patch**2 * self.channels
+        tokens = (self.image_size // self.patch) ** 2 + 1
+        matrices = 4 * width * width, 2 * width * shape.neurons
+        biases = 4 * width, shape.neurons + width
+        rest = (tokens + 2) * width + pixels * width + (width + 1) * len(self.names) + 2 * width
+        each = sum(matrices) + sum(biases) + 4 * width
+        router = self.experts * width
+        block = matrices[1] + biases[1]
+        total = rest + depth * each + sparse * (router + (self.experts - 1) * block)
+        active = rest + depth * each + sparse * (router + (self.top_k - 1) * block)
+        multiplied = pixels * width + depth * sum(matrices)
+        multiplied += sparse * (router + (self.top_k - 1) * matrices[1])
+        return total, active, 2 * multiplied

@@ -1,0 +1,285 @@
+"""Attacks on images: by hand where that can be, and against pyautoattack on a small network."""
+
+import logging
+
+import pytest
+import torch
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from pydantic import ValidationError
+from sklearn.datasets import load_digits
+
+from stages.attack.apgd import checkpoints
+from stages.attack.image_geometry import Draws, project, sizes, steepest
+from stages.attack.image_losses import (
+    cross_entropy,
+    difference_of_logits_ratio,
+    margin,
+    targeted_ratio,
+)
+from stages.attack.image_objective import Best, Objective, Value
+from stages.attack.image_spec import (
+    APGD,
+    PAPER_BUDGETS,
+    PGD,
+    Noise,
+    PaperPGD,
+    Square,
+    Transfer,
+)
+from stages.attack.images import attack_images, rows, worst_case
+from stages.attack.pgd import paper_pgd
+from stages.attack.square import _bump, share, side
+from stages.errors import StageFailed
+
+DIGITS = load_digits()
+PIXELS = torch.tensor(DIGITS.images, dtype=torch.float32)[:, None] / 16
+LABELS = torch.tensor(DIGITS.target)
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    layers = torch.nn
+    model = layers.Sequential(layers.Flatten(), layers.Linear(64, 32), layers.ReLU(),
+                              layers.Linear(32, 10))
+    optimiser = torch.optim.Adam(model.parameters(), 5e-3)
+    for _ in range(150):
+        chosen = torch.randint(0, 1500, (128,))
+        loss = cross_entropy(model(PIXELS[chosen]), LABELS[chosen]).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return network(0)
+
+
+@pytest.fixture(scope="module")
+def examples(toy):
+    right = (toy(PIXELS[1500:]).argmax(1) == LABELS[1500:]).nonzero().flatten()[:100]
+    return PIXELS[1500:][right], LABELS[1500:][right]
+
+
+SEEDS = [(0, i) for i in range(100)]
+
+
+def robust(model, attack, examples, budget, **fields):
+    images, labels = examples
+    outcome = attack_images(model, attack, images, labels, budget, SEEDS, **fields)
+    assert torch.allclose(model(outcome.images), outcome.logits, atol=1e-5)
+    return outcome.logits.argmax(1) == labels
+
+
+# --- against pyautoattack
+
+
+@pytest.mark.parametrize(("norm", "budget"), [("linf", 0.06), ("l2", 0.4)])
+def test_robust_accuracy_is_pyautoattacks(toy, examples, norm, budget):
+    """APGD on cross-entropy and on three targets: within one example in a hundred."""
+    images, labels = examples
+    ours = robust(toy, APGD(norm=norm, steps=50, restarts=2), examples, budget)
+    ours &= robust(toy, APGD(norm=norm, steps=50, loss="dlr", targets=3), examples, budget)
+    options = {"n_iter": 50, "verbose": False, "eps": budget, "seed": 0, "device": "cpu",
+               "norm": {"linf": "Linf", "l2": "L2"}[norm], "logger": logging.getLogger("peer")}
+    theirs = torch.ones(100, dtype=torch.bool)
+    untargeted = APGDAttack(toy, n_restarts=2, **options)
+    untargeted.loss = "ce"
+    targeted = APGDAttack_targeted(toy, n_restarts=1, n_target_classes=3, **options)
+    for peer in (untargeted, targeted):
+        theirs &= toy(peer.perturb(images, labels)).argmax(1) == labels
+    assert 15 < theirs.sum() < 85  # a budget at which it matters
+    assert abs(int(ours.sum()) - int(theirs.sum())) <= 1
+
+
+# --- hygiene, as any correct attack shows it
+
+
+def test_stronger_attacks_and_larger_budgets_leave_less(toy, examples):
+    by_budget = [robust(toy, PGD(steps=20), examples, b).sum() for b in (0.02, 0.06, 0.12, 1.0)]
+    assert by_budget == sorted(by_budget, reverse=True) and by_budget[0] > by_budget[2]
+    assert by_budget[-1] == 0  # unbounded
+    white = robust(toy, APGD(steps=50), examples, 0.06).sum()
+    noise = robust(toy, Noise(queries=50), examples, 0.06).sum()
+    transfer = robust(toy, Transfer(steps=50), examples, 0.06, partner=network(1)).sum()
+    blind = robust(toy, Square(queries=400), examples, 0.06).sum()
+    assert white <= blind < noise and white < transfer < noise
+
+
+@pytest.mark.parametrize("attack", [PGD(steps=5, norm="l2", restarts=2), APGD(steps=5),
+                                    APGD(steps=5, norm="l2"), Square(queries=40),
+                                    Square(queries=40, norm="l2"), Noise(norm="l2"), Noise()])
+def test_no_image_leaves_its_ball_or_the_valid_range(toy, examples, attack):
+    images, labels = examples
+    found = attack_images(toy, attack, images, labels, 0.1, SEEDS).images
+    assert sizes(found - images, attack.norm).max() <= 0.1 + 1e-6
+    assert found.min() >= 0 and found.max() <= 1
+    part = attack_images(toy, attack, images[7:9], labels[7:9], 0.1, SEEDS[7:9]).images
+    torch.testing.assert_close(part, found[7:9], atol=1e-6, rtol=0)  # whatever the batch
+
+
+def test_evaluations_are_counted(toy, examples):
+    images, labels = examples
+
+    def count(attack):
+        found = attack_images(toy, attack, images, labels, 0.06, SEEDS)
+        return found.gradients, found.forwards
+
+    gradients, forwards = count(PGD(steps=5, restarts=2))
+    assert gradients == 10 and forwards.tolist() == [12] * 100
+    assert count(APGD(steps=6))[0] == 6
+    assert count(APGD(steps=6, loss="dlr", targets=2))[0] == 12
+    gradients, forwards = count(Square(queries=30))
+    assert gradients == 0 and forwards.max() == 30 and 1 <= forwards.min() < 30
+
+
+# --- the paper's attack
+
+
+class Steps:
+    """An objective whose gradient is what the list says, one entry per step."""
+
+    def __init__(self, gradients, labels=None):
+        self.left, self.labels = list(gradients), labels
+
+    def climb(self, images):
+        return None, torch.full_like(images, self.left.pop(0))
+
+    def __call__(self, images):
+        return Value(None, torch.zeros(len(images), 2))
+
+
+@pytest.mark.parametrize(("flipped", "left"), [(0, 1), (4, 0.8), (10, 0.5), (20, 0)])
+def test_a_pixel_whose_sign_flips_ends_inside(flipped, left):
+    signs = [-1.0] * flipped + [1.0] * (40 - flipped)
+    clean = torch.full((1, 1, 1, 1), 0.9)
+    found = paper_pgd(Steps(signs, torch.tensor([0])), PaperPGD(), clean, 0.2).images
+    assert found.item() == pytest.approx(0.9 + left * 0.2, abs=1e-6)  # and is not clipped to 1
+
+
+def test_one_update_on_squared_error():
+    """The authors' own case: a row with a zero gradient stays where it is."""
+    clean = torch.tensor([[0.1, 0.2, 0.0], [0.2, 0.0, 0.0]]).view(2, 1, 1, 3)
+    goal = torch.tensor([0.2, 0.0, 0.0])
+
+    class SquaredError:
+        labels = torch.tensor([0, 0])
+
+        def climb(self, images):
+            return None, 2 * (images - goal)
+
+        def __call__(self, images):
+            return Value(None, torch.zeros(2, 2))
+
+    found = paper_pgd(SquaredError(), PaperPGD(steps=1), clean, 0.1).images.view(2, 3)
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.3, 0.0], [0.2, 0.0, 0.0]]))
+
+
+def test_the_papers_budgets():
+    assert len(PAPER_BUDGETS) == 26 and sorted(PAPER_BUDGETS) == list(PAPER_BUDGETS)
+    extra = [b * 255 for b in PAPER_BUDGETS if b * 255 < 0.99]
+    assert extra == pytest.approx([0.1275, 0.255, 0.3825, 0.51, 0.6375, 0.765])
+
+
+# --- parts, by hand
+
+
+def test_losses_by_hand():
+    logits = torch.tensor([[3.0, 1.0, 0.0, -1.0], [0.0, 2.0, 1.0, -2.0]])
+    labels = torch.tensor([0, 0])
+    assert margin(logits, labels).tolist() == [-2.0, 2.0]
+    torch.testing.assert_close(difference_of_logits_ratio(logits, labels),
+                               torch.tensor([-2 / 3, 2 / 2]))
+    torch.testing.assert_close(targeted_ratio(logits, labels, torch.tensor([2, 2])),
+                               torch.tensor([-3 / 3.5, 1 / 3.0]))
+    torch.testing.assert_close(difference_of_logits_ratio(10 * logits, labels),
+                               difference_of_logits_ratio(logits, labels))
+    with pytest.raises(StageFailed, match="set loss: margin"):
+        difference_of_logits_ratio(logits[:, :2], labels)
+
+
+def test_projection_by_hand():
+    clean = torch.tensor([0.5, 0.5]).view(1, 1, 1, 2)
+    far = clean + torch.tensor([0.3, -0.4]).view(1, 1, 1, 2)
+    assert project(far, clean, 0.3, "linf").flatten().tolist() == pytest.approx([0.8, 0.2])
+    assert project(far, clean, 0.25, "l2").flatten().tolist() == pytest.approx([0.65, 0.3])
+    assert torch.equal(project(far, clean, 0.6, "l2"), far)
+    assert project(2 * far, clean, 5.0, "l2").flatten().tolist() == pytest.approx([1.0, 0.2])
+    tiny = torch.tensor([3e-30, 4e-30]).view(1, 1, 1, 2)
+    assert steepest(tiny, "l2").flatten().tolist() == pytest.approx([0.6, 0.8])
+    assert steepest(torch.zeros(1, 1, 1, 2), "l2").tolist() == [[[[0.0, 0.0]]]]
+
+
+def test_the_best_iterate_is_the_first_wrong_one_then_the_highest_loss():
+    labels = torch.zeros(3, dtype=torch.long)
+    right, wrong = [1.0, 0.0], [0.0, 1.0]
+    best = Best(torch.zeros(3, 1, 1, 1))
+    for mark, losses, logits in (
+        (1.0, [5.0, 1.0, 1.0], [right, right, right]),
+        (2.0, [1.0, 2.0, 0.5], [wrong, right, right]),
+        (3.0, [9.0, 0.0, 0.1], [right, wrong, right]),
+    ):
+        images = torch.full((3, 1, 1, 1), mark)
+        best.update(images, Value(torch.tensor(losses), torch.tensor(logits)), labels)
+    assert best.images.flatten().tolist() == [2.0, 3.0, 1.0]
+    assert best.wrong.tolist() == [True, True, False]
+    assert best.logits.tolist() == [wrong, wrong, right]
+
+
+def test_apgds_checkpoints_and_squares_schedule():
+    assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+    shares = [share(q, 10_000, 0.8) for q in (0, 11, 51, 201, 501, 1001, 8001)]
+    assert shares == [0.8, 0.4, 0.2, 0.1, 0.05, 0.025, 0.8 / 512]
+    assert share(50, 500, 0.8) == share(1000, 10_000, 0.8)
+    assert (side(0.8, 28), side(0.01, 28), side(1e-6, 28)) == (25, 3, 1)
+    bump = _bump(5)
+    assert bump.norm() == pytest.approx(1) and bump[0, 2] * bump[4, 2] < 0
+
+
+def test_draws_belong_to_the_image():
+    whole, part = Draws([(3, i) for i in range(5)]), Draws([(3, 4)])
+    assert torch.equal(whole.normal((2, 2))[4], part.normal((2, 2))[0])
+    mask = torch.tensor([False, False, True, False, True])
+    later = whole.only(mask).uniform(0, 1, (3,))
+    assert torch.equal(later[1], part.uniform(0, 1, (3,))[0])
+
+
+def test_attacks_that_cannot_be_are_refused(toy, examples):
+    with pytest.raises(ValidationError, match="random_start"):
+        PGD(restarts=2, random_start=False)
+    with pytest.raises(ValidationError, match="loss: dlr"):
+        APGD(targets=3)
+    with pytest.raises(StageFailed, match="no partner"):
+        robust(toy, Transfer(), examples, 0.1)
+
+
+def test_rows_and_the_worst_case_of_each_example(toy):
+    images, labels = PIXELS[1500:1520], LABELS[1500:1520].clone()
+    labels[0] = (toy(images[:1]).argmax(1) + 1) % 10  # misclassified from the start
+    ids = [f"image{i}" for i in range(20)]
+    clean = toy(images)
+    found = []
+    for name, attack in {"pgd": PGD(steps=10), "square": Square(queries=20)}.items():
+        outcome = attack_images(toy, attack, images, labels, 0.08, SEEDS[:20])
+        found += rows(name, attack, 0.08, outcome, images, clean, labels, ids)
+    assert len(found) == 40
+    assert found[0]["clean_correct"] == found[0]["robust"] == 0
+    worst = worst_case(found)
+    by_attack = [{r["id"]: r["robust"] for r in found if r["attack"] == n}
+                 for n in ("pgd", "square")]
+    assert worst == {(i, "linf", 0.08): min(a[i] for a in by_attack) for i in ids}
+    assert all(0 <= r["distance"] <= 0.08 + 1e-6 for r in found)
+    assert all(r["zero_gradient"] >= 0 for r in found if r["attack"] == "pgd")
+
+
+def test_an_objective_of_routing_needs_experts():
+    from stages.models.images import Classifier
+    from stages.models.vision import from_scratch
+    from stages.models.vision_spec import VisionSpec
+
+    dense = VisionSpec(size="tiny", hidden=16, neurons=16, depth=1, patch=4, image_size=8,
+                       channels=1, labels=10)
+    classifier = Classifier(*from_scratch(dense))
+    with pytest.raises(StageFailed, match="no choice of experts"):
+        Objective(classifier, PGD(routing="soft"), PIXELS[:2], LABELS[:2])

@@ -1,0 +1,138 @@
+"""Attacks that act through, around or on the choice of experts of a vision model."""
+
+import pytest
+import torch
+
+from stages.attack.image_objective import Objective
+from stages.attack.image_spec import APGD, PGD, PaperPGD
+from stages.attack.images import attack_images
+from stages.models.balance import importance_loss
+from stages.models.families import family
+from stages.models.images import Classifier
+from stages.models.routing import blocks, intercept
+from stages.models.vision import from_scratch
+from stages.models.vision_spec import VisionSpec
+
+SPEC = VisionSpec(
+    size="tiny", hidden=16, neurons=32, depth=2, heads=2, patch=4, image_size=8, channels=1,
+    labels=4, experts=4, top_k=1, layers=(1,), shared_start=False,
+)
+generator = torch.Generator().manual_seed(0)
+IMAGES = torch.rand(12, 1, 8, 8, generator=generator)
+SEEDS = [(0, i) for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    found = Classifier(*from_scratch(SPEC))
+    # So that the images lie on both sides of borders between experts.
+    for router in family(found.model).modules(found.model, "router").values():
+        router.weight.data *= 2
+    return found.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def labels(classifier):
+    return classifier(IMAGES).argmax(1)
+
+
+def chosen(classifier, images):
+    """Chosen experts per image and token, (B, S)."""
+    seen = []
+    with torch.no_grad(), intercept(blocks(classifier.model), choice=seen.append):
+        classifier(images)
+    return seen[0].experts[:, 0].view(len(images), -1)
+
+
+def value_at(classifier, labels, images, attack, targets=None):
+    return Objective(classifier, attack, IMAGES, labels, targets).climb(images)
+
+
+def test_soft_routing_is_the_same_forward_and_sees_other_experts_backward(classifier, labels):
+    as_is, gradient = value_at(classifier, labels, IMAGES, PGD())
+    soft, through = value_at(classifier, labels, IMAGES, PGD(routing="soft"))
+    torch.testing.assert_close(soft.loss, as_is.loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(soft.logits, as_is.logits, atol=1e-5, rtol=1e-5)
+    assert (gradient - through).abs().max() > 1e-4
+
+
+def test_soft_routing_has_a_gradient_where_the_plain_attack_has_none(classifier, labels):
+    """With one expert whose weight is made 1, the router's scores have no gradient at all."""
+    model = classifier.model
+    gate = model.vit.layers[1].mlp.gate
+    gate.norm_topk_prob, gate.weight.requires_grad = True, True
+    try:
+        norms = {}
+        for routing in ("as_is", "soft"):
+            objective = Objective(classifier, PGD(routing=routing), IMAGES, labels)
+            loss = objective(IMAGES).loss.sum()
+            (found,) = torch.autograd.grad(loss, gate.weight)
+            norms[routing] = found.norm().item()
+    finally:
+        gate.norm_topk_prob, gate.weight.requires_grad = False, False
+    assert norms["as_is"] < 1e-6 < 1e-3 < norms["soft"]
+
+
+def test_frozen_routing_keeps_the_clean_images_experts(classifier, labels):
+    """The loss at other images is that of the model whose tokens stay at their experts."""
+    other = IMAGES.flip(0)
+    assert (chosen(classifier, other) != chosen(classifier, IMAGES)).any()
+    value, _ = value_at(classifier, labels, other, PGD(routing="frozen"))
+    clean = chosen(classifier, IMAGES).view(-1, 1)
+
+    def force(found):
+        return found.change(
+            experts=clean, weights=found.logits.softmax(-1).gather(1, clean)
+        )
+
+    with torch.no_grad(), intercept(blocks(classifier.model), choice=force):
+        forced = classifier(other)
+    expected = torch.nn.functional.cross_entropy(forced, labels, reduction="none")
+    torch.testing.assert_close(value.loss, expected, atol=1e-5, rtol=1e-5)
+    # Success is judged by the model's own choice.
+    with torch.no_grad():
+        torch.testing.assert_close(value.logits, classifier(other), atol=1e-5, rtol=1e-5)
+    same, _ = value_at(classifier, labels, IMAGES, PGD(routing="frozen"))
+    torch.testing.assert_close(same.logits, classifier(IMAGES), atol=1e-6, rtol=1e-6)
+
+
+def test_the_routing_loss_by_hand_and_what_it_does(classifier, labels):
+    seen = []
+    with torch.no_grad(), intercept(blocks(classifier.model), choice=seen.append):
+        classifier(IMAGES)
+    logits, experts = seen[0].logits, seen[0].experts[:, 0]
+    expected = torch.tensor([
+        sum(row[e].item() * (-1 if e == own else 1) for e in range(4))
+        for row, own in zip(logits, experts.tolist(), strict=True)
+    ]).view(12, -1).mean(1)
+    targeted = PGD(steps=10, routing="targeted")
+    value, _ = value_at(classifier, labels, IMAGES, targeted)
+    torch.testing.assert_close(value.loss, expected, atol=1e-5, rtol=1e-5)
+    plain, _ = value_at(classifier, labels, IMAGES, PGD())
+    joint, _ = value_at(classifier, labels, IMAGES, PGD(routing="joint", routing_weight=0.5))
+    torch.testing.assert_close(joint.loss, plain.loss + 0.5 * expected, atol=1e-5, rtol=1e-5)
+
+    def changed(attack):
+        images = attack_images(classifier, attack, IMAGES, labels, 0.1, SEEDS).images
+        return (chosen(classifier, images) != chosen(classifier, IMAGES)).float().mean()
+
+    assert changed(targeted) > changed(PGD(steps=10)) + 0.05
+
+
+def test_the_auxiliary_loss_is_attacked_or_not(classifier, labels):
+    seen = []
+    with torch.no_grad(), intercept(blocks(classifier.model), choice=seen.append):
+        classifier(IMAGES)
+    plain, gradient = value_at(classifier, labels, IMAGES, PaperPGD())
+    both, joined = value_at(
+        classifier, labels, IMAGES, PaperPGD(importance_loss_weight=3.0)
+    )
+    torch.testing.assert_close(both.loss, plain.loss + 3 * importance_loss(seen))
+    assert (gradient - joined).abs().max() > 1e-4
+
+
+def test_every_way_counts_its_evaluations(classifier, labels):
+    for routing, forwards in {"as_is": 5, "soft": 5, "targeted": 6, "joint": 6}.items():
+        attack = APGD(steps=5, routing=routing)
+        outcome = attack_images(classifier, attack, IMAGES, labels, 0.1, SEEDS)
+        assert (outcome.gradients, outcome.forwards[0]) == (5, forwards)
