@@ -164,10 +164,10 @@ def _warnings(content: Content) -> list[str]:
             "documents, not examples, are resampled and swapped."
         )
     small = primary[primary["documents"].between(1, _FEW_DOCUMENTS - 1)]
-    for evaluation in dict.fromkeys(small["evaluation"]):
+    if len(small):
+        names = ", ".join(dict.fromkeys(small["evaluation"]))
         warnings.append(
-            f"{evaluation}: fewer than {_FEW_DOCUMENTS} documents, its bootstrap intervals are "
-            "approximate."
+            f"{names}: fewer than {_FEW_DOCUMENTS} documents, bootstrap intervals are approximate."
         )
     for pair in spec.pairs:
         moe, dense = content.models.get(pair.moe), content.models.get(pair.dense)

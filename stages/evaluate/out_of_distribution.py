@@ -125,7 +125,7 @@ class LabelledSets(Classification):
                 [reference],
                 accuracies,
                 higher_is_better=False,
-                label=f"accuracy lost: {inside} minus mean {outside}",
+                label=f"accuracy lost {outside}, mean",
             ),
             self._from_counts(
                 f"{after}_macro_f1", others, macro_f1, f"macro-F1 {outside}, mean of sets"

@@ -43,7 +43,11 @@ class Refusal(Evaluation):
 
     axis: ClassVar[str] = "safety"
     VERSION: ClassVar[int] = refusal.VERSION + 1
-    primary: ClassVar[str] = "harmful_refusal_rate"
+
+    @property
+    def primary(self) -> str:
+        """The refusal rate, or what jailbreaks achieve where there are any."""
+        return "jailbreak_success_rate" if self.attacks else "harmful_refusal_rate"
 
     @model_validator(mode="after")
     def _named_once(self) -> "Refusal":
@@ -178,7 +182,7 @@ class Refusal(Evaluation):
             _lower("incoherent", "incoherent_rate", "incoherent answers", self.prompt_sets),
         ]
         if self.attacks:
-            metrics += [
+            metrics[:0] = [
                 _lower(
                     "jailbroken",
                     "jailbreak_success_rate",

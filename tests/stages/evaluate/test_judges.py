@@ -111,6 +111,8 @@ def test_jailbreaks_multiply_every_prompt_set():
             "jailbreak_success_rate/gcg": 0,
         }
     )
+    # What jailbreaks achieve is then what is compared.
+    assert evaluation.primary == evaluation.metrics()[0].name == "jailbreak_success_rate"
     assert set(scores["document"]) == {"harm/0", "harm/1", "kind/0"}
     assert scores.set_index("example_id").loc["harm/1@gcg/0", "jailbreak"] == "gcg/0"
 
