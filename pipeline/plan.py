@@ -250,6 +250,9 @@ class Builder:
         roles = {f"checkpoint/{model}/{recipe}/{seed}": checkpoint}
         chosen = None if recipe == UNTUNED else self.sweep.recipes[recipe].evaluations
         for name in chosen or self.sweep.evaluations:
+            of_experts = self.sweep.evaluations[name].of_experts
+            if of_experts and model in {pair.dense for pair in self.sweep.pairs}:
+                continue
             key = self.scores(label, checkpoint, model, name)
             roles[f"scores/{model}/{recipe}/{seed}/{name}"] = key
         return roles

@@ -12,8 +12,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from stages.compare.spec import UNTUNED, CompareSpec
+from stages.compare.table import recipe_title
 from stages.errors import StageFailed
 from stages.evaluate.base import AXES, Evaluation, Metric
+from stages.evaluate.hygiene import cautions
 from stages.evaluate.partial import reads
 from stages.statistics import holm, paired
 
@@ -44,7 +46,7 @@ def compare(
                 for dataset, reason in missing.items()
                 if dataset in reads(metric, evaluation)
             )
-            for pair in spec.pairs:
+            for pair in spec.pairs if not metric.of_experts else ():
                 for recipe in spec.recipes:
                     if not spec.has(recipe, name, pair.moe, pair.dense):
                         continue
@@ -60,6 +62,8 @@ def compare(
             if UNTUNED not in spec.recipes:
                 continue
             for model, architecture in spec.models.items():
+                if metric.of_experts and architecture == "dense":
+                    continue
                 for recipe in spec.recipes:
                     if recipe == UNTUNED or not spec.has(recipe, name, model):
                         continue
@@ -105,6 +109,10 @@ class _Scores:
                         self.tables[key] = _read(inputs[role] / "scores.parquet")
                     else:
                         self.missing[key] = gaps.get(role, NOT_RUN)
+        self.cautions = {
+            key: cautions(spec.evaluations[evaluation].checks(table))
+            for key, table in self.tables.items()
+        }
 
     def leave_out(self, gaps: dict[str, str]) -> dict[str, str]:
         """Those of the data sets with a gap that some table has no rows of; none has them then."""
@@ -144,6 +152,11 @@ class _Scores:
             if (model, recipe, seed) in self.missing
         )
         row = {"seeds": ",".join(str(a[2]) for a, _ in there), "gap": gap}
+        row["caution"] = "; ".join(
+            f"{model} {recipe_title(recipe)}: {text}"
+            for model, recipe, seed in dict.fromkeys(key for pair in there for key in pair)
+            for text in self.cautions[model, recipe, seed]
+        )
         if not there:
             levels = (f"{name}{end}" for name in names for end in ("", "_ci_low", "_ci_high"))
             none = dict.fromkeys((*levels, *_NUMBERS), np.nan)

@@ -1,6 +1,6 @@
 """What the comparison is told: which models are paired, under which recipes, on what."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -27,6 +27,8 @@ class CompareSpec(Spec):
       fine-tuned, ``training_curve.parquet``
     - ``data/<dataset>``: a prepared data set with ``card.json``
     """
+
+    VERSION: ClassVar[int] = 2
 
     title: str
     pairs: Annotated[tuple[Pair, ...], Field(min_length=1)]

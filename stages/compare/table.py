@@ -71,6 +71,8 @@ def row_notes(row: pd.Series) -> list[str]:
     if row["gap"]:
         over = f" Computed over seed(s) {row['seeds']} only." if row["seeds"] else ""
         notes.append(f"{row['gap']}.{over}")
+    if row["caution"]:
+        notes.append(f"Marked by the checks of the attack: {row['caution']}.")
     if row["identical"]:
         notes.append(
             "Both score the same on every document. Resampling cannot give an interval then; the "

@@ -107,6 +107,10 @@ class Metric:
     datasets: tuple[str, ...] | None = None
     """The data sets that it is computed from, where they are not all of the evaluation and its name
     does not tell (``partial.py``)."""
+    of_experts: bool = False
+    """It is about experts and routes: a dense model has no such number. It is then compared between
+    a model before and after a recipe and not between the models of a pair, so that the routes of an
+    upcycled model, whose experts start alike, count as change from the untrained twin."""
 
 
 def mean_of(
@@ -222,3 +226,17 @@ class Evaluation(Spec):
     def metrics(self) -> tuple[Metric, ...]:
         """The metrics of the evaluation, the primary one first."""
         raise NotImplementedError
+
+    def curves(self, scores: pd.DataFrame) -> tuple[Metric, ...]:
+        """Further metrics that only the scores can name, such as one for each layer of the model;
+        summarised beside the others and not compared."""
+        return ()
+
+    def checks(self, scores: pd.DataFrame) -> list[dict]:
+        """What the scores tell about the attack that they come from (``hygiene.py``)."""
+        return []
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether a dense model has none of its metrics."""
+        return all(metric.of_experts for metric in self.metrics())

@@ -14,6 +14,7 @@ from stages.evaluate.language_modelling import Perplexity
 from stages.evaluate.open_questions import FalsePremises, OpenQuestion
 from stages.evaluate.out_of_distribution import AdversarialSets, OutOfDistribution
 from stages.evaluate.safety import Refusal
+from stages.evaluate.text_attacks import TextAttacks
 from stages.evaluate.truthfulness import MultipleChoice
 from stages.evaluate.truthfulqa import TruthfulQA, TruthfulQAGeneration
 
@@ -27,7 +28,8 @@ AnyEvaluation = Annotated[
     | CharacterEdits
     | AdversarialSets
     | OutOfDistribution
-    | Perplexity,
+    | Perplexity
+    | TextAttacks,
     Field(discriminator="kind"),
 ]
 

@@ -72,7 +72,7 @@ def score(
     """
     predictor = predictor or Plain(model)
     longest = context_length(predictor)
-    questions = [_encode(tokenizer, request, longest) for request in requests]
+    questions = [encode(tokenizer, request, longest) for request in requests]
     logprobs = score_encoded(predictor, questions, packed=packed, row_tokens=row_tokens)
     return [
         Response(
@@ -173,7 +173,7 @@ def beginning(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_token_id if bos is None else bos
 
 
-def _encode(tokenizer: Tokenizer, request: Request, longest: int) -> list[Encoded]:
+def encode(tokenizer: Tokenizer, request: Request, longest: int) -> list[Encoded]:
     """The choices of a request as tokens, at most ``longest`` of them before the last.
 
     White space at the end of the context belongs to the choices. Context and choice are tokenised

@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from stages.errors import StageFailed
-from stages.evaluate.base import Evaluation, Request, Response
+from stages.evaluate.base import Evaluation, Metric, Request, Response
 from stages.evaluate.partial import complete
 from stages.evaluate.shards import plan_shards, requests_to_table, responses_to_table
 from stages.evaluate.spec import AMATEUR, JUDGE, EvaluateSpec
@@ -84,13 +84,26 @@ def score_node(
     """Write ``scores.parquet``, one row per example, and ``summary.json``.
 
     The summary holds value, ci_low, ci_high, n and documents of every metric, but for those over
-    data sets that were left out. Raises StageFailed when responses are missing.
+    data sets that were left out and, of a dense model, those on experts. Where the evaluation has
+    them, ``curves.parquet`` holds the same of metrics by layer and budget, and ``hygiene.parquet``
+    the checks of the attack. Raises StageFailed when responses are missing.
     """
     data = _read(evaluation, inputs)
     scores = evaluation.score(data, _collected(evaluation, data, responses))
     scores.to_parquet(output / "scores.parquet", index=False)
-    summary = summarise(scores, complete(evaluation))
+    metrics = [m for m in complete(evaluation) if not (m.of_experts and _absent(m, scores))]
+    summary = summarise(scores, metrics)
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if curves := summarise(scores, evaluation.curves(scores)):
+        table = pd.DataFrame(curves.values()).assign(metric=list(curves))
+        table.to_parquet(output / "curves.parquet", index=False)
+    if checks := evaluation.checks(scores):
+        pd.DataFrame(checks).to_parquet(output / "hygiene.parquet", index=False)
+
+
+def _absent(metric: Metric, scores: pd.DataFrame) -> bool:
+    """Whether no example has the score that a metric on experts is the mean of."""
+    return scores[metric.column].isna().all()
 
 
 def _collected(

@@ -38,6 +38,16 @@ EVALUATIONS = {
     },
     "false_premises": {"false": ["open"], "max_new_tokens": 4},
     "perplexity": {"in_domain": ["plain"], "out_of_domain": ["shop"]},
+    "text_attacks": {
+        "dataset": "shop",
+        "template": "sentiment",
+        "attacks": [
+            {"kind": "embedding_pgd", "steps": 2},
+            {"kind": "gcg", "steps": 2, "candidates": 4, "routing": "joint"},
+            {"kind": "homoglyphs", "edits": 1},
+        ],
+        "checked": 1,
+    },
 }  # fmt: skip
 
 
@@ -91,16 +101,19 @@ def test_each_kind_runs_from_files_to_a_summary(kind, inputs, tmp_path):
     requests = requests_from_table(pq.read_table(tmp_path / "requests.parquet"))
     shards = sorted((tmp_path / "responses").iterdir())
     responses = [r for file in shards for r in responses_from_table(pq.read_table(file))]
-    assert len(shards) == -(-len(requests) // 4)
+    most = 1 if requests[0].procedure else 4
+    assert len(shards) == -(-len(requests) // most)
     assert {r.id for r in responses} == {r.id for r in requests}
     scores = pd.read_parquet(tmp_path / "scores.parquet")
     assert scores["example_id"].is_unique
     summary = json.loads((tmp_path / "summary.json").read_text())
     evaluation = spec(kind).evaluation
-    assert list(summary) == [metric.name for metric in evaluation.metrics()]
+    assert list(summary) == [m.name for m in evaluation.metrics() if not m.of_experts]
     assert list(summary)[0] == evaluation.primary
     assert evaluation.axis in AXES
-    for row in summary.values():
+    for name, row in summary.items():
+        if name.startswith("success/"):  # of those that were right, who may be none
+            continue
         assert row["ci_low"] <= row["value"] <= row["ci_high"]
         assert row["n"] in (6, 12, 18)
 

@@ -1,0 +1,142 @@
+"""Greedy coordinate gradient: discrete tokens replaced one at a time, guided by a gradient.
+
+After arXiv 2307.15043. The objective is anything that can be computed from embeddings: a task's
+margin, the likelihood of a target text, the routers' choice.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best tokens of a search."""
+
+    tokens: torch.Tensor
+    """(n,)."""
+    value: float
+    """Of the objective there."""
+    steps: int
+    """Steps that were made; fewer than asked for when the goal was reached."""
+    zero_gradients: float
+    """Share of positions whose gradient was exactly zero on the way."""
+
+
+def promises(gradient: torch.Tensor, table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """First-order gain (n, V) of each replacement at each position.
+
+    ``gradient`` (n, D) is that of the objective with respect to the embeddings of ``tokens`` (n,),
+    rows of ``table`` (V, D).
+    """
+    return gradient @ table.T - (gradient * table[tokens]).sum(-1, keepdim=True)
+
+
+def draw_candidates(
+    gains: torch.Tensor,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    top: int,
+    number: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Different token sequences (at most ``number``, n), each with one replacement.
+
+    Position and replacement are drawn evenly: a position among ``positions`` (k,), a token among
+    the ``top`` of its gains (n, V) (``-inf`` for those that may not be used).
+    """
+    best = gains[positions].topk(min(top, gains.shape[1]), dim=-1)
+    allowed = best.values > -torch.inf
+    pairs = allowed.nonzero().cpu()
+    chosen = pairs[torch.randperm(len(pairs), generator=generator)[:number]].to(tokens.device)
+    rows = tokens.repeat(len(chosen), 1)
+    places = positions[chosen[:, 0]]
+    rows[torch.arange(len(chosen)), places] = best.indices[chosen[:, 0], chosen[:, 1]]
+    return rows
+
+
+def search(
+    value: Callable[[torch.Tensor], torch.Tensor],
+    gradient: Callable[[torch.Tensor], torch.Tensor],
+    table: torch.Tensor,
+    start: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    allowed: torch.Tensor,
+    budget: int,
+    steps: int,
+    candidates: int,
+    top: int,
+    generator: torch.Generator,
+    keep: Callable[[torch.Tensor], torch.Tensor],
+    goal: float = float("inf"),
+) -> Found:
+    """Replace tokens so as to raise ``value``.
+
+    Args:
+        value: of token sequences (B, n), (B,).
+        gradient: of what is raised with respect to the embeddings of one sequence (n,), (n, D).
+        table: embeddings of the vocabulary (V, D).
+        start: the first tokens (n,).
+        positions: those that may change (k,).
+        allowed: tokens that may be put in, booleans (V,).
+        budget: most positions that differ from ``start`` at any time.
+        steps: replacements at most.
+        candidates: sequences evaluated in each step.
+        top: replacements of a position from which candidates are drawn.
+        generator: draws the candidates.
+        keep: which candidates (B, n) count as inputs, booleans (B,); where none does, the step
+            changes nothing.
+        goal: the search ends where the value is above it.
+
+    The best candidate of a step is where the next one starts, better or not; the best of all steps
+    and of the start is returned.
+    """
+    tokens, best = start, (start, value(start[None])[0].item())
+    zero, made = 0, 0
+    for _ in range(steps):
+        if best[1] > goal:
+            break
+        made += 1
+        slope = gradient(tokens)
+        zero += int((slope[positions] == 0).all(-1).sum())
+        gains = promises(slope, table, tokens).masked_fill(~allowed, -torch.inf)
+        gains[torch.arange(len(tokens)), tokens] = -torch.inf
+        changed = tokens != start
+        # With the budget spent, only what differs already may change again.
+        free = positions if int(changed.sum()) < budget else positions[changed[positions]]
+        rows = draw_candidates(
+            gains, tokens, free, top=top, number=candidates, generator=generator
+        )
+        rows = rows[keep(rows)]
+        if not len(rows):
+            continue
+        values = value(rows)
+        first = int(values.argmax())
+        tokens = rows[first]
+        if values[first].item() > best[1]:
+            best = tokens, values[first].item()
+    return Found(*best, made, zero / max(1, made * len(positions)))
+
+
+def random_replacements(
+    start: torch.Tensor,
+    positions: torch.Tensor,
+    number: int,
+    allowed: torch.Tensor,
+    keep: Callable[[torch.Tensor], torch.Tensor],
+    generator: torch.Generator,
+    tries: int = 64,
+) -> torch.Tensor:
+    """The control (n,): as many positions with tokens drawn evenly from the allowed ones; the first
+    of some tries that counts as an input, else the start."""
+    vocabulary = allowed.nonzero()[:, 0].cpu()
+    rows = start.repeat(tries, 1)
+    for row in rows:
+        places = positions[torch.randperm(len(positions), generator=generator)[:number]]
+        drawn = torch.randint(len(vocabulary), (len(places),), generator=generator)
+        row[places] = vocabulary[drawn].to(row)
+    kept = rows[keep(rows)]
+    return kept[0] if len(kept) else start

@@ -1,0 +1,146 @@
+"""A text with a closed set of answers as an attack sees it: tokens, embeddings, margins.
+
+The log-probability of an answer is the sum over its words (``logsumexp``) of the sums over their
+tokens, as in the evaluations of labelled texts.
+
+Shape letters: B inputs, n tokens of the prompt, D hidden size, P different beginnings of the
+answers' words, S = n + the longest of them, C answers, E experts, K chosen experts.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedModel
+
+from stages.models.families import family
+from stages.models.routes import Policy, routed
+from stages.models.routing import Routing
+
+TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 65536}
+"""Tokens of one forward pass without a gradient."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and the words that can follow it."""
+
+    tokens: torch.Tensor
+    """The prompt, (n,)."""
+    editable: torch.Tensor
+    """Which of its tokens an attack may change, booleans (n,)."""
+    words: tuple[tuple[int, ...], ...]
+    """Tokens of each word."""
+    answers: tuple[int, ...]
+    """The answer, 0 to C - 1, that each word stands for."""
+    gold: int
+    """The right answer."""
+
+    @cached_property
+    def beginnings(self) -> list[tuple[int, ...]]:
+        """The words without their last tokens, each once; words of one token share the empty."""
+        return sorted({word[:-1] for word in self.words})
+
+
+class Victim:
+    """A model that is asked questions; it counts how often."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.moe = family(model).is_moe
+        self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.queries = 0
+        """Inputs whose answers were computed."""
+        self.gradients = 0
+        """Inputs whose gradient was computed."""
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """The embedding of every token as the model's layers get it, (V, D)."""
+        embedding = self.model.get_input_embeddings()
+        with torch.no_grad():
+            numbers = torch.arange(embedding.num_embeddings, device=self.model.device)
+            return embedding(numbers)
+
+    def logprobs(self, embedded: torch.Tensor, question: Question) -> torch.Tensor:
+        """Log-probabilities (B, C) of the answers after prompts (B, n, D)."""
+        self.queries += len(embedded)
+        beginnings = question.beginnings
+        longest = max(map(len, beginnings))
+        padded = [[*tokens, *[0] * (longest - len(tokens))] for tokens in beginnings]
+        after = self.table[torch.tensor(padded, device=embedded.device, dtype=torch.long)]
+        rows = torch.cat(
+            [
+                embedded[:, None].expand(-1, len(beginnings), -1, -1),
+                after[None].expand(len(embedded), -1, -1, -1),
+            ],
+            dim=2,
+        ).flatten(0, 1)
+        extra = {"logits_to_keep": longest + 1} if self.keeps else {}
+        if hasattr(self.model.config, "output_router_logits"):
+            extra["output_router_logits"] = False
+        logits = self.model(inputs_embeds=rows, use_cache=False, **extra).logits
+        logits = logits[:, -longest - 1 :].unflatten(0, (len(embedded), len(beginnings)))
+        found = logits.float().log_softmax(-1)
+        sums = []
+        for word in question.words:
+            row = beginnings.index(word[:-1])
+            sums.append(sum(found[:, row, place, token] for place, token in enumerate(word)))
+        answers = torch.tensor(question.answers, device=embedded.device)
+        stacked = torch.stack(sums, dim=1)
+        return torch.stack(
+            [stacked[:, answers == answer].logsumexp(1) for answer in range(max(answers) + 1)], 1
+        )
+
+    @torch.no_grad()
+    def margins(self, inputs: Sequence[torch.Tensor], question: Question) -> torch.Tensor:
+        """Margins (B,) of prompts given as tokens (n,) of any lengths, alike ones together."""
+        found = torch.empty(len(inputs))
+        by_length: dict[int, list[int]] = {}
+        for index, tokens in enumerate(inputs):
+            by_length.setdefault(len(tokens), []).append(index)
+        for length, members in by_length.items():
+            width = (length + max(map(len, question.beginnings))) * len(question.beginnings)
+            limit = TOKENS_AT_ONCE[self.model.device.type]
+            for part in torch.tensor(members).split(max(1, limit // width)):
+                batch = torch.stack([inputs[index] for index in part]).to(self.model.device)
+                found[part] = margin(self.logprobs(self.table[batch], question), question).cpu()
+        return found
+
+    def routes(
+        self, embedded: torch.Tensor, question: Question, force: Policy | None = None
+    ) -> tuple[torch.Tensor, list[Routing]]:
+        """Log-probabilities (B, C), and the routes of the B × P × S tokens of the pass."""
+        with routed(self.model, force) as found:
+            logprobs = self.logprobs(embedded, question)
+        return logprobs, found
+
+
+def margin(logprobs: torch.Tensor, question: Question) -> torch.Tensor:
+    """The largest log-probability of a wrong answer minus that of the right one, (B,): the answer
+    is wrong where it is above 0."""
+    others = logprobs.clone()
+    others[:, question.gold] = -torch.inf
+    return others.amax(1) - logprobs[:, question.gold]
+
+
+def cross_entropy(logprobs: torch.Tensor, question: Question) -> torch.Tensor:
+    """Minus the log-probability of the right answer within the closed set, (B,)."""
+    return -logprobs.log_softmax(1)[:, question.gold]
+
+
+LOSSES: dict[str, Callable[[torch.Tensor, Question], torch.Tensor]] = {
+    "margin": margin,
+    "cross_entropy": cross_entropy,
+}
+
+
+def tokens_of(routing: Routing, inputs: int, length: int) -> Routing:
+    """A pass's routes without those of the answers' words: the tokens of the B prompts (B × n), of
+    the first of the P rows of each."""
+    rows = len(routing.logits) // inputs
+    place = torch.arange(length, device=routing.logits.device)
+    start = torch.arange(inputs, device=routing.logits.device) * rows
+    return routing.only((start[:, None] + place).flatten())

@@ -1,0 +1,379 @@
+"""Attacks on labelled texts, run on a loaded model: the procedure of ``text_attacks``."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from stages.attack import edits, embeddings, gcg
+from stages.attack.objectives import Objective
+from stages.attack.questions import TOKENS_AT_ONCE, Question, Victim, margin
+from stages.attack.text_spec import (
+    GCG,
+    AnyTextAttack,
+    DeepWordBug,
+    EmbeddingPGD,
+    GreedyEdits,
+    Homoglyphs,
+)
+from stages.data.templates import TEMPLATES
+from stages.errors import StageFailed
+from stages.evaluate.base import Request
+from stages.evaluate.scorer import encode, prompt
+from stages.evaluate.text_attacks import BUDGETS, SWAPS, TextAttacks
+from stages.models.families import family
+from stages.models.routes import hash_of, imposed
+from stages.models.routing import Routing, weighing
+from stages.probe.change import chance, routing_change
+
+UNBOUNDED = 100.0
+"""Radius, in norms of an embedding, that leaves nothing of the original."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An input that an attack, or its control, has made."""
+
+    embedded: torch.Tensor
+    """(n, D)."""
+    question: Question
+    text: str
+    edits: int
+    zero_gradients: float = 0.0
+    size: float = 0.0
+    """Of a perturbation, in half distances to the nearest token's embedding."""
+
+
+class Attacker:
+    """Everything about a model that its attacks share."""
+
+    def __init__(self, spec: TextAttacks, model: PreTrainedModel, tokenizer: Tokenizer):
+        if family(model).encoder_decoder:
+            raise StageFailed(
+                f"text_attacks: {model.config.model_type} is an encoder-decoder, and these attacks "
+                "are for decoders; leave it out"
+            )
+        self.spec, self.model, self.tokenizer = spec, model, tokenizer
+        self.victim = Victim(model)
+        template = TEMPLATES[spec.template]
+        self.labels = list(template.labels)
+        self.owners = tuple(self.labels.index(label) for label, _ in template.words)
+        self.words = tuple(word for _, word in template.words)
+
+    def run(self, rows: Sequence[dict]) -> Iterator[dict]:
+        """What every attack did to each row."""
+        for row in rows:
+            yield self._row(row)
+
+    @cached_property
+    def scale(self) -> dict[str, float]:
+        """What a radius of 1 means in each norm."""
+        return {norm: embeddings.scale(self.victim.table, norm) for norm in ("l2", "linf")}
+
+    @cached_property
+    def half_distance(self) -> float:
+        """Half the median distance of an embedding to its nearest neighbour."""
+        return embeddings.nearest_distance(self.victim.table) / 2
+
+    @cached_property
+    def allowed(self) -> torch.Tensor:
+        """Tokens that may be put into a text, booleans (V,)."""
+        found = torch.zeros(len(self.victim.table), dtype=torch.bool)
+        found[: len(self.tokenizer)] = True
+        found[list({*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder})] = False
+        return found.to(self.model.device)
+
+    @cached_property
+    def vocabulary(self) -> tuple[list[str], torch.Tensor]:
+        """Whole words of one token, and their embeddings of length 1 (words, D)."""
+        words, numbers = [], []
+        for number in self.allowed.nonzero()[:, 0].tolist():
+            text = self.tokenizer.decode([number])
+            if text.startswith(" ") and text[1:].isalpha() and text[1:].islower():
+                words.append(text[1:])
+                numbers.append(number)
+        table = self.victim.table[torch.tensor(numbers, dtype=torch.long)]
+        return words, torch.nn.functional.normalize(table.float(), dim=-1)
+
+    def near(self, word: str, count: int, cosine: float) -> list[str]:
+        """The nearest words to one in the model's input embedding, the nearest first."""
+        words, table = self.vocabulary
+        if word.lower() not in words:
+            return []
+        here = words.index(word.lower())
+        nearness = table @ table[here]
+        nearness[here] = -torch.inf
+        best = nearness.topk(min(count, len(words)))
+        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        return [words[index] for value, index in pairs if value >= cosine]
+
+    def question(self, row: dict, text: str) -> Question:
+        """The row's prompt with another text in its place."""
+        context = row["before"] + text + row["after"]
+        request = Request(row["id"], context, self.words, chat=self.spec.chat)
+        longest = getattr(self.model.config, "max_position_embeddings", 1 << 30)
+        choices = encode(self.tokenizer, request, longest)
+        start = choices[0].start
+        heads = {tuple(choice.tokens[: choice.start]) for choice in choices}
+        if len(heads) > 1:
+            raise StageFailed(
+                f"template {self.spec.template}: its labels change the last tokens of the prompt "
+                f"(example {row['id']}); attack with labels that begin with a blank"
+            )
+        whole, special = prompt(self.tokenizer, request)
+        offsets = self.tokenizer(
+            whole.rstrip(), add_special_tokens=special, return_offsets_mapping=True, verbose=False
+        )["offset_mapping"][-start:]
+        begin = whole.index(context) + len(row["before"])
+        inside = [_within(whole, span, begin, begin + len(text)) for span in offsets]
+        device = self.model.device
+        return Question(
+            tokens=torch.tensor(choices[0].tokens[:start], device=device),
+            editable=torch.tensor(inside, device=device),
+            words=tuple(tuple(choice.tokens[start:]) for choice in choices),
+            answers=self.owners,
+            gold=self.labels.index(row["label"]),
+        )
+
+    def _row(self, row: dict) -> dict:
+        question = self.question(row, row["text"])
+        clean = Attempt(self.victim.table[question.tokens], question, row["text"], 0)
+        answer, routes = self._asked(clean)
+        with torch.no_grad():
+            beside = torch.stack([clean.embedded, clean.embedded.flip(0)])
+            batch = self.victim.routes(beside, question)[1]
+        first = [r.only(torch.arange(len(r.logits)) < len(r.logits) // 2) for r in batch]
+        found = {
+            "prompt": row["before"] + row["text"] + row["after"],
+            "prediction": self.labels[int(answer.argmax())],
+            "noise": routing_change(routes, first),
+            "chance": chance(routes[0].logits.shape[-1], routes[0].experts.shape[-1])
+            if routes
+            else float("nan"),
+            "attacks": {},
+        }
+        for attack in self.spec.attacks:
+            found["attacks"][attack.label] = self._attacked(attack, row, clean, routes)
+        return found
+
+    def _attacked(
+        self, attack: AnyTextAttack, row: dict, clean: Attempt, routes: list[Routing]
+    ) -> dict:
+        """One attack and its control on one row, and the checks where the row is one of them."""
+        before = self.victim.queries, self.victim.gradients
+        made = self.attempt(attack, row, clean)
+        spent = self.victim.queries - before[0], self.victim.gradients - before[1]
+        control = self.control(attack, row, clean, made)
+        answer, now = self._asked(made)
+        random_answer, random_now = self._asked(control)
+        aligned = isinstance(attack, EmbeddingPGD)
+        found = {
+            "prediction": self.labels[int(answer.argmax())],
+            "margin": margin(answer, made.question).item(),
+            "random_prediction": self.labels[int(random_answer.argmax())],
+            "text": made.text,
+            "edits": made.edits,
+            "queries": spent[0],
+            "gradients": spent[1],
+            "zero_gradients": made.zero_gradients,
+            "size": made.size,
+            "routing": self._change(clean, routes, made, now, aligned),
+            "random_routing": self._change(clean, routes, control, random_now, aligned),
+            "swap": {},
+            "checks": {},
+        }
+        if routes and len(made.embedded) == len(clean.embedded) and not isinstance(
+            attack, GreedyEdits
+        ):
+            found["swap"] = self._swapped(clean, routes, made, now)
+        if row["checked"]:
+            for key, variant in variants(attack):
+                other, _ = self._asked(self.attempt(variant, row, clean))
+                found["checks"][key] = self.labels[int(other.argmax())]
+        return found
+
+    def attempt(self, attack: AnyTextAttack, row: dict, clean: Attempt) -> Attempt:
+        """Run one attack on one row."""
+        seed = hash_of(f"{self.spec.seed}/{row['id']}/{attack.label}")
+        if isinstance(attack, EmbeddingPGD):
+            return self._ascent(attack, clean, torch.Generator().manual_seed(seed))
+        if isinstance(attack, GCG):
+            return self._search(attack, clean, torch.Generator().manual_seed(seed))
+        found = edits.greedy(
+            row["text"], self._variants(attack), lambda texts: self._margins(row, texts),
+            attack.edits, random.Random(seed),
+        )  # fmt: skip
+        return self._written(row, found.text, found.edits)
+
+    def control(self, attack: AnyTextAttack, row: dict, clean: Attempt, made: Attempt) -> Attempt:
+        """Random edits of the size that the attack ended with."""
+        seed = hash_of(f"{self.spec.seed}/{row['id']}/{attack.label}/control")
+        generator = torch.Generator().manual_seed(seed)
+        if isinstance(attack, EmbeddingPGD):
+            delta = made.embedded - clean.embedded
+            drawn = embeddings.random_perturbation(delta, attack.norm, generator)
+            return Attempt(clean.embedded + drawn, clean.question, clean.text, made.edits)
+        if isinstance(attack, GCG):
+            positions = clean.question.editable.nonzero()[:, 0]
+            tokens = gcg.random_replacements(
+                clean.question.tokens, positions, made.edits, self.allowed, self._are_texts,
+                generator,
+            )  # fmt: skip
+            return self._replaced(clean, tokens)
+        rng = random.Random(seed)
+        text, done = edits.at_random(row["text"], self._variants(attack), made.edits, rng)
+        return self._written(row, text, done)
+
+    def _ascent(
+        self, attack: EmbeddingPGD, clean: Attempt, generator: torch.Generator
+    ) -> Attempt:
+        radius = attack.epsilon * self.scale[attack.norm]
+        found = embeddings.ascend(
+            Objective(self.victim, clean.question, attack), clean.embedded,
+            clean.question.editable, radius, norm=attack.norm, steps=attack.steps,
+            restarts=attack.restarts, generator=generator,
+        )  # fmt: skip
+        self.victim.gradients += found.gradients
+        length = found.delta.norm(dim=-1).max().item()
+        return Attempt(
+            clean.embedded + found.delta, clean.question, clean.text,
+            int(clean.question.editable.sum()), found.zero_gradients, length / self.half_distance,
+        )  # fmt: skip
+
+    def _search(self, attack: GCG, clean: Attempt, generator: torch.Generator) -> Attempt:
+        question, table = clean.question, self.victim.table
+        objective = Objective(self.victim, question, attack)
+        width = len(question.tokens) * len(question.beginnings)
+        at_once = max(1, TOKENS_AT_ONCE[self.model.device.type] // width)
+
+        @torch.no_grad()
+        def value(rows: torch.Tensor) -> torch.Tensor:
+            return torch.cat([objective(table[part])[0] for part in rows.split(at_once)])
+
+        def gradient(tokens: torch.Tensor) -> torch.Tensor:
+            embedded = table[tokens][None].requires_grad_()
+            self.victim.gradients += 1
+            return torch.autograd.grad(objective(embedded)[0].sum(), embedded)[0][0]
+
+        judged = attack.loss == "margin" and attack.routing in ("as_is", "soft")
+        found = gcg.search(
+            value, gradient, table, question.tokens, question.editable.nonzero()[:, 0],
+            allowed=self.allowed, budget=attack.substitutions, steps=attack.steps,
+            candidates=attack.candidates, top=attack.top, generator=generator,
+            keep=self._are_texts, goal=0.0 if judged else float("inf"),
+        )  # fmt: skip
+        return self._replaced(clean, found.tokens, found.zero_gradients)
+
+    def _replaced(self, clean: Attempt, tokens: torch.Tensor, zero: float = 0.0) -> Attempt:
+        question = Question(
+            tokens, clean.question.editable, clean.question.words, clean.question.answers,
+            clean.question.gold,
+        )  # fmt: skip
+        text = self.tokenizer.decode(tokens[clean.question.editable])
+        changed = int((tokens != clean.question.tokens).sum())
+        return Attempt(self.victim.table[tokens], question, text, changed, zero)
+
+    def _written(self, row: dict, text: str, count: int) -> Attempt:
+        question = self.question(row, text)
+        return Attempt(self.victim.table[question.tokens], question, text, count)
+
+    def _are_texts(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which token sequences (B, n) are what the tokenizer makes of their own text, (B,)."""
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=False)
+        again = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        same = [a == b for a, b in zip(again, rows.tolist(), strict=True)]
+        return torch.tensor(same, dtype=torch.bool, device=rows.device)
+
+    def _margins(self, row: dict, texts: Sequence[str]) -> list[float]:
+        questions = [self.question(row, text) for text in texts]
+        return self.victim.margins([q.tokens for q in questions], questions[0]).tolist()
+
+    def _variants(self, attack: GreedyEdits) -> Callable[[str, random.Random], list[str]]:
+        if isinstance(attack, DeepWordBug):
+            return edits.character_variants(attack.operations)
+        if isinstance(attack, Homoglyphs):
+            return edits.homoglyph_variants
+        return edits.neighbour_variants(
+            lambda word: self.near(word, attack.neighbours, attack.cosine)
+        )
+
+    @torch.no_grad()
+    def _asked(self, attempt: Attempt) -> tuple[torch.Tensor, list[Routing]]:
+        """Log-probabilities (1, C) and routes of one input, as the model is."""
+        return self.victim.routes(attempt.embedded[None], attempt.question)
+
+    def _change(
+        self, clean: Attempt, routes: list[Routing], made: Attempt, now: list[Routing],
+        aligned: bool,
+    ) -> dict[str, float]:
+        """The routing change by layer, over the tokens that both inputs have."""
+        if not routes:
+            return {}
+        length = len(clean.embedded)
+        if aligned:
+            pairs = torch.arange(length), torch.arange(length)
+        else:
+            pairs = common(clean.question.tokens.tolist(), made.question.tokens.tolist())
+        return routing_change(routes, now, pairs)
+
+    @torch.no_grad()
+    def _swapped(
+        self, clean: Attempt, routes: list[Routing], made: Attempt, now: list[Routing]
+    ) -> dict[str, str]:
+        """The answer to each input under the routes of the other: with their weights (``routes``)
+        and, where the family's rule is known, weighed anew (``experts``)."""
+        rules = {"routes": None}
+        try:
+            rules["experts"] = weighing(self.model)
+        except StageFailed:
+            pass
+        found = {}
+        for swap, (attempt, other) in zip(SWAPS, ((clean, now), (made, routes)), strict=True):
+            for what, weigh in rules.items():
+                answer, _ = self.victim.routes(
+                    attempt.embedded[None], attempt.question, imposed(other, weigh=weigh)
+                )
+                found[f"{swap}/{what}"] = self.labels[int(answer.argmax())]
+        return found
+
+
+def variants(attack: AnyTextAttack) -> Iterator[tuple[str, AnyTextAttack]]:
+    """The same attack with twice the effort, with other budgets and, on embeddings, without a
+    bound, each with the name of the check that it serves."""
+    if isinstance(attack, EmbeddingPGD):
+        yield "steps", attack.model_copy(update={"steps": 2 * attack.steps})
+        yield "restarts", attack.model_copy(update={"restarts": 2 * attack.restarts})
+        for factor in BUDGETS:
+            epsilon = factor * attack.epsilon
+            yield f"budget {epsilon:g}", attack.model_copy(update={"epsilon": epsilon})
+        yield "unbounded", attack.model_copy(update={"epsilon": UNBOUNDED})
+        return
+    field = "substitutions" if isinstance(attack, GCG) else "edits"
+    if isinstance(attack, GCG):
+        yield "steps", attack.model_copy(update={"steps": 2 * attack.steps})
+    size = getattr(attack, field)
+    for budget in sorted({max(1, size // 2), size, 2 * size}):
+        yield f"budget {budget}", attack.model_copy(update={field: budget})
+
+
+def common(before: Sequence[int], after: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of the tokens that two sequences have in common, in order."""
+    pairs = [
+        (block.a + step, block.b + step)
+        for block in SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
+        for step in range(block.size)
+    ]
+    places = torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+    return places[:, 0], places[:, 1]
+
+
+def _within(whole: str, span: tuple[int, int], begin: int, end: int) -> bool:
+    """Whether a token stands for characters of the text alone, blanks at its start aside."""
+    first, last = span
+    first += len(whole[first:last]) - len(whole[first:last].lstrip())
+    return begin <= first < last <= end

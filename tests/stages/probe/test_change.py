@@ -1,0 +1,56 @@
+"""Routing change by hand: the cases of the published code, and chance."""
+
+import itertools
+
+import pytest
+import torch
+
+from stages.models.routing import Routing
+from stages.probe.change import chance, overlap, routing_change
+
+
+def sets(*members, experts=4):
+    rows = torch.zeros(len(members), experts, dtype=torch.bool)
+    for row, chosen in zip(rows, members, strict=True):
+        row[list(chosen)] = True
+    return rows
+
+
+def test_overlap_of_sets():
+    before = sets({2, 3}, {0, 1, 2}, {1, 2}, {0, 1, 2, 3}, {}, {})
+    after = sets({2, 3}, {0, 1, 2, 3}, {1}, {0}, {}, {})
+    assert overlap(before, after, published=True).tolist() == [1, 0.75, 0.5, 0.25, 0, 0]
+    found = overlap(before, after)
+    assert found[:4].tolist() == [1, 0.75, 0.5, 0.25] and found[4:].isnan().all()
+
+
+def routing(experts, weights=None, layer="x"):
+    experts = torch.tensor(experts)
+    weights = torch.ones(experts.shape) if weights is None else torch.tensor(weights)
+    return Routing(layer, torch.zeros(len(experts), 4), experts, weights)
+
+
+def test_one_of_two_experts_swapped_is_two_thirds():
+    before = routing([[0, 1], [0, 1], [0, 1]])
+    after = routing([[1, 0], [1, 2], [2, 3]])
+    assert routing_change([before], [after])["x"] == pytest.approx((0 + 2 / 3 + 1) / 3)
+    places = torch.tensor([0, 2]), torch.tensor([0, 1])
+    assert routing_change([before], [after], places)["x"] == pytest.approx((0 + 2 / 3) / 2)
+    # An expert without weight adds nothing and is not selected.
+    dropped = routing([[0, 1]] * 3, [[1.0, 0.0]] * 3)
+    assert routing_change([before], [dropped])["x"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("experts", "chosen", "expected"),
+    [(8, 1, 0.875), (8, 2, 0.821), (16, 2, 0.914), (32, 1, 0.969), (32, 2, 0.958),
+     (60, 4, 0.961), (64, 8, 0.930), (128, 8, 0.966)],
+)
+def test_chance(experts, chosen, expected):
+    assert chance(experts, chosen) == pytest.approx(expected, abs=6e-4)
+
+
+def test_chance_is_the_mean_over_all_pairs_of_sets():
+    every = [set(c) for c in itertools.combinations(range(6), 4)]
+    mean = sum(1 - len(a & b) / len(a | b) for a in every for b in every) / len(every) ** 2
+    assert chance(6, 4) == pytest.approx(mean)
