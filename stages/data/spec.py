@@ -15,6 +15,7 @@ Task = Literal[
     "open_question",
     "text",
     "instructions",
+    "images",
 ]
 
 # Columns of a task's Parquet files, besides `id` (unique in the data set) and `document` (rows of
@@ -36,10 +37,21 @@ TASK_COLUMNS: dict[Task, tuple[str, ...]] = {
     # Running text, for perplexity.
     "text": ("text",),
     "instructions": ("prompt", "response"),
+    # Encoded bytes (PNG, JPEG …).
+    "images": ("image", "label"),
 }
-LABELLED: frozenset[Task] = frozenset({"classification", "nli"})
+LABELLED: frozenset[Task] = frozenset({"classification", "nli", "images"})
+TEMPLATED: frozenset[Task] = LABELLED - {"images"}
+"""Labelled texts, which a template turns into prompts."""
 # May be absent from a user's file; filled with an empty string.
 OPTIONAL_COLUMNS = frozenset({"best_incorrect_answer", "category", "context"})
+
+
+class Corruption(Spec):
+    """What images are made worse by (``stages/data/corruptions.py``)."""
+
+    kind: Literal["noise", "blur", "contrast"]
+    level: Annotated[int, Field(ge=1, le=5)]
 
 
 class DataSpec(Spec):
@@ -49,8 +61,9 @@ class DataSpec(Spec):
     source: str
     """``catalogue:NAME[#SPLIT]`` (a published data set, ``stages/data/catalogue/``),
     ``pack:PACK/SET`` or ``builtin:SET`` (``stages/data/sets.py``), ``file:PATH`` (CSV, TSV,
-    JSONL, Parquet, Arrow) or ``hub:OWNER/NAME[:CONFIG]@REVISION#SPLIT`` (a label column of the
-    hub's class-label type is read as its names)."""
+    JSONL, Parquet, Arrow; for images also a folder with one folder per label, or IDX files) or
+    ``hub:OWNER/NAME[:CONFIG]@REVISION#SPLIT`` (a label column of the hub's class-label type is read
+    as its names)."""
     format: str | None = None
     """``NAME[#SPLIT]`` of the catalogue in whose own format a ``file:`` source is, for a published
     data set that the user brings."""
@@ -66,3 +79,12 @@ class DataSpec(Spec):
     rows: dict[str, Annotated[int, Field(gt=0)]] = {}
     """Most rows kept of a split, drawn by the seed (a uniform sample over rows)."""
     seed: int = 0
+    corruption: Corruption | None = None
+    """Images only: the same rows, corrupted."""
+
+    def identity(self) -> dict:
+        """A data set that is not corrupted is what it was before there were corruptions."""
+        identity = super().identity()
+        if self.corruption is None:
+            del identity["corruption"]
+        return identity

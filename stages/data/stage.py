@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from stages.data.card import DataCard
+from stages.data.corruptions import corrupted
 from stages.data.schema import SCHEMAS, keys, without_text
 from stages.data.sources import load
 from stages.data.spec import DataSpec
@@ -44,6 +45,8 @@ def run(spec: DataSpec, inputs: dict[str, Path], output: Path) -> None:
                 f"{spec.source}: split {split!r} gets none of the {table.num_rows} distinct rows; "
                 "raise its share or give a source with more documents"
             )
+        if spec.corruption is not None:
+            splits[split] = part = corrupted(part, spec.corruption, spec.seed)
         pa.parquet.write_table(part, output / f"{split}.parquet", compression="zstd")
     dropped = {"empty": pc.sum(lacking).as_py(), "duplicates": duplicates, "overlap": overlap}
     DataCard(
@@ -72,7 +75,7 @@ def run(spec: DataSpec, inputs: dict[str, Path], output: Path) -> None:
 def _identified(table: pa.Table, spec: DataSpec) -> pa.Table:
     """The table sorted by id; where the source has no ids they are digests of the rows."""
     if "id" not in table.column_names:
-        ids = [_hash(json.dumps(row, sort_keys=True))[:16] for row in table.to_pylist()]
+        ids = [_hash(_line(row))[:16] for row in table.to_pylist()]
         table = table.append_column("id", pa.array(ids, pa.string()))
     if "document" not in table.column_names:
         table = table.append_column("document", table["id"])
@@ -125,8 +128,15 @@ def _draw(table: pa.Table, split: str, spec: DataSpec) -> pa.Table:
 
 
 def _digest(table: pa.Table) -> str:
-    lines = (json.dumps(row, sort_keys=True, ensure_ascii=False) for row in table.to_pylist())
+    lines = (_line(row, ensure_ascii=False) for row in table.to_pylist())
     return _hash("\n".join(lines))
+
+
+def _line(row: dict, **options: bool) -> str:
+    """A row as one JSON object; an image stands for itself by its digest."""
+    return json.dumps(
+        row, sort_keys=True, default=lambda image: hashlib.sha256(image).hexdigest(), **options
+    )
 
 
 def _hash(text: str) -> str:

@@ -123,6 +123,6 @@ def test_the_readme_names_data_sets_that_there_are():
     kinds = ("sst2_", "pile_", "counterfactual_", "dynasent_")
     assert {n for n in set(CATALOGUE) - named if not n.startswith(kinds)} == set()
     packs = re.findall(r"`pack:([a-z-]+)/\{?([a-z_0-9,]+)\}?`", section)
-    assert len(packs) == 6
+    assert len(packs) == 7
     for pack, sets in packs:
         assert {f"pack:{pack}/{name}" for name in sets.split(",")} <= set(SETS)

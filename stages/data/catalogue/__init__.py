@@ -16,6 +16,7 @@ from stages.data.catalogue import (
     text,
     toxicity,
     truthfulness,
+    vision,
 )
 from stages.data.published import Published
 from stages.errors import BadInput
@@ -28,6 +29,7 @@ CATALOGUE: dict[str, Published] = {
     **counterfactual.SETS,
     **toxicity.SETS,
     **text.SETS,
+    **vision.SETS,
 }
 
 

@@ -337,6 +337,7 @@ def test_every_format_has_a_file():
     same = {"q_harm", "cona", "controversial", "physical_safety_safe", "physical_safety_unsafe",
             "anli_r2", "anli_r3", "dynasent", "dynasent_r2", "counterfactual_snli_original",
             "counterfactual_imdb_original", "sciq"}
+    same |= {"cifar10", "cifar100", "imagenet"}  # test_images.py: their files are binary
     assert {name for name, *_ in FILES} | styles | same == set(CATALOGUE)
 
 
@@ -355,6 +356,7 @@ def test_declarations_are_whole():
         for form in published.forms:
             needed = {"classification": {"text", "label"}, "text": {"text"}, "prompts": {"prompt"},
                       "instructions": {"prompt", "response"},
+                      "images": {"image", "label"},
                       "nli": {"premise", "hypothesis", "label"}}.get(published.task, {"question"})
             assert needed <= set(form.columns), name
             if form.labels:
@@ -368,7 +370,7 @@ def test_declarations_are_whole():
              if published.pinned(next(iter(published.splits))) is False}
     # Whoever confirms a commit or a checksum for one of these takes it off the list.
     assert loose == {"alpaca", "do_not_answer", "snli_hard", "dynasent", "dynasent_r1",
-                     "dynasent_r2", "hate_speech"}
+                     "dynasent_r2", "hate_speech", "cifar10", "cifar100", "imagenet"}
 
 
 def test_a_pin_changes_with_what_is_read():
