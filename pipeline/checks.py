@@ -13,7 +13,9 @@ from stages.data import sources as data_sources
 from stages.data.spec import LABELLED, DataSpec
 from stages.data.templates import TEMPLATES
 from stages.errors import BadInput, StageFailed
+from stages.evaluate.harness import LmEval
 from stages.evaluate.judges import ModelJudge
+from stages.evaluate.language_modelling import Perplexity
 from stages.evaluate.techniques import AnyTechnique, Contrastive, DoLa, ExpertCount, candidates
 from stages.finetune.config import FOLDER as DEEPSPEED_CONFIGS
 from stages.finetune.config import deepspeed_config
@@ -268,8 +270,10 @@ class _Checks:
                 yield (f"{field}.method: head needs checkpoints with a classification head, and no "
                        "recipe trains one yet; use label_words")
             yield from self.technique(evaluation.technique, f"{field}.technique")
-            if evaluation.axis == "language_modelling":
+            if isinstance(evaluation, Perplexity):
                 yield from self.decoders(f"{field}: perplexity")
+            if isinstance(evaluation, LmEval) and evaluation.reads_windows:
+                yield from self.decoders(f"{field}: the log-probability of whole texts")
             for judge in evaluation.judge_models().values():
                 yield from self.judge(judge, f"{field}.judges.{judge.name}")
 

@@ -11,7 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
-from pipeline.job import Job, Outcome, committed, explain, report_progress
+from pipeline.job import (
+    Job,
+    Outcome,
+    beside_the_sweep,
+    committed,
+    explain,
+    report_progress,
+)
 from pipeline.store import Store
 from stages.evaluate.base import Response
 from stages.evaluate.engine import Engine, device_of
@@ -101,7 +108,8 @@ def _judge(jobs: list[Job], shards: dict[str, list[Shard]], store: Store) -> dic
 
 
 def _prepare(job: Job, store: Store) -> list[Shard]:
-    requests = requests_for(job.node.spec.evaluation, _inputs(job, store))
+    with beside_the_sweep(job):
+        requests = requests_for(job.node.spec.evaluation, _inputs(job, store))
     store.write_bytes(f"{job.node.folder}/requests.parquet", _packed(requests_to_table(requests)))
     return plan_shards(requests, job.node.spec.shard_size)
 
@@ -167,7 +175,7 @@ def _score(job: Job, shards: list[Shard], store: Store) -> Outcome:
 
     def work() -> str:
         responses = _responses(job, shards, store)
-        with store.attempt(job.node.folder) as (attempt, output):
+        with store.attempt(job.node.folder) as (attempt, output), beside_the_sweep(job):
             score_node(job.node.spec.evaluation, _inputs(job, store), responses, output)
         return attempt
 

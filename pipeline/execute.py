@@ -16,7 +16,7 @@ import ray
 from ray._private.state import state  # the one place that knows how far a cluster scales
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.job import PROJECT, Event, Job, Outcome, run_stage
+from pipeline.job import PROJECT, Event, Job, Outcome, reads_files, run_stage
 from pipeline.plan import Node, Plan
 from pipeline.store import PROGRESS, Store
 from stages.errors import BadInput
@@ -236,8 +236,7 @@ def _submit(jobs: list[Job], here: NodeAffinitySchedulingStrategy) -> ray.Object
     options: dict = {"name": node.key, "num_cpus": 0, "scheduling_strategy": "DEFAULT"}
     if node.stage not in ("finetune", "evaluate"):
         options |= {"num_cpus": node.resources.cpus, "num_gpus": node.resources.gpus}
-    if str(getattr(node.spec, "source", "")).startswith("file:"):
-        # The file lies where the command was given.
+    if any(reads_files(job.node) for job in jobs):
         options["scheduling_strategy"] = here
     return ray.remote(_drive).options(**options).remote(jobs)
 

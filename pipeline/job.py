@@ -97,12 +97,23 @@ def compute(job: Job, store: Store, output: Path) -> None:
     run = importlib.import_module(STAGES[job.node.stage]).run
     inputs = {role: store.fetch(folder) for role, folder in job.inputs.items()}
     extra = {"gaps": job.gaps} if job.node.stage == "compare" else {}
-    if not str(getattr(job.node.spec, "source", "")).startswith("file:"):
+    with beside_the_sweep(job):
         run(job.node.spec, inputs, output, **extra)
-        return
-    # The fingerprint knows a file by its digest; only the work needs its place.
-    with contextlib.chdir(job.sweep_folder):
-        run(job.node.spec, inputs, output, **extra)
+
+
+def reads_files(node: Node) -> bool:
+    """Whether a node's work reads files that lie where the command was given."""
+    source = str(getattr(node.spec, "source", ""))
+    evaluation = getattr(node.spec, "evaluation", None)
+    return source.startswith("file:") or getattr(evaluation, "include_path", None) is not None
+
+
+def beside_the_sweep(job: Job) -> contextlib.AbstractContextManager:
+    """The sweep file's folder as working directory, where a node reads files.
+
+    The fingerprint knows a file by its digest; only the work needs its place.
+    """
+    return contextlib.chdir(job.sweep_folder) if reads_files(job.node) else contextlib.nullcontext()
 
 
 def committed(job: Job, store: Store, work: Callable[[], str]) -> Outcome:

@@ -17,6 +17,7 @@ from pipeline.search.spec import ALGORITHMS, Search
 from stages.data.sources import task_of
 from stages.data.spec import DataSpec, Task
 from stages.errors import BadInput
+from stages.evaluate.harness_tasks import PREFIX, describe
 from stages.evaluate.registry import KINDS, AnyEvaluation
 from stages.finetune.recipe import Recipe as StageRecipe
 from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec
@@ -292,6 +293,7 @@ def load(path: Path, overrides: list[str] = ()) -> Sweep:
     for override in overrides:
         _override(content, override)
     _name_tasks(content, path)
+    _describe_harness(content, path)
     try:
         # JSON, because strict validation there still takes a list for a tuple.
         return Sweep.model_validate_json(json.dumps(content), strict=True)
@@ -316,6 +318,32 @@ def _name_tasks(content: dict, path: Path) -> None:
             task = task_of(entry["source"], entry.get("format"), where)
             if task is not None:
                 entry["task"] = task
+
+
+def _describe_harness(content: dict, path: Path) -> None:
+    """Add to each evaluation by lm-evaluation-harness what the harness says about its task.
+
+    ``NAME: lm_eval:TASK`` is short for such an evaluation without further fields.
+    """
+    entries = content.get("evaluations")
+    for name, entry in entries.items() if isinstance(entries, dict) else ():
+        if isinstance(entry, str) and entry.startswith(PREFIX):
+            entry = entries[name] = {"kind": "lm_eval", "task": entry.removeprefix(PREFIX)}
+        if not (isinstance(entry, dict) and entry.get("kind") == "lm_eval"):
+            continue
+        field = f"{path}: evaluations.{name}"
+        if "harness" in entry:
+            raise BadInput(f"{field}.harness: is filled in when the sweep is read; remove it")
+        if isinstance(entry.get("task"), str):
+            folder = entry.get("include_path")
+            try:
+                found = describe(
+                    entry["task"], path.resolve().parent / folder if folder else None)
+            except BadInput as error:
+                raise BadInput(f"{field}.task: {error}") from None
+            entry["harness"] = found.model_dump(mode="json")
+        else:
+            raise BadInput(f"{field}.task: is missing; name a task of lm-evaluation-harness")
 
 
 def _parse(text: str, where: str) -> Any:

@@ -116,7 +116,7 @@ def _objectives(sweep: Sweep) -> Iterator[str]:
                        f"evaluation/metric{nearest(name, list(sweep.evaluations))}")
                 continue
             evaluation = sweep.evaluations[name]
-            known = [m.name for m in evaluation.metrics()]
+            known = [m.name for m in evaluation.metrics() if not m.gap]
             if metric not in known:
                 yield f"{field}: {name} has no metric {metric!r}{nearest(metric, known)}"
             yield from (f"{field}: {reason}" for reason in _selects(sweep, name, trained))
@@ -128,6 +128,9 @@ def _objectives(sweep: Sweep) -> Iterator[str]:
 def _selects(sweep: Sweep, name: str, trained: set[str]) -> Iterator[str]:
     """Why an evaluation cannot select."""
     evaluation = sweep.evaluations[name]
+    if not evaluation.datasets():
+        yield (f"{name} is scored on data of lm-evaluation-harness, of which nothing can be put "
+               "aside for the choice; choose an evaluation of the sweep's own data sets")
     outside = {dataset for e in sweep.evaluations.values()
                for dataset in getattr(e, "out_of_distribution", ())}
     for dataset, split in evaluation.datasets().items():

@@ -41,7 +41,7 @@ def compare(
         )
         for metric in evaluation.metrics():
             about = _about(name, evaluation, metric)
-            lacks = "; ".join(
+            lacks = metric.gap or "; ".join(
                 f"data set {dataset} is missing: {reason}"
                 for dataset, reason in missing.items()
                 if dataset in reads(metric, evaluation)
@@ -138,8 +138,8 @@ class _Scores:
     ) -> dict:
         """One row's numbers, over the seeds for which both tables are there.
 
-        ``lacks`` names the data sets that the metric reads and that could not be had; the row is a
-        gap then.
+        ``lacks`` is why there is no number at all: names the data sets that the metric reads and
+        that could not be had, say; the row is a gap then.
         """
         there = [
             (a, b)

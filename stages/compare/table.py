@@ -15,6 +15,7 @@ AXIS_TITLES = {
     "adversarial": "Adversarial robustness",
     "out_of_distribution": "Out of distribution",
     "language_modelling": "Language modelling",
+    "capability": "Capability",
 }
 _WIDTHS = (28, 20, 20, 23, 8, 6)
 """Columns of the text table; with their separators 110 characters."""

@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
     from stages.evaluate.judges import ModelJudge
 
-AXES = ("safety", "truthfulness", "adversarial", "out_of_distribution", "language_modelling")
+AXES = (
+    "safety",
+    "truthfulness",
+    "adversarial",
+    "out_of_distribution",
+    "language_modelling",
+    "capability",
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ class Request:
     """Texts before which a generation is cut off."""
     window: int = 0
     """Most tokens that are read at once; longer texts are read in windows without overlap."""
+    special_tokens: bool = False
+    """Read a windowed text with the special tokens that the tokenizer adds, and score them too."""
     head: bool = False
     technique: str = ""
     """The inference technique as JSON (``stages/evaluate/techniques.py``); plain when empty."""
@@ -78,6 +87,9 @@ class Response:
     over all its tokens (one entry). Under a technique, the sum of its token scores."""
     tokens: tuple[int, ...] = ()
     """Per choice, its number of tokens; for a generation or a windowed text, one entry."""
+    greedy: tuple[bool, ...] = ()
+    """Per choice, whether each of its tokens has the best score: the choice is what the model
+    itself would write."""
     outputs: tuple[float, ...] = ()
     """What a classification head gives, before any softmax."""
     text: str = ""
@@ -111,6 +123,8 @@ class Metric:
     """It is about experts and routes: a dense model has no such number. It is then compared between
     a model before and after a recipe and not between the models of a pair, so that the routes of an
     upcycled model, whose experts start alike, count as change from the untrained twin."""
+    gap: str = ""
+    """Why there is no number for it, where there is none: no row of a table may be missing."""
 
 
 def mean_of(

@@ -88,8 +88,10 @@ def _text(tokenizer: Tokenizer, tokens: list[int]) -> str:
 
 
 def cut(text: str, stop: tuple[str, ...]) -> str:
-    """The text before the first of the stop texts."""
-    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
+    """The text before the stop texts, cut at one after the other as lm-evaluation-harness does."""
+    for each in stop:
+        text, _, _ = text.partition(each)
+    return text
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> set[int]:

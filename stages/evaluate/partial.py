@@ -45,9 +45,9 @@ def reads(metric: Metric, evaluation: Evaluation) -> set[str]:
 
 
 def complete(evaluation: Evaluation) -> list[Metric]:
-    """The metrics that read none of the data sets that were left out."""
+    """The metrics that have a number and read none of the data sets that were left out."""
     whole, missing = _whole(evaluation), set(left_out(evaluation))
-    return [m for m in whole.metrics() if missing.isdisjoint(reads(m, whole))]
+    return [m for m in whole.metrics() if not m.gap and missing.isdisjoint(reads(m, whole))]
 
 
 def _whole(evaluation: Evaluation) -> Evaluation:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from stages.evaluate.adversarial import CharacterEdits
 from stages.evaluate.base import Evaluation
+from stages.evaluate.harness import LmEval
 from stages.evaluate.language_modelling import Perplexity
 from stages.evaluate.open_questions import FalsePremises, OpenQuestion
 from stages.evaluate.out_of_distribution import AdversarialSets, OutOfDistribution
@@ -29,7 +30,8 @@ AnyEvaluation = Annotated[
     | AdversarialSets
     | OutOfDistribution
     | Perplexity
-    | TextAttacks,
+    | TextAttacks
+    | LmEval,
     Field(discriminator="kind"),
 ]
 

@@ -73,14 +73,15 @@ def score(
     predictor = predictor or Plain(model)
     longest = context_length(predictor)
     questions = [encode(tokenizer, request, longest) for request in requests]
-    logprobs = score_encoded(predictor, questions, packed=packed, row_tokens=row_tokens)
+    scored = score_encoded(predictor, questions, packed=packed, row_tokens=row_tokens)
     return [
         Response(
             request.id,
             logprobs=tuple(values),
             tokens=tuple(len(choice.tokens) - choice.start for choice in question),
+            greedy=tuple(best),
         )
-        for request, question, values in zip(requests, questions, logprobs, strict=True)
+        for request, question, values, best in zip(requests, questions, *scored, strict=True)
     ]
 
 
@@ -90,9 +91,11 @@ def score_encoded(
     *,
     packed: bool = True,
     row_tokens: int | None = None,
-) -> list[list[float]]:
-    """Per question, the sum of the scores of each choice's tokens (see ``score``)."""
+) -> tuple[list[list[float]], list[list[bool]]]:
+    """Per question, the sum of the scores of each choice's tokens (see ``score``), and whether each
+    of these tokens has the best score of its position."""
     logprobs = [[0.0] * len(question) for question in questions]
+    greedy = [[True] * len(question) for question in questions]
     packable = min(map(packable_length, predictor.models)) if packed else 0
     together, alone = [], []
     for index, question in enumerate(questions):
@@ -106,9 +109,10 @@ def score_encoded(
         *((row, True) for row in _rows(together, row_tokens)),
         *(([tree], False) for tree in alone),
     ]:
-        for question, choice, value in _score_row(predictor, trees, masked):
+        for question, choice, value, best in _score_row(predictor, trees, masked):
             logprobs[question][choice] += value
-    return logprobs
+            greedy[question][choice] &= best
+    return logprobs, greedy
 
 
 def independent(model: PreTrainedModel) -> bool:
@@ -252,8 +256,9 @@ def _rows(trees: list[Tree], row_tokens: int) -> Iterator[list[Tree]]:
 @torch.inference_mode()
 def _score_row(
     predictor: Predictor, trees: list[Tree], masked: bool
-) -> list[tuple[int, int, float]]:
-    """(question, choice, log-probability of one of its tokens) for each scored token of a row.
+) -> list[tuple[int, int, float, bool]]:
+    """(question, choice, log-probability of one of its tokens, whether that is the best token) for
+    each scored token of a row.
 
     Without ``masked`` the row is a single sequence and the model's own causal mask applies.
     """
@@ -279,10 +284,12 @@ def _score_row(
         # In float32, a few positions at a time: a vocabulary is large.
         total = torch.cat([part.float().logsumexp(-1) for part in scores.split(POSITIONS)])
         values = values - total[rows]
-    values = values.tolist()
+    best = scores.argmax(-1)[rows] == wanted
     return [
-        (question, choice, value)
-        for (_, _, question, choice), value in zip(targets, values, strict=True)
+        (question, choice, value, greedy)
+        for (_, _, question, choice), value, greedy in zip(
+            targets, values.tolist(), best.tolist(), strict=True
+        )
     ]
 
 

@@ -42,11 +42,13 @@ def score(
             use_cache=False,
         ).logits
         values = logits.float().log_softmax(-1).gather(2, labels[..., None])[..., 0]
+        best = (logits.argmax(-1) == labels) | (real == 0)
         responses.append(
             Response(
                 request.id,
                 logprobs=tuple((values * real).sum(1).tolist()),
                 tokens=tuple(real.sum(1).tolist()),
+                greedy=tuple(best.all(1).tolist()),
             )
         )
     return responses

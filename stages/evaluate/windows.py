@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.evaluate.base import Request, Response
 from stages.evaluate.decoding import Predictor
-from stages.evaluate.scorer import Encoded, beginning, context_length, score_encoded
+from stages.evaluate.scorer import Encoded, beginning, context_length, prompt, score_encoded
 
 
 def score_windows(
@@ -25,13 +25,14 @@ def score_windows(
     longest = context_length(predictor)
     texts = [
         windows(
-            tokenizer(request.context, add_special_tokens=False, verbose=False)["input_ids"],
+            _tokens(tokenizer, request),
             min(request.window, longest),
             beginning(tokenizer),
         )
         for request in requests
     ]
-    values = iter(score_encoded(predictor, [[window] for text in texts for window in text]))
+    scored, _ = score_encoded(predictor, [[window] for text in texts for window in text])
+    values = iter(scored)
     return [
         Response(
             request.id,
@@ -40,6 +41,12 @@ def score_windows(
         )
         for request, text in zip(requests, texts, strict=True)
     ]
+
+
+def _tokens(tokenizer: Tokenizer, request: Request) -> list[int]:
+    text, special = prompt(tokenizer, request)
+    special = special and request.special_tokens
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
 
 def windows(tokens: list[int], size: int, first: int) -> list[Encoded]:

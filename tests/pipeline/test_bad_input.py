@@ -325,6 +325,22 @@ WRONG = {
     "data sets left out by hand": (
         {"evaluations.domains.declared": {"out_of_distribution": ["hotels"]}},
         "evaluations.domains.declared: is filled in", "remove it"),
+    "unknown task of the harness": (
+        {"evaluations.more": "lm_eval:hellaswagg"},
+        "evaluations.more.task: lm-evaluation-harness has no task 'hellaswagg'",
+        "did you mean 'hellaswag'?"),
+    "no task of the harness": (
+        {"evaluations.more": {"kind": "lm_eval"}}, "evaluations.more.task: is missing",
+        "name a task"),
+    "a folder of tasks that is none": (
+        {"evaluations.more": {"kind": "lm_eval", "task": "a", "include_path": "gone"}},
+        "evaluations.more.task: include_path", "is no folder"),
+    "what the harness says, written by hand": (
+        {"evaluations.more": {"kind": "lm_eval", "task": "a", "harness": {}}},
+        "evaluations.more.harness: is filled in", "remove it"),
+    "a text of the harness read by an encoder-decoder": (
+        {"models.tiny.source": "tiny:t5", "evaluations.more": "lm_eval:wikitext"},
+        "evaluations.more: the log-probability of whole texts is for decoders", "remove it"),
     "format of no file": (
         {"datasets.hotels": {"source": "catalogue:amazon", "format": "amazon"}},
         "datasets.hotels.source: 'catalogue:amazon' is no file", "remove format"),

@@ -1,0 +1,246 @@
+"""lm-evaluation-harness, once to ask and once to score, with our engine between the two.
+
+``requests`` builds the harness's own instances and turns them into ours; ``score`` runs the
+harness's evaluator on a model that answers from the stored responses. Seeds, shots and limits are
+set as the harness's ``simple_evaluate`` does. An instance is known by its content, so that data
+which changed between the two is told and not scored.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS, DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.evaluator import evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from stages.errors import StageFailed
+from stages.evaluate.base import Metric, Request, Response
+from stages.evaluate.examples import answers
+from stages.evaluate.harness import AGGREGATIONS, HarnessTask, LmEval
+from stages.evaluate.harness_tasks import manager, samples
+
+WHOLE_CONTEXT = 2**31 - 1
+"""A window as long as the model's context."""
+INERT = {"temperature", "top_p", "top_k", "min_p", "typical_p"}
+"""Settings without effect on greedy decoding."""
+
+
+def requests(evaluation: LmEval) -> list[Request]:
+    """What the harness asks the model, each question once."""
+    with _seeded():
+        loaded = _load(evaluation)
+        instances = []
+        for task in loaded["tasks"].values():
+            task.build_all_requests(limit=evaluation.limit, rank=0, world_size=1)
+            instances += task.instances
+    return list({asked.id: asked for asked, _ in _asked(instances)}.values())
+
+
+def score(evaluation: LmEval, responses: dict[str, Response]) -> pd.DataFrame:
+    """The harness's values of each example, one row per example and task."""
+    with _seeded():
+        results = evaluate(
+            Replay(responses), _load(evaluation), limit=evaluation.limit, bootstrap_iters=0
+        )
+    rows = []
+    for task in evaluation.harness.tasks:
+        merged: dict[int, dict] = {}
+        for sample in results["samples"][task.name]:
+            row = merged.setdefault(sample["doc_id"], _about(evaluation, task, sample))
+            row |= _values(task, sample)
+        rows += merged.values()
+    scores = pd.DataFrame(rows)
+    _check(evaluation, scores, results["results"])
+    return scores
+
+
+class Replay(LM):
+    """A model of the harness that has answered already."""
+
+    def __init__(self, responses: dict[str, Response]):
+        super().__init__()
+        self.responses = responses
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation, and whether it is the greedy one."""
+        return [(found.logprobs[i], found.greedy[i]) for found, i in self._found(requests)]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Log-probability of each text."""
+        return [found.logprobs[0] for found, _ in self._found(requests)]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The texts."""
+        return [found.text for found, _ in self._found(requests)]
+
+    def _found(self, instances: list[Instance]) -> Iterator[tuple[Response, int]]:
+        asked = _asked(instances)
+        found = answers([request.id for request, _ in asked], self.responses)
+        return zip(found, [place for _, place in asked], strict=True)
+
+
+def _load(evaluation: LmEval) -> dict:
+    """The tasks with their data, set up as the evaluation says."""
+    try:
+        folder = evaluation.include_path and Path(evaluation.include_path)
+        tasks = manager(evaluation.task, folder).load([evaluation.task])
+    except Exception as error:  # of many libraries: network, hub, formats, the task's own code
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise StageFailed(
+            f"lm_eval task {evaluation.task}: its data cannot be had: {reason}; check the network "
+            "and HF_TOKEN, or put a task file of your own with local data into include_path"
+        ) from error
+    for task in tasks["tasks"].values():
+        own = task.get_config("num_fewshot")
+        # A task that fixes no examples stays so, whatever is asked for.
+        if evaluation.num_fewshot is not None and own != 0:
+            task.set_config(key="num_fewshot", value=evaluation.num_fewshot)
+        elif own is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return tasks
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """The harness's seeds inside, this process's own random state afterwards."""
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+
+
+def _asked(instances: list[Instance]) -> list[tuple[Request, int]]:
+    """For each instance the request that answers it, and the place of its choice in there.
+
+    The continuations of one context of an example are choices of one request.
+    """
+    keys, choices = [], {}
+    for instance in instances:
+        key = (instance.task_name, instance.doc_id, instance.request_type, instance.args[0])
+        if instance.request_type == "loglikelihood":
+            choices.setdefault(key, {})[instance.args[1]] = None
+        keys.append(key)
+    made = {key: _scored(key, tuple(found)) for key, found in choices.items()}
+    asked = []
+    for instance, key in zip(instances, keys, strict=True):
+        if key in made:
+            asked.append((made[key], made[key].choices.index(instance.args[1])))
+        elif instance.request_type == "loglikelihood_rolling":
+            asked.append((_text(key), 0))
+        else:
+            asked.append((_generation(key, instance.args[1]), 0))
+    return asked
+
+
+def _id(key: tuple, content: object = None) -> str:
+    text = json.dumps([key[2:], content], sort_keys=True)
+    return f"{key[0]}/{key[1]}/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _scored(key: tuple, choices: tuple[str, ...]) -> Request:
+    return Request(_id(key, choices), key[3], choices)
+
+
+def _text(key: tuple) -> Request:
+    return Request(_id(key), key[3], window=WHOLE_CONTEXT, special_tokens=True)
+
+
+def _generation(key: tuple, settings: dict) -> Request:
+    known = normalize_gen_kwargs(settings, DEFAULT_MAX_GEN_TOKS)
+    if samples(known):
+        raise StageFailed(
+            f"lm_eval task {key[0]} samples its answers, so that its numbers cannot be reproduced "
+            "item by item; choose another task"
+        )
+    until, longest = known.pop("until"), known.pop("max_gen_toks")
+    acting = set(known) - INERT - {"do_sample"}
+    if acting:
+        raise StageFailed(
+            f"lm_eval task {key[0]} decodes with {', '.join(sorted(acting))}, and only greedy "
+            "decoding is done here; choose another task"
+        )
+    stop = tuple(text for text in until if text)
+    return Request(_id(key, [longest, stop]), key[3], max_new_tokens=longest, stop=stop)
+
+
+def _about(evaluation: LmEval, task: HarnessTask, sample: dict) -> dict:
+    """The columns of a row that are no score."""
+    # With the hash, examples of another state of the data are never paired with these.
+    example = f"{task.name}/{sample['doc_id']}-{sample['doc_hash'][:8]}"
+    document = example
+    if evaluation.document is not None:
+        if evaluation.document not in sample["doc"]:
+            raise StageFailed(
+                f"document: {task.name} has no column {evaluation.document!r}; it has "
+                f"{', '.join(sorted(sample['doc']))}"
+            )
+        document = f"{task.name}/{sample['doc'][evaluation.document]}"
+    prediction, answer = "", ""
+    if task.output_type == "multiple_choice":
+        best = max(zip(sample["resps"], sample["arguments"], strict=True), key=lambda x: x[0][0][0])
+        prediction = best[1][1].strip()
+    elif task.output_type == "generate_until":
+        prediction, answer = str(sample["filtered_resps"][0]), sample["resps"][0][0]
+    return {
+        "example_id": example,
+        "document": document,
+        "subset": task.name,
+        "prompt": sample["arguments"][0][0],
+        "gold": str(sample["target"]),
+        "prediction": prediction,
+        "answer": answer,
+    }
+
+
+def _values(task: HarnessTask, sample: dict) -> dict[str, float]:
+    """The harness's values of an example after one filter, as score columns."""
+    values = {}
+    for measure in task.measures:
+        aggregation = AGGREGATIONS.get(measure.aggregation)
+        if aggregation and measure.filter == sample["filter"] and measure.metric in sample:
+            split = aggregation.split(sample[measure.metric])
+            names = [measure.name + part for part in aggregation.parts]
+            values |= dict(zip(names, split, strict=True))
+    return values
+
+
+def _check(evaluation: LmEval, scores: pd.DataFrame, results: dict) -> None:
+    """That every metric is the number that the harness reports."""
+    for metric in evaluation.metrics():
+        if metric.gap:
+            continue
+        expected = _reported(evaluation, metric, results)
+        try:
+            found = float(metric.value(metric.statistics(scores).sum(axis=0)))
+        except KeyError as error:
+            raise StageFailed(
+                f"lm_eval task {evaluation.task} gives no value {error} for any example though its "
+                "definition names it; choose another task"
+            ) from None
+        if not np.isclose(found, expected, rtol=1e-9, atol=1e-12, equal_nan=True):
+            raise StageFailed(
+                f"lm_eval task {evaluation.task}: {metric.name} is {found:.9g} from the examples "
+                f"and {expected:.9g} as the harness sums it up; please report this task"
+            )
+
+
+def _reported(evaluation: LmEval, metric: Metric, results: dict) -> float:
+    name, slash, task = metric.name.partition("/")
+    if not slash:
+        task = evaluation.task if evaluation.harness.group else evaluation.harness.tasks[0].name
+    measures = (m for each in evaluation.harness.tasks for m in each.measures)
+    key = next(measure.key for measure in measures if measure.name == name)
+    return results[task][key]

@@ -1,0 +1,355 @@
+"""Tasks of lm-evaluation-harness through our engine: the same answers as its ``hf`` backend, item
+by item, and the same numbers."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from stages.errors import BadInput, StageFailed
+from stages.evaluate import harness_replay
+from stages.evaluate.harness import LmEval
+from stages.evaluate.harness_tasks import describe
+from stages.evaluate.spec import EvaluateSpec
+from stages.evaluate.stage import run
+from stages.models.load import load, load_tokenizer
+from stages.models.tiny import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parents[3]
+WORDS = "river stone cloud lamp green seven bread winter door music".split()
+
+
+def sentence(rng, length):
+    return " ".join(rng.choice(WORDS) for _ in range(length))
+
+
+def rows(count, seed):
+    rng = random.Random(seed)
+    return [
+        {
+            "question": sentence(rng, rng.randint(3, 12)),
+            "passage": f"passage {number // 2}",
+            "choices": [sentence(rng, rng.randint(1, 4)) for _ in range(4)],
+            "answer": rng.randrange(4),
+            "label": rng.randrange(2),
+            "text": sentence(rng, rng.randint(1, 150)),
+        }
+        for number in range(count)
+    ]
+
+
+def metrics(*names, **fields):
+    return [{"metric": n, "aggregation": "mean", "higher_is_better": True} | fields for n in names]
+
+
+TASKS = {
+    "quiz": {
+        "output_type": "multiple_choice",
+        "training_split": "train",
+        "num_fewshot": 2,
+        # The space at the end goes to the choices.
+        "doc_to_text": "{{question}}\nAnswer: ",
+        "target_delimiter": "",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": metrics("acc", "acc_norm", "acc_mutual_info", "exact_match"),
+    },
+    "pair": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}\nTrue or false?",
+        "doc_to_choice": ["false", "true"],
+        "doc_to_target": "label",
+        "metric_list": [
+            *metrics("acc"),
+            {"metric": "f1"},
+            {"metric": "mcc"},
+            {"metric": "brier_score"},
+        ],
+    },
+    "last": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": " {{choices[0]}}",
+    },
+    "prose": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "text",
+    },
+    "write": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["Q:", "e", "\nQ:"], "max_gen_toks": 12},
+        "filter_list": [
+            {"name": "first", "filter": [{"function": "take_first"}]},
+            {
+                "name": "letters",
+                "filter": [
+                    {"function": "regex", "regex_pattern": "([a-z]+)"},
+                    {"function": "take_first"},
+                ],
+            },
+        ],
+        "metric_list": [*metrics("exact_match"), {"metric": "chrf"}],
+    },
+}
+GROUPS = {
+    "both": {"task": ["quiz", "pair"], "aggregate_metric_list": [{"metric": "acc"}]},
+    "even": {
+        "task": ["quiz", {"task": "pair", "num_fewshot": 1, "training_split": "train"}],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": False}],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("harness")
+    own = root / "own"
+    own.mkdir()
+    for split, count, seed in (("train", 8, 1), ("test", 10, 2)):
+        lines = [json.dumps(row) for row in rows(count, seed)]
+        (own / f"{split}.jsonl").write_text("\n".join(lines))
+    files = {split: f"own/{split}.jsonl" for split in ("train", "test")}
+    shared = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files, "cache_dir": str(root / "cache")},
+        "test_split": "test",
+    }
+    for name, task in TASKS.items():
+        (own / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | shared | task))
+    for name, group in GROUPS.items():
+        (own / f"{name}.yaml").write_text(yaml.safe_dump({"group": name} | group))
+    (own / "gone.yaml").write_text(
+        yaml.safe_dump({"task": "gone"} | TASKS["quiz"] | {"dataset_path": "nobody/nothing"})
+    )
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", tokenizer, seed=0)
+    # Questions with their shots, and texts, are longer than that.
+    model.config.max_position_embeddings = 160
+    model.save_pretrained(root / "m")
+    tokenizer.save_pretrained(root / "m")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def beside(folder, monkeypatch):
+    """The tasks' relative paths start where the sweep file lies."""
+    monkeypatch.chdir(folder)
+    # What the harness tells about the machine takes it longer than these tasks.
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+def evaluation(folder, task, **fields):
+    found = describe(task, folder / "own")
+    return LmEval(task=task, include_path="own", harness=found, **fields)
+
+
+def ours(folder, output, task, **fields):
+    spec = EvaluateSpec(evaluation=evaluation(folder, task, **fields), shard_size=5)
+    output.mkdir(exist_ok=True)
+    run(spec, {"checkpoint": folder / "m"}, output)
+    scores = pd.read_parquet(output / "scores.parquet")
+    return scores, json.loads((output / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def peer(folder):
+    return HFLM(pretrained=load(folder / "m"), tokenizer=load_tokenizer(folder / "m"), batch_size=4)
+
+
+def theirs(folder, peer, task, **fields):
+    manager = TaskManager(include_path=str(folder / "own"), include_defaults=False)
+    return simple_evaluate(peer, tasks=[task], task_manager=manager, bootstrap_iters=0, **fields)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_equals_the_hf_backend_item_by_item(task, folder, peer, tmp_path, monkeypatch):
+    seen = {}
+    replayed = harness_replay.evaluate
+
+    def spy(*arguments, **options):
+        return seen.setdefault("results", replayed(*arguments, **options))
+
+    monkeypatch.setattr(harness_replay, "evaluate", spy)
+    scores, summary = ours(folder, tmp_path, task)
+    expected = theirs(folder, peer, task)
+    for mine, other in zip(
+        seen["results"]["samples"][task], expected["samples"][task], strict=True
+    ):
+        assert mine["arguments"] == other["arguments"]
+        assert len(mine["resps"]) == len(other["resps"])
+        for (answer,), (wanted,) in zip(mine["resps"], other["resps"], strict=True):
+            if task == "write":
+                assert answer == wanted
+            elif task == "prose":
+                assert answer == pytest.approx(wanted, abs=1e-4)
+            else:
+                assert answer[0] == pytest.approx(wanted[0], abs=1e-4)
+                assert answer[1] == wanted[1]
+    assert len(scores) == 10 and scores["example_id"].is_unique
+    for name, row in summary.items():
+        metric, _, filter = name.partition(".")
+        value = expected["results"][task][f"{metric},{filter or 'none'}"]
+        assert row["value"] == pytest.approx(value, rel=1e-4)
+        assert row["n"] == 10
+
+
+def test_answers_are_stored_as_the_harness_cuts_them(folder, tmp_path):
+    scores, _ = ours(folder, tmp_path, "write")
+    assert not scores["answer"].str.contains("e").any()
+    assert (scores["answer"].str.len() > 0).any()
+    assert list(scores.columns[-2:]) == ["exact_match.first", "exact_match.letters"]
+
+
+@pytest.mark.parametrize(
+    ("group", "weighted"), [("both", True), ("even", False)]
+)  # all examples alike, or all tasks
+def test_a_group_s_number_and_those_of_its_tasks(group, weighted, folder, peer, tmp_path):
+    scores, summary = ours(folder, tmp_path, group, limit=6 if weighted else None)
+    expected = theirs(folder, peer, group, limit=6 if weighted else None)["results"]
+    assert summary["acc"]["value"] == pytest.approx(expected[group]["acc,none"])
+    for task in ("quiz", "pair"):
+        assert summary[f"acc/{task}"]["value"] == expected[task]["acc,none"]
+    assert scores["subset"].value_counts().to_dict() == dict.fromkeys(
+        ("quiz", "pair"), 6 if weighted else 10
+    )
+
+
+def test_shots_and_limit_are_the_harness_s(folder, peer, tmp_path):
+    scores, _ = ours(folder, tmp_path, "quiz", num_fewshot=1, limit=3)
+    expected = theirs(folder, peer, "quiz", num_fewshot=1, limit=3)["samples"]["quiz"]
+    assert list(scores["prompt"]) == [sample["arguments"][0][0] for sample in expected]
+    assert scores["prompt"].str.count("Answer:").tolist() == [2, 2, 2]
+
+
+def test_examples_of_one_source_are_one_cluster(folder, tmp_path):
+    scores, summary = ours(folder, tmp_path, "quiz", document="passage")
+    assert scores["document"].nunique() == 5
+    assert summary["acc"]["n"] == 10 and summary["acc"]["documents"] == 5
+    with pytest.raises(StageFailed, match="document: quiz has no column 'source'; it has answer"):
+        ours(folder, tmp_path / "again", "quiz", document="source")
+
+
+def test_choices_of_a_question_are_one_request(folder):
+    asked = evaluation(folder, "quiz").requests({})
+    # Each question with its four choices; and the choices without the question, for mutual
+    # information.
+    assert len(asked) == 20
+    assert {len(request.choices) for request in asked} <= {3, 4}
+    assert len({request.id for request in asked}) == 20
+
+
+def test_data_that_changed_is_told_and_not_scored(folder, tmp_path):
+    spec = EvaluateSpec(evaluation=evaluation(folder, "pair"))
+    asked = spec.evaluation.requests({})
+    file = folder / "own" / "test.jsonl"
+    before = file.read_text()
+    file.write_text(before.replace("river", "lake"))
+    try:
+        with pytest.raises(StageFailed, match="responses are missing"):
+            spec.evaluation.score({}, {request.id: None for request in asked})
+        changed = evaluation(folder, "pair").harness.digest
+    finally:
+        file.write_text(before)
+    assert changed != spec.evaluation.harness.digest
+
+
+def test_a_metric_that_is_no_sum_is_a_gap_with_a_reason(folder):
+    metrics = evaluation(folder, "write").metrics()
+    assert [(m.name, m.gap) for m in metrics] == [
+        ("exact_match.first", ""),
+        ("exact_match.letters", ""),
+        *[
+            (f"chrf.{filter}", "the harness sums it up by chrf, which is no function of sums over "
+             "examples")
+            for filter in ("first", "letters")
+        ],
+    ]  # fmt: skip
+
+
+def test_a_number_that_is_not_the_harness_s_is_refused(folder, tmp_path, monkeypatch):
+    values = harness_replay._values
+    monkeypatch.setattr(
+        harness_replay, "_values", lambda *a: {n: 0.5 for n in values(*a)}
+    )
+    with pytest.raises(StageFailed, match="is 0 from the examples and 0.66.* as the harness"):
+        ours(folder, tmp_path, "pair")
+
+
+def test_data_that_cannot_be_had_is_a_reason(folder, monkeypatch):
+    import datasets
+
+    def refuse(path, **options):
+        raise ConnectionError(f"Couldn't reach {path!r} on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(
+        StageFailed, match="lm_eval task gone: its data cannot be had: Couldn't reach 'nobody/noth"
+    ):
+        evaluation(folder, "gone").requests({})
+
+
+def test_definitions_of_the_harness_itself():
+    assert [m.name for m in describe("hellaswag").tasks[0].measures] == ["acc", "acc_norm"]
+    mmlu = describe("mmlu")
+    assert len(mmlu.tasks) == 57
+    evaluation = LmEval(task="mmlu", harness=mmlu)
+    assert evaluation.primary == "acc"
+    assert len(evaluation.metrics()) == 58
+    words = LmEval(task="wikitext", harness=describe("wikitext"))
+    assert [(m.name, m.higher_is_better) for m in words.metrics()] == [
+        ("word_perplexity", False),
+        ("byte_perplexity", False),
+        ("bits_per_byte", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ("hellaswagg", "has no task 'hellaswagg'; did you mean 'hellaswag'"),
+        ("ai2_arc", "is a tag: .*one by one: arc_challenge, arc_easy"),
+        ("squadv2", "is written as a class"),
+        ("humaneval", "runs code that the model writes"),
+        ("gsm8k_cot_self_consistency", "samples its answers"),
+        ("wmt14-en-fr", "summed up by bleu, chrf, ter, which is no function of sums"),
+    ],
+)
+def test_refusals(task, reason):
+    with pytest.raises(BadInput, match=reason):
+        describe(task)
+
+
+def test_without_the_package_the_remedy_is_named():
+    code = (
+        "import sys; sys.modules['lm_eval'] = None\n"
+        "from stages.evaluate.harness_tasks import describe\n"
+        "import importlib.util as u; u.find_spec = lambda name: None\n"
+        "describe('hellaswag')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "needs the package lm-eval, which is not installed; `pip install" in ended.stderr
+
+
+def test_corpus_measures_of_hand_worked_counts():
+    from stages.evaluate.harness import AGGREGATIONS
+
+    columns = np.array([[1, 1], [1, 1], [1, 0], [0, 1], [0, 0], [0, 0]], float)
+    for name, expected in (("f1", 4 / 6), ("matthews_corrcoef", 1 / 3)):
+        measure = AGGREGATIONS[name]
+        sums = measure.statistics(columns).sum(axis=0)
+        assert measure.value(sums) == pytest.approx(expected)
+    weighted = AGGREGATIONS["weighted_perplexity"]
+    texts = np.array([[-6.0, 2], [-3.0, 1]])
+    assert weighted.value(weighted.statistics(texts).sum(axis=0)) == pytest.approx(np.exp(3))
