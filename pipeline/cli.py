@@ -96,6 +96,16 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("action", choices=("list", "fetch"))
     data.add_argument("sweep", type=Path, nargs="?", metavar="SWEEP",
                       help="a sweep file (list: without one, every data set that can be named)")
+    export = add("export", _export, [places, overrides],
+                 "write a checkpoint of the store as a folder that lm_eval and vLLM load")
+    export.add_argument("checkpoint", type=Path, metavar="SWEEP|CHECKPOINT",
+                        help="a sweep file, or a checkpoint of the store "
+                             "(finetune/NAME@FINGERPRINT)")
+    export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    export.add_argument("--model", metavar="NAME", help="which model of the sweep")
+    export.add_argument("--recipe", metavar="NAME",
+                        help="recipe (default: the last one; `none` is untuned)")
+    export.add_argument("--seed", type=int, help="seed (default: the first)")
     add("models", _models, [], "architectures and what each supports")
     add("doctor", _doctor, [places, cluster], "versions, devices, stores, and what is missing")
     return parser
@@ -347,6 +357,23 @@ def _data(options: argparse.Namespace) -> int:
         print(f"{missing} of {len(sweep.datasets)} data sets are missing; a run shows what needs "
               "them as gaps")
     return 1 if missing else 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from pipeline.checks import check
+    from pipeline.export import export, node_of_store, node_of_sweep
+    from pipeline.plan import build
+    from pipeline.sweep import load
+
+    store = _store(options)
+    if options.checkpoint.suffix in (".yaml", ".yml"):
+        sweep = load(options.checkpoint, options.set)
+        plan = build(sweep, check(sweep, options.checkpoint))
+        folder = node_of_sweep(sweep, plan, store, options)
+    else:
+        folder = node_of_store(store, options)
+    print("\n".join(export(store, folder, options.to)))
+    return 0
 
 
 def _models(options: argparse.Namespace) -> int:

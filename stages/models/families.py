@@ -261,6 +261,7 @@ _MOE = (
         sparse_layers=_qwen2_moe_layers,
         scores="softmax of the chosen",
         auxiliary_loss=_AUX,
+        no_export="it is a class of this project, which other programs lack",
     ),
     Family(
         "vit_moe",  # stages/models/vision_moe.py

@@ -86,6 +86,8 @@ class Family:
     """Why training is refused; empty where it is exact."""
     no_expert_parallel: str = ""
     """Why expert parallelism is refused; empty where it is exact."""
+    no_export: str = ""
+    """Why other programs cannot load a checkpoint of it."""
 
     @property
     def is_moe(self) -> bool:
