@@ -23,6 +23,7 @@ from stages.data.spec import LABELLED, TASK_COLUMNS, DataSpec, Task
 from stages.data.templates import TEMPLATES
 from stages.errors import BadInput
 from stages.evaluate.base import Evaluation
+from stages.evaluate.harness import LmEval
 from stages.evaluate.spec import AMATEUR
 from stages.evaluate.techniques import applied
 from stages.models.card import CARD_FILE
@@ -233,6 +234,8 @@ class Estimator:
         return self.counted[key]
 
     def _count(self, evaluation: Evaluation) -> Asked:
+        if isinstance(evaluation, LmEval):  # its data is the harness's and not here yet
+            return Asked(0.0, 0.0, whole=False)
         data, weights, whole = {}, {}, True
         for key, (dataset, split) in evaluation.sources().items():
             rows = self.rows(dataset, split)

@@ -9,8 +9,10 @@ import yaml
 from smoke import SMOKE
 
 from pipeline.checks import check
+from pipeline.display import plan_lines
+from pipeline.estimate import Estimator
 from pipeline.execute import execute
-from pipeline.plan import build
+from pipeline.plan import build, survey
 from pipeline.store import Store
 from pipeline.sweep import load
 from stages.compare.results import compare
@@ -84,6 +86,15 @@ def test_a_change_of_the_task_or_its_data_makes_scores_stale(sweep):
     data = sweep.parent / "own" / "docs.jsonl"
     data.write_text(data.read_text().replace("Colour 3", "Color 3"))
     assert planned(sweep).nodes["evaluate/tiny-none-own"].fingerprint != before
+
+
+def test_planning_needs_no_data_and_says_that_its_estimate_is_a_lower_bound(sweep, tmp_path):
+    (sweep.parent / "own" / "docs.jsonl").unlink()
+    plan, store = planned(sweep), Store(str(tmp_path / "store"))
+    lines = plan_lines(plan, survey(plan, store), store, sweep.parent)
+    assert any("evaluate/tiny-none-own" in line for line in lines)
+    work = Estimator(plan, store, sweep.parent).work(plan.nodes["evaluate/tiny-none-own"])
+    assert not work.whole
 
 
 def test_named_in_short(sweep):
