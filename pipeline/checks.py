@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.plan import Plan, recipe_models
+from pipeline.plan import Plan, recipe_evaluations, recipe_models
 from pipeline.sweep import Dataset, Model, Recipe, Sweep, model_spec, nearest
 from stages.data import sources as data_sources
 from stages.data.spec import LABELLED, DataSpec
@@ -212,10 +212,16 @@ class _Checks:
     def knobs(self, name: str, recipe: Recipe) -> Iterator[str]:
         """Problems of what a recipe sets, by itself and for each model that it fine-tunes."""
         field = f"recipes.{name}"
+        headed = recipe.head == "classification"
         for scored in recipe.evaluations or ():
             if scored not in self.sweep.evaluations:
                 yield (f"{field}.evaluations: unknown evaluation {scored!r}"
                        f"{nearest(scored, list(self.sweep.evaluations))}")
+            elif self.sweep.evaluations[scored].asks_head != headed:
+                kind = "a classification head" if headed else "a language model"
+                yield (f"{field}.evaluations: {scored} cannot score {kind}; remove it, or set its "
+                       f"method to {'head' if headed else 'label_words'}")
+        yield from self.after(name, recipe)
         unknown = [m for m in recipe.models or () if m not in self.sweep.models]
         yield from (f"{field}.models: {self.unknown('model', model)}" for model in unknown)
         found = list(contradictions(recipe))
@@ -243,6 +249,30 @@ class _Checks:
                     found = [tuple(str(error).split(": ", 1))]
             yield from (f"{field}.{knob}: {model}: {reason}" for knob, reason in found)
 
+    def after(self, name: str, recipe: Recipe) -> Iterator[str]:
+        """Problems of the recipe that another one starts from."""
+        field, recipes = f"recipes.{name}.after", self.sweep.recipes
+        if recipe.after is None:
+            return
+        if recipe.after not in recipes:
+            yield f"{field}: unknown recipe {recipe.after!r}{nearest(recipe.after, list(recipes))}"
+            return
+        chain = [name]
+        while (before := recipes[chain[-1]].after) in recipes:
+            if before in chain:
+                circle = " after ".join((*chain, before))
+                yield f"{field}: comes after itself ({circle}); break the circle"
+                return
+            chain.append(before)
+        missing = set(recipe_models(self.sweep, name)) - {
+            *recipe_models(self.sweep, recipe.after)}
+        if missing:
+            yield f"{field}: {recipe.after} does not fine-tune {min(missing)}; mend its models"
+        first = recipes[recipe.after]
+        if first.head == "classification" and first.labels != recipe.labels:
+            yield (f"{field}: {recipe.after} ends with a head for {', '.join(first.labels)}; train "
+                   "this one on the same labels")
+
     def evaluations(self) -> Iterator[str]:
         trained = {(t.dataset, t.split): name for name, recipe in self.sweep.recipes.items()
                    for t in recipe.data}
@@ -266,9 +296,8 @@ class _Checks:
             yield from self.template(getattr(evaluation, "template", None), f"{field}.template")
             if evaluation.declared:
                 yield f"{field}.declared: is filled in by a run; remove it"
-            if getattr(evaluation, "method", None) == "head" and self.sweep.pairs:
-                yield (f"{field}.method: head needs checkpoints with a classification head, and no "
-                       "recipe trains one yet; use label_words")
+            if evaluation.asks_head:
+                yield from self.heads(name, f"{field}.method")
             yield from self.technique(evaluation.technique, f"{field}.technique")
             if isinstance(evaluation, Perplexity):
                 yield from self.decoders(f"{field}: perplexity")
@@ -276,6 +305,19 @@ class _Checks:
                 yield from self.decoders(f"{field}: the log-probability of whole texts")
             for judge in evaluation.judge_models().values():
                 yield from self.judge(judge, f"{field}.judges.{judge.name}")
+
+    def heads(self, name: str, field: str) -> Iterator[str]:
+        """Problems of an evaluation with the classification heads that recipes train."""
+        trained = {r: recipe.labels for r, recipe in self.sweep.recipes.items()
+                   if name in recipe_evaluations(self.sweep, r)}
+        wanted = TEMPLATES.get(self.sweep.evaluations[name].template)
+        if not trained:
+            yield (f"{field}: head needs a recipe with `head: classification`, and there is none "
+                   "that is scored on it; add one, or use label_words")
+        for recipe, labels in trained.items():
+            if labels is not None and wanted and labels != tuple(wanted.labels):
+                yield (f"{field}: the head of recipe {recipe} is for {', '.join(labels)}; use the "
+                       "template that it is trained with")
 
     def judge(self, judge: ModelJudge, field: str) -> Iterator[str]:
         """Problems of a judge that is a model."""

@@ -156,8 +156,8 @@ def build(
         recipes=tuple(sweep_recipes(sweep)),
         models_of={name: recipe_models(sweep, name)
                    for name, recipe in sweep.recipes.items() if recipe.models},
-        evaluations_of={name: recipe.evaluations
-                        for name, recipe in sweep.recipes.items() if recipe.evaluations},
+        evaluations_of={name: scored for name in sweep_recipes(sweep)
+                        if (scored := recipe_evaluations(sweep, name)) != (*sweep.evaluations,)},
         seeds=sweep.seeds,
         evaluations=sweep.evaluations,
         resamples=sweep.statistics.resamples,
@@ -175,9 +175,13 @@ def build_evaluations(sweep: Sweep, model: str, contents: dict[str, str]) -> Pla
 
 
 def sweep_recipes(sweep: Sweep) -> dict[str, tuple[int, ...]]:
-    """Recipe names with the seeds that each is run for; an untuned model has one, 0."""
+    """Recipe names with the seeds that each is run for; an untuned model has one, 0.
+
+    One that nothing is scored on is left out: others may come after it.
+    """
     untuned = {UNTUNED: (0,)} if sweep.untuned else {}
-    return untuned | {name: sweep.seeds for name in sweep.recipes}
+    seeds = untuned | {name: sweep.seeds for name in sweep.recipes}
+    return {name: of for name, of in seeds.items() if recipe_evaluations(sweep, name)}
 
 
 def segment_seed(seed: int, index: int) -> int:
@@ -195,6 +199,15 @@ def recipe_models(sweep: Sweep, name: str) -> tuple[str, ...]:
     members = dict.fromkeys(m for pair in sweep.pairs for m in (pair.moe, pair.dense))
     chosen = None if name == UNTUNED else sweep.recipes[name].models
     return tuple(m for m in members if chosen is None or m in chosen)
+
+
+def recipe_evaluations(sweep: Sweep, name: str) -> tuple[str, ...]:
+    """The evaluations that a recipe's checkpoints (or the untuned models) are scored on."""
+    recipe = sweep.recipes.get(name)
+    if recipe is not None and recipe.evaluations is not None:
+        return recipe.evaluations
+    headed = recipe is not None and recipe.head == "classification"
+    return tuple(e for e, each in sweep.evaluations.items() if each.asks_head == headed)
 
 
 class Builder:
@@ -240,16 +253,10 @@ class Builder:
 
     def checkpoint_and_scores(self, model: str, recipe: str, seed: int) -> dict[str, str]:
         """Nodes of one model × recipe × seed, by their role in the comparison."""
-        checkpoint = self.model(model)
-        label = f"{model}-{recipe}"
-        if recipe != UNTUNED:
-            label = f"{label}-seed{seed}"
-            segments = self.searched.get((model, recipe)) or (self.sweep.recipes[recipe],)
-            before = [f"{label}-segment{index}" for index in range(len(segments) - 1)]
-            checkpoint = self.chain([*before, label], model, segments, seed)
+        label = f"{model}-{recipe}" + (f"-seed{seed}" if recipe != UNTUNED else "")
+        checkpoint = self.checkpoint(model, recipe, seed)
         roles = {f"checkpoint/{model}/{recipe}/{seed}": checkpoint}
-        chosen = None if recipe == UNTUNED else self.sweep.recipes[recipe].evaluations
-        for name in chosen or self.sweep.evaluations:
+        for name in recipe_evaluations(self.sweep, recipe):
             of_experts = self.sweep.evaluations[name].of_experts
             if of_experts and model in {pair.dense for pair in self.sweep.pairs}:
                 continue
@@ -257,11 +264,29 @@ class Builder:
             roles[f"scores/{model}/{recipe}/{seed}/{name}"] = key
         return roles
 
+    def checkpoint(self, model: str, recipe: str, seed: int) -> str:
+        """The model itself, or a fine-tune of it after those that its recipe comes after."""
+        if recipe == UNTUNED:
+            return self.model(model)
+        segments, after = self.searched.get((model, recipe)), None
+        if segments is None:
+            own = self.sweep.recipes[recipe]
+            segments, after = (own,), own.after
+        label = f"{model}-{recipe}-seed{seed}"
+        before = [f"{label}-segment{index}" for index in range(len(segments) - 1)]
+        start = self.checkpoint(model, after or UNTUNED, seed)
+        return self.chain([*before, label], model, segments, seed, start)
+
     def chain(
-        self, labels: Sequence[str], model: str, segments: Sequence[Recipe], seed: int
+        self,
+        labels: Sequence[str],
+        model: str,
+        segments: Sequence[Recipe],
+        seed: int,
+        start: str | None = None,
     ) -> str:
-        """Fine-tunes that each start from the one before; the last one."""
-        checkpoint = self.model(model)
+        """Fine-tunes that each start from the one before, the first from ``start``; the last."""
+        checkpoint = start or self.model(model)
         for index, (label, recipe) in enumerate(zip(labels, segments, strict=True)):
             checkpoint = self.finetune(
                 label, model, recipe, segment_seed(seed, index), start=checkpoint)

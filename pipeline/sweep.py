@@ -87,8 +87,12 @@ class Recipe(StageRecipe):
 
     models: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     """The models that it fine-tunes; all models of all pairs when absent."""
+    after: Name | None = None
+    """Start from the checkpoints of this recipe, of the same model and seed, instead of from the
+    models as they are (a curriculum)."""
     evaluations: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
-    """The evaluations of what it fine-tunes; all of the sweep when absent."""
+    """The evaluations of what it fine-tunes; when absent, all of the sweep that ask for what it
+    has, a classification head (``method: head``) or a language model."""
 
 
 class Resources(Spec):

@@ -79,6 +79,9 @@ def _problems(sweep: Sweep) -> Iterator[str]:
     if search.base not in sweep.recipes:
         yield f"search.base: unknown recipe {search.base!r}{nearest(search.base, [*sweep.recipes])}"
         return
+    if sweep.recipes[search.base].after:
+        yield (f"search.base: {search.base} comes after another recipe, and a search starts from "
+               "the models as they are; choose another base")
     if sweep.recipes[search.base].models or "models" in search.space:
         yield (f"search.base: a search is for both models of each pair; remove models from "
                f"recipes.{search.base} and from the space")
@@ -116,6 +119,9 @@ def _objectives(sweep: Sweep) -> Iterator[str]:
                        f"evaluation/metric{nearest(name, list(sweep.evaluations))}")
                 continue
             evaluation = sweep.evaluations[name]
+            if evaluation.asks_head != (sweep.recipes[search.base].head == "classification"):
+                yield (f"{field}: {name} cannot score what {search.base} trains, one asks for a "
+                       "classification head and the other has none; choose another")
             known = [m.name for m in evaluation.metrics() if not m.gap]
             if metric not in known:
                 yield f"{field}: {name} has no metric {metric!r}{nearest(metric, known)}"

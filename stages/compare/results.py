@@ -59,7 +59,7 @@ def compare(
                     )
                     models = {"pair": pair.name, "moe_model": pair.moe, "dense_model": pair.dense}
                     pairs.append(models | {"recipe": recipe} | about | row)
-            if UNTUNED not in spec.recipes:
+            if UNTUNED not in spec.recipes or not spec.has(UNTUNED, name):
                 continue
             for model, architecture in spec.models.items():
                 if metric.of_experts and architecture == "dense":

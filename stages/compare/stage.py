@@ -11,11 +11,11 @@ from stages.compare.spec import CompareSpec
 from stages.data.card import DataCard
 from stages.errors import StageFailed
 from stages.evaluate.base import AXES
+from stages.finetune.spec import CURVE_FILE
 from stages.models.card import ModelCard
 
 COMPARISON_FILE = "comparison.parquet"
 EFFECTS_FILE = "recipe_effects.parquet"
-CURVE_FILE = "training_curve.parquet"
 
 
 def run(

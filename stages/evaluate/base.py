@@ -179,6 +179,11 @@ class Evaluation(Spec):
         return {}
 
     @property
+    def asks_head(self) -> bool:
+        """Whether it is for checkpoints with a classification head, and for no others."""
+        return False
+
+    @property
     def generates(self) -> bool:
         """Whether the model's answers are texts."""
         return False

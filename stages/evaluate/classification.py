@@ -65,6 +65,11 @@ class Classification(Evaluation):
         return self
 
     @property
+    def asks_head(self) -> bool:
+        """Whether the checkpoint's classification head answers."""
+        return self.method == "head"
+
+    @property
     def generates(self) -> bool:
         """Whether the model writes its answers."""
         return self.method == "prompting"

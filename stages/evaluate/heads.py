@@ -10,18 +10,18 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.errors import StageFailed
 from stages.evaluate.base import Request, Response
+from stages.models.classifier import is_classifier, register
+from stages.models.families import FAMILIES
 
 LONGEST = 512
-"""Tokens of a text at most; the beginning is kept, where the request and the answer begin."""
+"""Tokens of a text at most, where the model does not say; the beginning is kept, where the request
+and the answer of a judged text begin."""
 
 
 def has_head(folder: Path) -> bool:
     """Whether a checkpoint's folder holds a model for sequence classification or regression."""
     file = folder / "config.json"
-    if not file.is_file():
-        return False
-    architectures = json.loads(file.read_text()).get("architectures") or [""]
-    return architectures[0].endswith("ForSequenceClassification")
+    return file.is_file() and is_classifier(json.loads(file.read_text()))
 
 
 class Head:
@@ -29,6 +29,9 @@ class Head:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, dtype: str, device: str):
         self.tokenizer = tokenizer
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+        if model_type in FAMILIES:  # judges are of other architectures
+            register(model_type)
         try:
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 folder,
@@ -58,7 +61,7 @@ class Head:
             tokens = self.tokenizer(
                 request.context,
                 truncation=True,
-                max_length=min(LONGEST, longest),
+                max_length=longest,
                 return_tensors="pt",
             ).to(self.model.device)
             inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}

@@ -27,10 +27,12 @@ from stages.models.routing import Routing
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence; the loss is taken on its last ``answer`` tokens."""
+    """One training sequence; the loss is taken on its last ``answer`` tokens, or where there is a
+    ``label`` on the classification head's outputs, which counts as one token."""
 
     input_ids: tuple[int, ...]
     answer: int
+    label: int | None = None
 
 
 def load_examples(
@@ -48,7 +50,10 @@ def load_examples(
             encoded = [_instruction(row, tokenizer, spec.max_length) for row in rows]
         else:
             template = TEMPLATES[train_set.template]
-            encode = _labelled if encoder_decoder else _classification
+            if spec.head == "classification":
+                encode = _headed
+            else:
+                encode = _labelled if encoder_decoder else _classification
             encoded = [encode(row, template, tokenizer, spec.max_length) for row in rows]
         examples += encoded * train_set.repeat
     return examples
@@ -114,6 +119,19 @@ def _labelled(
     return _fit(row, row[column], encode, max_length)
 
 
+def _headed(
+    row: dict, template: Template, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Example:
+    """The prompt for a classification head, and the place of the label among its outputs."""
+    column, label = template.columns[0], list(template.labels).index(row["label"])
+
+    def encode(text: str) -> Example:
+        prompt = template.fill(row | {column: text})
+        return Example(tuple(tokenizer(prompt)["input_ids"]), 1, label)
+
+    return _fit(row, row[column], encode, max_length)
+
+
 def _instruction(row: dict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
     """The prompt as the user's turn of the chat template, the response closed by the end token."""
     response = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
@@ -170,7 +188,8 @@ def micro_batches(batch: np.ndarray, rank: int, workers: int, size: int) -> list
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass gets, and where its logits speak about an answer's token."""
+    """What one forward pass gets, and where its logits speak about an answer's token (or all of a
+    classification head's, with the labels as targets)."""
 
     arguments: dict[str, torch.Tensor]
     answers: tuple
@@ -194,8 +213,16 @@ class MicroBatch:
 def micro_batch(
     examples: list[Example], config: PretrainedConfig, device: torch.device
 ) -> MicroBatch:
-    """The examples as the architecture takes them: packed, padded, or for an encoder-decoder."""
+    """The examples as the architecture takes them: packed, padded, or for an encoder-decoder.
+
+    A classification head looks for the last token that is no padding, so rows are padded for it.
+    """
     entry = family(config)
+    if examples[0].label is not None:
+        ids, mask = padded([e.input_ids for e in examples], config.pad_token_id, device)
+        arguments, real = {"input_ids": ids, "attention_mask": mask}, {"": mask.flatten().bool()}
+        targets = torch.tensor([example.label for example in examples], device=device)
+        return MicroBatch(arguments, (slice(None),), targets, real)
     if entry.packs:
         arguments, targets = pack(examples, device)
         return MicroBatch(arguments, (0,), targets, {})

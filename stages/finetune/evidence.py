@@ -11,7 +11,7 @@ from stages.finetune.recipe import Recipe
 from stages.finetune.spec import EVIDENCE_FILE, FinetuneSpec
 
 KNOBS = (
-    *("optimizer", "train", "freeze", "lora", "alternate", "auxiliary_loss_weight"),
+    *("head", "optimizer", "train", "freeze", "lora", "alternate", "auxiliary_loss_weight"),
     *("z_loss_weight", "router", "experts", "dropout", "adversarial", "max_nonfinite_steps"),
 )
 """The fields of a recipe that the evidence covers, one by one where a field is a section."""

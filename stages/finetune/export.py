@@ -9,9 +9,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 from stages.errors import StageFailed
 from stages.finetune.batches import Example, micro_batch, padded
-from stages.finetune.spec import FinetuneSpec
+from stages.finetune.head import head_config
+from stages.finetune.spec import FILES, FinetuneSpec
 from stages.models.card import ModelCard
-from stages.models.load import auto_class, load
+from stages.models.load import auto_class, load, load_tokenizer
 from stages.models.modes import evaluating
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
@@ -51,6 +52,8 @@ def write_folder(
     by more than 1e-4 (fp32, any token) or 5 % of the largest logit (bf16, half of the tokens).
     """
     config = AutoConfig.from_pretrained(source)
+    if spec.labels is not None:
+        config = head_config(config, spec.labels, load_tokenizer(source).pad_token_id)
     with torch.device("meta"):
         kind = auto_class(config)
         model = kind.from_config(config, dtype=next(iter(state.values())).dtype)
@@ -59,8 +62,9 @@ def write_folder(
     model.save_pretrained(output)
     del model
     # Tokenizer, chat template and generation settings are the source's own, byte for byte.
+    made = ("config.json", *FILES)
     for file in source.iterdir():
-        if file.is_file() and file.name != "config.json" and not file.name.endswith(WEIGHTS):
+        if file.is_file() and file.name not in made and not file.name.endswith(WEIGHTS):
             shutil.copyfile(file, output / file.name)
 
     fp32 = spec.precision == "fp32"

@@ -21,13 +21,15 @@ from stages.finetune.checkpoint import resume, save
 from stages.finetune.config import deepspeed_config, micro_batch_size
 from stages.finetune.evidence import Evidence
 from stages.finetune.export import padded_logits, training_logits, write_folder
+from stages.finetune.head import with_head
 from stages.finetune.knobs import Knobs
 from stages.finetune.refusals import contradictions, inapplicable, misplaced
 from stages.finetune.routing_figure import routing_figure
 from stages.finetune.schedules import scheduler, total_steps
-from stages.finetune.spec import ROUTING_FIGURE, FinetuneSpec
+from stages.finetune.spec import CURVE_FILE, REMOVED_FILE, ROUTING_FIGURE, FinetuneSpec
 from stages.finetune.training import Training
 from stages.models.card import ModelCard
+from stages.models.classifier import is_classifier
 from stages.models.expert_parallel import (
     check_blocks,
     convert,
@@ -42,8 +44,6 @@ deepspeed.utils.logger.setLevel("WARNING")
 # Otherwise DeepSpeed compiles, on every new machine, a reduction for inference that is not used.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-CURVE_FILE = "training_curve.parquet"
-REMOVED_FILE = "removed_rows.parquet"
 PACKING_TOLERANCE = 1e-3
 """Largest difference between fp32 logits of packed and of padded sequences."""
 
@@ -149,17 +149,20 @@ def build(
     Before any compute is spent, the recipe is held against the model, a packed batch is compared
     with an ordinary padded one, and every sparse block with its expert-parallel replacement.
     """
-    model = load(folder)
+    model, evidence = load(folder), Evidence()
     _refuse(spec, model)
+    if spec.labels is not None:
+        drawn = not is_classifier(model.config)
+        model = with_head(model, spec.labels, load_tokenizer(folder).pad_token_id, spec.seed)
+        evidence.note("head", labels=spec.labels, drawn=drawn)
     first = global_batch(len(examples), spec.batch_size, spec.seed, step=0)
     probe = sorted((examples[i] for i in first), key=lambda e: len(e.input_ids))[:4]
-    if family(model).packs:
+    if family(model).packs and spec.labels is None:
         _check_packing(model, probe, folder)
     # Loaded weights are views of the mapped file, all of which would stay resident.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
 
-    evidence = Evidence()
     if spec.router.initial == "random":
         change = parameters.draw_routers(model, spec.seed)
         evidence.note("router.initial", norm_of_the_change=change)

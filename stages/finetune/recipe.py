@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
+from stages.data.templates import TEMPLATES
 from stages.errors import BadInput
 from stages.spec import Spec
 
@@ -214,6 +215,10 @@ class Recipe(Spec):
     """Optimiser steps; this or ``epochs``."""
     epochs: Annotated[int, Field(ge=1)] | None = None
     """Passes over the data; the last batch is filled up from the next one."""
+    head: Literal["language_model", "classification"] = "language_model"
+    """What is trained on labelled rows: to write the label's word after the prompt, or a new head
+    with one output per label, read at the prompt's last token. The head is drawn by the seed,
+    unless the model that is fine-tuned has one for the same labels already."""
     batch_size: Annotated[int, Field(ge=1)]
     """Sequences per optimiser step, over all workers."""
     max_length: Annotated[int, Field(ge=8)] = 128
@@ -249,6 +254,12 @@ class Recipe(Spec):
     experts: Experts = Experts()
     dropout: Dropout = Dropout()
     adversarial: FreeLB | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The labels of a classification head, in the order of its outputs."""
+        template = TEMPLATES.get(self.data[0].template)
+        return tuple(template.labels) if self.head == "classification" and template else None
 
     def trains(self, role: str) -> bool:
         """Whether the weights of a role are trained in full; adapters do not count."""

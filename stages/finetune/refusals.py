@@ -6,6 +6,7 @@ the loaded model, before it trains. Light to import.
 
 from collections.abc import Iterator
 
+from stages.data.templates import TEMPLATES
 from stages.errors import BadInput
 from stages.finetune.recipe import MOE_ROLES, Recipe, for_dense
 from stages.models.families import FAMILIES
@@ -27,6 +28,8 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     if recipe.steps is not None and recipe.warmup_steps > recipe.steps:
         reason = f"{recipe.warmup_steps} is more than the {recipe.steps} steps; lower it"
         yield "warmup_steps", reason
+    if recipe.head == "classification":
+        yield from _unheaded(recipe)
     for field in ("train", "freeze", "lora.roles"):
         roles = _roles(recipe, field)
         if len(set(roles)) < len(roles):
@@ -56,6 +59,19 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             yield field, "cannot reach the head, which alone is trained; set it to 0"
 
 
+def _unheaded(recipe: Recipe) -> Iterator[Problem]:
+    """What a classification head cannot be trained on, or with."""
+    first = TEMPLATES.get(recipe.data[0].template)
+    for index, train in enumerate(recipe.data):
+        template, field = TEMPLATES.get(train.template), f"data.{index}.template"
+        if train.template is None:
+            yield field, "is missing, and gives the head its labels; name one, or remove head"
+        elif template and first and tuple(template.labels) != tuple(first.labels):
+            yield field, "has other labels than the first train set's; a head has one set of them"
+    if recipe.adversarial is not None:
+        yield "adversarial", "cannot act before a classification head; remove one of them"
+
+
 def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
     """Knobs that this Mixture-of-Experts or dense model does not have.
 
@@ -69,6 +85,8 @@ def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
     entry = FAMILIES[facts.family]
     if recipe.adversarial is not None and not entry.packs:
         yield "adversarial", f"{facts.family} models cannot read packed sequences; remove it"
+    if recipe.head == "classification" and entry.encoder_decoder:
+        yield "head", f"{facts.family} models write their answers; remove it"
     if facts.architecture == "dense":
         return
     for field in ("train", "freeze", "lora.roles"):
@@ -84,7 +102,7 @@ def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
         yield "router.capacity", f"{reason}; remove it"
     if entry.index is None:
         unseen = {"router.top_k", "router.assignment", "experts.drop"}
-        if not entry.auxiliary_loss:
+        if not entry.auxiliary_loss or recipe.head == "classification":
             unseen.add("auxiliary_loss_weight")
         for field in moe_only(recipe):
             if field in unseen:

@@ -10,9 +10,13 @@ from stages.spec import RUN_TIME
 
 __all__ = ["FinetuneSpec", "Recipe", "TrainSet"]
 
+CURVE_FILE = "training_curve.parquet"
 EVIDENCE_FILE = "recipe_evidence.json"
 ROUTING_FIGURE = "routing.svg"
-"""Files beside the checkpoint; the figure for Mixture-of-Experts models only."""
+"""Of Mixture-of-Experts models only."""
+REMOVED_FILE = "removed_rows.parquet"
+FILES = (CURVE_FILE, EVIDENCE_FILE, ROUTING_FIGURE, REMOVED_FILE)
+"""What a fine-tune writes beside the checkpoint."""
 
 
 class FinetuneSpec(Recipe):

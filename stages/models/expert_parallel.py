@@ -246,7 +246,8 @@ def observe_blocks(model: PreTrainedModel) -> dict[str, Observation]:
         model(torch.randn(1, channels, size, size, generator=generator))
     else:
         tokens = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
-        model(tokens, labels=tokens, use_cache=False)  # labels: a decoder's input, if there is one
+        given = {"labels": tokens} if family(model).encoder_decoder else {}  # the decoder's input
+        model(tokens, **given, use_cache=False)
     for hook in hooks:
         hook.remove()
     return found

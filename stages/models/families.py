@@ -347,6 +347,12 @@ def family(model: "PreTrainedModel | PretrainedConfig | Mapping") -> Family:
     return FAMILIES[name]
 
 
+def head_of(model: "PreTrainedModel") -> "nn.Module | None":
+    """What turns the last hidden states into outputs: logits of the vocabulary, or of labels."""
+    head = model.get_output_embeddings()
+    return getattr(model, "score", None) if head is None else head
+
+
 def roles(model: "PreTrainedModel") -> dict[str, Role]:
     """The role of each parameter of a model, by its name in ``named_parameters``.
 
@@ -363,7 +369,7 @@ def roles(model: "PreTrainedModel") -> dict[str, Role]:
                 f"{entry.model_type}: no module {entry.router}; mend the entry in "
                 "stages/models/families.py for the installed transformers"
             )
-    head = None if entry.head else model.get_output_embeddings()
+    head = None if entry.head else head_of(model)
     if head is not None:
         modules[_path(model, head)] = "head"
     # Last, because a tied head's weight is listed under the embedding's name.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -225,4 +226,5 @@ class GPTNeoXMoeForCausalLM(GPTNeoXMoePreTrainedModel, GPTNeoXForCausalLM):
 
 
 AutoConfig.register("gpt_neox_moe", GPTNeoXMoeConfig)
+AutoModel.register(GPTNeoXMoeConfig, GPTNeoXMoeModel)
 AutoModelForCausalLM.register(GPTNeoXMoeConfig, GPTNeoXMoeForCausalLM)

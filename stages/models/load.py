@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -19,16 +20,21 @@ from transformers.initialization import no_init_weights
 
 from stages.errors import StageFailed
 from stages.models import gpt_neox_moe, vision_moe  # noqa: F401 - register the architectures
+from stages.models.classifier import is_classifier, register
 from stages.models.families import FAMILIES, family
 from stages.models.images import ImageProcessor, load_processor
 
 
 def auto_class(config: PretrainedConfig | Mapping) -> type:
-    """The class of transformers that makes a language model, or an image classifier, of a
-    configuration."""
-    if family(config).modality == "image":
+    """The class of transformers that makes a model of a configuration: a language model, a
+    classifier where the configuration's ``architectures`` say so, or an image classifier."""
+    entry = family(config)
+    if entry.modality == "image":
         return AutoModelForImageClassification
-    return AutoModelForSeq2SeqLM if family(config).encoder_decoder else AutoModelForCausalLM
+    if is_classifier(config):
+        register(entry.model_type)
+        return AutoModelForSequenceClassification
+    return AutoModelForSeq2SeqLM if entry.encoder_decoder else AutoModelForCausalLM
 
 
 def load(

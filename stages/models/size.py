@@ -4,7 +4,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stages.models.card import ModelCard
-from stages.models.families import family, roles
+from stages.models.families import family, head_of, roles
 from stages.models.images import tokens_per_image
 
 ADDED = ("cls_token", "position_embeddings")
@@ -44,7 +44,7 @@ def measure(model: PreTrainedModel, origin: str, notes: dict | None = None) -> M
         tokens = tokens_per_image(model)
         flops = 2 * (tokens * multiplied + head_size)
         notes |= {"tokens_per_image": tokens, "flops_per_image": flops}
-    elif id(head := model.get_output_embeddings().weight) in looked_up:
+    elif id(head := head_of(model).weight) in looked_up:
         multiplied += head.numel()
     return ModelCard(
         architecture="moe" if entry.is_moe else "dense",

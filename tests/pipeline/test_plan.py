@@ -24,7 +24,8 @@ SMOKE = Path(__file__).parents[2] / "sweeps" / "smoke.yaml"
 
 FIELDS = {
     DataSpec: (
-        {"task", "source", "format", "content", "columns", "labels", "splits", "rows", "seed"},
+        {"task", "source", "format", "content", "columns", "labels", "splits", "rows", "seed",
+         "corruption"},
         set()),
     SourceSpec: ({"source", "content", "seed"}, set()),
     UpcycleSpec: (
@@ -35,7 +36,8 @@ FIELDS = {
         {"data", "steps", "batch_size", "max_length", "learning_rate", "schedule", "warmup_steps",
          "weight_decay", "gradient_clipping", "auxiliary_loss_weight", "precision", "seed",
          "epochs", "warmup_ratio", "optimizer", "max_nonfinite_steps", "train", "freeze", "lora",
-         "alternate", "z_loss_weight", "router", "experts", "dropout", "adversarial", "until"},
+         "alternate", "z_loss_weight", "router", "experts", "dropout", "adversarial", "until",
+         "head"},
         {"workers", "expert_parallel", "micro_batch", "checkpoint_every", "deepspeed_config",
          "threads", "dropped", "out_of_memory_at"}),
     EvaluateSpec: (

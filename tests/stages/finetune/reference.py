@@ -3,7 +3,13 @@
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, get_linear_schedule_with_warmup
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    get_linear_schedule_with_warmup,
+)
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from stages.finetune.batches import global_batch, load_examples
 from stages.models.families import family
@@ -30,7 +36,7 @@ def plain(folder):
 def reference(spec, folder, inputs):
     """A plain PyTorch loop over padded micro-batches of the plain model: its curve and weights."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = plain(folder).train()
+    model = (plain(folder) if spec.head == "language_model" else headed(folder, spec)).train()
     entry, seq2seq = family(model), model.config.is_encoder_decoder
     examples = load_examples(spec, inputs, tokenizer, encoder_decoder=seq2seq)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -46,7 +52,10 @@ def reference(spec, folder, inputs):
         for start in range(0, spec.batch_size, spec.micro_batch):
             micro = batch[start : start + spec.micro_batch]
             balance = {"output_router_logits": True} if spec.auxiliary_loss_weight else {}
-            logits, labels, out = (_seq2seq if seq2seq else _causal)(model, micro, balance)
+            forward = _seq2seq if seq2seq else _causal
+            if spec.head == "classification":
+                forward = _classified
+            logits, labels, out = forward(model, micro, balance)
             nll = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), labels.flatten(), reduction="sum"
             )
@@ -66,6 +75,28 @@ def reference(spec, folder, inputs):
         optimizer.zero_grad()
     names = ["step", "loss", "gradient_norm", "learning_rate", "auxiliary_loss"]
     return pd.DataFrame(rows, columns=names), model.state_dict()
+
+
+def headed(folder, spec):
+    """transformers' classifier of the folder with the head that the seed draws."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(spec.labels))
+    generator = torch.Generator().manual_seed(spec.seed)
+    drawn = torch.randn(model.score.weight.shape, generator=generator)
+    model.score.weight.data = drawn * model.config.initializer_range
+    return model
+
+
+def _classified(model, micro, balance):
+    rows = [e.input_ids for e in micro]
+    ids = _filled(rows, model.config.pad_token_id)
+    mask = _filled([[1] * len(row) for row in rows], 0)
+    out, labels = model(input_ids=ids, attention_mask=mask), torch.tensor([e.label for e in micro])
+    if balance:
+        config = model.config
+        router_logits = model.model(input_ids=ids, attention_mask=mask, **balance).router_logits
+        out["aux_loss"] = load_balancing_loss_func(
+            router_logits, config.num_local_experts, config.num_experts_per_tok, mask)
+    return out.logits[:, None], labels[:, None], out
 
 
 def _causal(model, micro, balance):

@@ -37,6 +37,11 @@ SPEC = FinetuneSpec(
 MOE = SPEC.model_copy(update={"auxiliary_loss_weight": 0.05})
 
 
+HEAD = MOE.model_copy(
+    update={"data": MOE.data[:1], "head": "classification", "expert_parallel": 2}
+)
+
+
 def copy(spec, **changes):
     return spec.model_copy(update=changes)
 
@@ -67,6 +72,7 @@ def runs(models, data, tmp_path_factory):
     plan("other_layout", "mixtral", MOE, checkpoints=checkpoints)
     plan("qwen", "qwen2_moe", copy(MOE, expert_parallel=2))
     plan("dense", "llama", SPEC)
+    plan("head", "mixtral", HEAD)
     rung = tmp_path_factory.mktemp("rung")
     plan("until", "llama", copy(SPEC, until=2), checkpoints=rung)
     plan("past", "llama", copy(SPEC, until=1), checkpoints=rung)
@@ -95,6 +101,18 @@ def test_four_workers_with_two_copies_of_each_expert(models, data, tmp_path):
 
 def test_qwen_with_dense_layers_trains_as_a_plain_loop_does(runs, models, data):
     assert_same_training(runs / "qwen", MOE, models["qwen2_moe"], data)
+
+
+def test_a_classification_head_trains_as_a_plain_loop_does(runs, models, data):
+    """With experts spread, and with the load-balancing loss, which transformers' classifiers never
+    add to theirs."""
+    assert_same_training(runs / "head", HEAD, models["mixtral"], data)
+    evidence = json.loads((runs / "head" / "recipe_evidence.json").read_text())
+    assert evidence["parameters"]["trained"]["head"] == 2 * 64
+    head = {"labels": ["negative", "positive"], "drawn": True}
+    assert evidence["knobs"]["head"] == {"asked": "classification", "measured": head}
+    measured = evidence["knobs"]["auxiliary_loss_weight"]["measured"]
+    assert measured["router_gradient_norm"] > 1e-2
 
 
 def test_dense_model_trains_as_a_plain_loop_does(runs, models, data):
