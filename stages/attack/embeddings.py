@@ -50,13 +50,14 @@ def ascend(
     steps: int,
     restarts: int,
     generator: torch.Generator,
+    from_clean: bool = True,
 ) -> Perturbation:
     """Raise an objective within a ball of ``radius`` around each editable token's embedding.
 
     ``clean`` (n, D), ``editable`` booleans (n,). The objective maps inputs (B, n, D) to losses and
     margins (B,); the gradient of the losses is followed, normalised for each token, and the iterate
-    with the largest margin is kept, the clean input among them. The first restart starts there, the
-    others at random in the ball.
+    with the largest margin is kept. The first restart starts at the clean input (unless told not
+    to), which is thereby among them, the others at random in the ball.
     """
     mask = editable[:, None].to(clean)
     shape = (restarts, *clean.shape)
@@ -65,7 +66,8 @@ def ascend(
     if norm == "l2":
         length = torch.rand((*shape[:2], 1), generator=generator)
         start = start / start.norm(dim=-1, keepdim=True) * length
-    start[0] = 0
+    if from_clean:
+        start[0] = 0
     delta = radius * start.to(clean) * mask
     best = torch.zeros_like(clean), -torch.inf
     zero, seen = 0, 0

@@ -14,6 +14,7 @@ from stages.evaluate.harness import LmEval
 from stages.evaluate.language_modelling import Perplexity
 from stages.evaluate.open_questions import FalsePremises, OpenQuestion
 from stages.evaluate.out_of_distribution import AdversarialSets, OutOfDistribution
+from stages.evaluate.probes import ExpertInterventions, LocalLipschitz, RouterGeometry
 from stages.evaluate.safety import Refusal
 from stages.evaluate.text_attacks import TextAttacks
 from stages.evaluate.truthfulness import MultipleChoice
@@ -31,6 +32,9 @@ AnyEvaluation = Annotated[
     | OutOfDistribution
     | Perplexity
     | TextAttacks
+    | ExpertInterventions
+    | RouterGeometry
+    | LocalLipschitz
     | LmEval,
     Field(discriminator="kind"),
 ]

@@ -103,7 +103,7 @@ def score_node(
 
 def _absent(metric: Metric, scores: pd.DataFrame) -> bool:
     """Whether no example has the score that a metric on experts is the mean of."""
-    return scores[metric.column].isna().all()
+    return metric.column is not None and scores[metric.column].isna().all()
 
 
 def _collected(

@@ -7,12 +7,10 @@ from difflib import SequenceMatcher
 from functools import cached_property
 
 import torch
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.attack import edits, embeddings, gcg
 from stages.attack.objectives import Objective
-from stages.attack.questions import TOKENS_AT_ONCE, Question, Victim, margin
+from stages.attack.questions import TOKENS_AT_ONCE, Question, margin
 from stages.attack.text_spec import (
     GCG,
     AnyTextAttack,
@@ -21,12 +19,9 @@ from stages.attack.text_spec import (
     GreedyEdits,
     Homoglyphs,
 )
-from stages.data.templates import TEMPLATES
 from stages.errors import StageFailed
-from stages.evaluate.base import Request
-from stages.evaluate.scorer import encode, prompt
-from stages.evaluate.text_attacks import BUDGETS, SWAPS, TextAttacks
-from stages.models.families import family
+from stages.evaluate.asking import Asker
+from stages.evaluate.text_attacks import BUDGETS, SWAPS
 from stages.models.routes import hash_of, imposed
 from stages.models.routing import Routing, weighing
 from stages.probe.change import chance, routing_change
@@ -49,21 +44,8 @@ class Attempt:
     """Of a perturbation, in half distances to the nearest token's embedding."""
 
 
-class Attacker:
+class Attacker(Asker):
     """Everything about a model that its attacks share."""
-
-    def __init__(self, spec: TextAttacks, model: PreTrainedModel, tokenizer: Tokenizer):
-        if family(model).encoder_decoder:
-            raise StageFailed(
-                f"text_attacks: {model.config.model_type} is an encoder-decoder, and these attacks "
-                "are for decoders; leave it out"
-            )
-        self.spec, self.model, self.tokenizer = spec, model, tokenizer
-        self.victim = Victim(model)
-        template = TEMPLATES[spec.template]
-        self.labels = list(template.labels)
-        self.owners = tuple(self.labels.index(label) for label, _ in template.words)
-        self.words = tuple(word for _, word in template.words)
 
     def run(self, rows: Sequence[dict]) -> Iterator[dict]:
         """What every attack did to each row."""
@@ -112,34 +94,6 @@ class Attacker:
         pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         return [words[index] for value, index in pairs if value >= cosine]
 
-    def question(self, row: dict, text: str) -> Question:
-        """The row's prompt with another text in its place."""
-        context = row["before"] + text + row["after"]
-        request = Request(row["id"], context, self.words, chat=self.spec.chat)
-        longest = getattr(self.model.config, "max_position_embeddings", 1 << 30)
-        choices = encode(self.tokenizer, request, longest)
-        start = choices[0].start
-        heads = {tuple(choice.tokens[: choice.start]) for choice in choices}
-        if len(heads) > 1:
-            raise StageFailed(
-                f"template {self.spec.template}: its labels change the last tokens of the prompt "
-                f"(example {row['id']}); attack with labels that begin with a blank"
-            )
-        whole, special = prompt(self.tokenizer, request)
-        offsets = self.tokenizer(
-            whole.rstrip(), add_special_tokens=special, return_offsets_mapping=True, verbose=False
-        )["offset_mapping"][-start:]
-        begin = whole.index(context) + len(row["before"])
-        inside = [_within(whole, span, begin, begin + len(text)) for span in offsets]
-        device = self.model.device
-        return Question(
-            tokens=torch.tensor(choices[0].tokens[:start], device=device),
-            editable=torch.tensor(inside, device=device),
-            words=tuple(tuple(choice.tokens[start:]) for choice in choices),
-            answers=self.owners,
-            gold=self.labels.index(row["label"]),
-        )
-
     def _row(self, row: dict) -> dict:
         question = self.question(row, row["text"])
         clean = Attempt(self.victim.table[question.tokens], question, row["text"], 0)
@@ -149,7 +103,6 @@ class Attacker:
             batch = self.victim.routes(beside, question)[1]
         first = [r.only(torch.arange(len(r.logits)) < len(r.logits) // 2) for r in batch]
         found = {
-            "prompt": row["before"] + row["text"] + row["after"],
             "prediction": self.labels[int(answer.argmax())],
             "noise": routing_change(routes, first),
             "chance": chance(routes[0].logits.shape[-1], routes[0].experts.shape[-1])
@@ -370,10 +323,3 @@ def common(before: Sequence[int], after: Sequence[int]) -> tuple[torch.Tensor, t
     ]
     places = torch.tensor(pairs, dtype=torch.long).view(-1, 2)
     return places[:, 0], places[:, 1]
-
-
-def _within(whole: str, span: tuple[int, int], begin: int, end: int) -> bool:
-    """Whether a token stands for characters of the text alone, blanks at its start aside."""
-    first, last = span
-    first += len(whole[first:last]) - len(whole[first:last].lstrip())
-    return begin <= first < last <= end

@@ -5,7 +5,6 @@ example counts as robust only where none of the attacks changes its label to a w
 the routes of a Mixture-of-Experts model are recorded, before and under attack.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -14,12 +13,10 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from stages.attack.text_spec import AnyTextAttack, EmbeddingPGD, GradientAttack, GreedyEdits
-from stages.data.spec import Task
-from stages.data.templates import TEMPLATES
 from stages.evaluate import hygiene
-from stages.evaluate.base import Evaluation, Metric, Request, Response, mean_of
-from stages.evaluate.classification import check_labels
-from stages.evaluate.examples import qualified, results
+from stages.evaluate.base import Metric, Request, Response, mean_of
+from stages.evaluate.examples import results
+from stages.evaluate.labelled_texts import LabelledTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,76 +27,31 @@ SWAPS = {"clean_attacked": "clean input, attacked routes",
          "attacked_clean": "attacked input, clean routes"}  # fmt: skip
 
 
-class TextAttacks(Evaluation):
+class TextAttacks(LabelledTexts):
     """Robust accuracy over a closed set of labels, the worst of several attacks per example."""
 
     kind: Literal["text_attacks"] = "text_attacks"
-    dataset: str
-    split: str = "test"
-    template: str
-    """A name in ``stages/data/templates.py``; its last column is attacked."""
     attacks: Annotated[tuple[AnyTextAttack, ...], Field(min_length=1)]
     checked: Annotated[int, Field(ge=0)] = 8
     """Examples on which each attack is checked: with twice the effort, with other budgets and
     without a bound. 0 leaves the checks out that need further attacks."""
-    chat: bool = False
-    """Put the prompt through the tokenizer's chat template."""
-    seed: int = 0
 
     axis: ClassVar[str] = "adversarial"
     primary: ClassVar[str] = "robust_accuracy"
 
     @model_validator(mode="after")
     def _sound(self) -> "TextAttacks":
-        if self.technique is not None:
-            raise ValueError("technique has no effect on attacks that hold the model; remove it")
         labels = [attack.label for attack in self.attacks]
         if len(set(labels)) < len(labels):
             raise ValueError("two attacks have the same name; give each its own `name`")
         return self
 
-    def datasets(self) -> dict[str, str]:
-        """The one data set and the split that is attacked."""
-        return {self.dataset: self.split}
-
-    @property
-    def task(self) -> Task:
-        """The task of the data set, which is the template's."""
-        return TEMPLATES[self.template].task if self.template in TEMPLATES else "classification"
-
-    def tasks(self) -> dict[str, Task]:
-        """Data set to the task that it must be of."""
-        return {self.dataset: self.task}
-
-    def wordings(self) -> dict[str, str]:
-        """The template's hash."""
-        return {"template": TEMPLATES[self.template].hash}
-
     def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:
-        """One per example: the prompt in three parts, the middle one to be attacked."""
-        frame = data[self.dataset]
-        check_labels(self.dataset, frame["label"], self.template)
-        template = TEMPLATES[self.template]
-        before, after = template.prompt.split(f"{{{template.columns[-1]}}}", 1)
-        asked = []
-        for index, (id, row) in enumerate(
-            zip(qualified(self.dataset, frame["id"]), frame.to_dict("records"), strict=True)
-        ):
-            parts = {name: str(row[name]) for name in template.columns}
-            asked.append(
-                self.procedure_request(
-                    id,
-                    {
-                        "id": id,
-                        "before": _filled(before, parts),
-                        "text": parts[template.columns[-1]],
-                        "after": _filled(after, parts),
-                        "label": row["label"],
-                        "checked": index < self.checked,
-                    },
-                )
-            )
-        return asked
+        """One per example; the first ones are those that attacks are checked on."""
+        return [
+            self.procedure_request(row["id"], row | {"checked": index < self.checked})
+            for index, row in enumerate(self.rows(data[self.dataset]))
+        ]
 
     def procedure(
         self,
@@ -121,22 +73,15 @@ class TextAttacks(Evaluation):
         ``routing_change/A``, ``routing_change_random/A``, each also by layer. ``noise`` is the
         routing change of the same input in another batch, ``chance`` that of two random choices.
         """
-        frame = data[self.dataset]
-        ids = qualified(self.dataset, frame["id"])
-        found = results(ids, responses)
+        about = self.about(data)
         rows = []
-        for id, document, label, result in zip(
-            ids, qualified(self.dataset, frame["document"]), frame["label"], found, strict=True
+        for label, result in zip(
+            about["gold"], results(about["example_id"], responses), strict=True
         ):
             worst = max(self.attacks, key=lambda a, r=result: r["attacks"][a.label]["margin"])
             under = result["attacks"][worst.label]
             right = result["prediction"] == label
             row = {
-                "example_id": id,
-                "document": document,
-                "subset": "",
-                "prompt": result["prompt"],
-                "gold": label,
                 "prediction": under["prediction"],
                 "answer": under["text"],
                 "clean": float(right),
@@ -149,7 +94,7 @@ class TextAttacks(Evaluation):
             for attack in self.attacks:
                 row |= self._columns(attack.label, result, label, right)
             rows.append(row)
-        return pd.DataFrame(rows)
+        return pd.concat([about, pd.DataFrame(rows)], axis=1)
 
     def _columns(self, name: str, result: dict, label: str, right: bool) -> dict:
         under = result["attacks"][name]
@@ -271,10 +216,6 @@ def _same_budget(one: AnyTextAttack, other: AnyTextAttack) -> bool:
 
 def _routes(column: str, label: str, higher_is_better: bool = False) -> Metric:
     return mean_of(column, label=label, higher_is_better=higher_is_better, of_experts=True)
-
-
-def _filled(text: str, parts: dict[str, str]) -> str:
-    return re.sub(r"\{(\w+)\}", lambda match: parts[match[1]], text)
 
 
 def _mean(by_layer: dict[str, float]) -> float:

@@ -42,11 +42,18 @@ EVALUATIONS = {
         "dataset": "shop",
         "template": "sentiment",
         "attacks": [
-            {"kind": "embedding_pgd", "steps": 2},
-            {"kind": "gcg", "steps": 2, "candidates": 4, "routing": "joint"},
+            {"kind": "embedding_pgd", "steps": 1, "restarts": 1},
+            {"kind": "gcg", "steps": 1, "candidates": 2, "routing": "joint"},
             {"kind": "homoglyphs", "edits": 1},
         ],
-        "checked": 1,
+        "checked": 0,
+    },
+    "expert_interventions": {
+        "dataset": "shop", "template": "sentiment", "substitutions": ["random"], "prune": [1]
+    },
+    "router_geometry": {"dataset": "shop", "template": "sentiment", "steps": 1},
+    "local_lipschitz": {
+        "dataset": "shop", "template": "sentiment", "steps": 1, "restarts": 1, "samples": 2
     },
 }  # fmt: skip
 
@@ -93,7 +100,7 @@ def inputs(tmp_path_factory):
         for split in ("train", "test"):
             table.to_parquet(root / name / f"{split}.parquet")
     tokenizer = tiny_tokenizer()
-    tiny_model("llama", tokenizer, seed=0).save_pretrained(root / "checkpoint")
+    tiny_model("mixtral", tokenizer, seed=0).save_pretrained(root / "checkpoint")
     tokenizer.save_pretrained(root / "checkpoint")
     return {"checkpoint": root / "checkpoint"} | {f"data/{name}": root / name for name in tables}
 
@@ -111,11 +118,12 @@ def test_each_kind_runs_from_files_to_a_summary(kind, inputs, tmp_path):
     assert scores["example_id"].is_unique
     summary = json.loads((tmp_path / "summary.json").read_text())
     evaluation = spec(kind).evaluation
-    assert list(summary) == [m.name for m in evaluation.metrics() if not m.of_experts]
+    assert list(summary) == [metric.name for metric in evaluation.metrics()]
     assert list(summary)[0] == evaluation.primary
     assert evaluation.axis in AXES
     for name, row in summary.items():
-        if name.startswith("success/"):  # of those that were right, who may be none
+        # Of those that were right, of those that a linear map can fit: there may be none.
+        if name.startswith(("success/", "smoothness")):
             continue
         assert row["ci_low"] <= row["value"] <= row["ci_high"]
         assert row["n"] in (6, 12, 18)

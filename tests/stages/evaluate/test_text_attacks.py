@@ -18,7 +18,6 @@ from stages.evaluate.shards import plan_shards
 from stages.evaluate.text_attacking import common, variants
 from stages.evaluate.text_attacks import TextAttacks
 from stages.models.card import ModelCard
-from stages.models.families import FAMILIES
 from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.statistics import summarise
 
@@ -126,7 +125,8 @@ def test_neither_shards_nor_neighbours_change_a_row(scores, engines, data):
 def test_the_checks_of_an_attack_are_attacks(engines, data):
     brief = [attack | {"steps": 2} if "steps" in attack else attack for attack in ATTACKS[:4]]
     evaluation = spec(attacks=brief, checked=2)
-    scores = scores_of(engines["mixtral"], evaluation, data)
+    three = {"shop": data["shop"].head(3)}
+    scores = scores_of(engines["mixtral"], evaluation, three)
     report = pd.DataFrame(evaluation.checks(scores))
     found = set(zip(report["attack"], report["check"], strict=True))
     assert {("embedding_pgd", c) for c in (
@@ -135,7 +135,7 @@ def test_the_checks_of_an_attack_are_attacks(engines, data):
     assert {("gcg", "twice the steps"), ("deep_word_bug", "monotone")} <= found
     assert ("deep_word_bug", "gradients") not in found
     assert set(report.loc[report["check"] == "unbounded", "n"]) == {2}
-    assert set(report.loc[report["check"] == "gradients", "n"]) == {4}
+    assert set(report.loc[report["check"] == "gradients", "n"]) == {3}
     curves = summarise(scores, evaluation.curves(scores))
     assert {"check/gcg/budget 1", "check/gcg/budget 4", "check/embedding_pgd/budget 0.125"} <= set(
         curves)
@@ -232,11 +232,10 @@ def test_variants_and_common_tokens_by_hand():
 def test_bad_settings_are_refused():
     with pytest.raises(ValidationError, match="two attacks have the same name"):
         spec(attacks=[ATTACKS[0], ATTACKS[0]])
-    with pytest.raises(ValidationError, match="technique has no effect on attacks"):
+    with pytest.raises(ValidationError, match="technique has no effect on an evaluation"):
         spec(technique={"kind": "dola"})
     with pytest.raises(ValidationError, match="union_tag_invalid"):
         spec(attacks=[{"kind": "textfooler"}])
     assert json.loads(spec().requests({"shop": pd.DataFrame(
         {"id": ["0"], "text": ["{text} {label}"], "label": ["positive"]})})[0].row)[
         "text"] == "{text} {label}"
-    assert FAMILIES["t5"].encoder_decoder

@@ -1,0 +1,68 @@
+"""Labelled texts put to a loaded model by procedures: prompts as tokens, and which may change."""
+
+import torch
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from stages.attack.questions import Question, Victim
+from stages.data.templates import TEMPLATES
+from stages.errors import StageFailed
+from stages.evaluate.base import Request
+from stages.evaluate.labelled_texts import LabelledTexts
+from stages.evaluate.scorer import encode, prompt
+from stages.models.families import family
+
+
+class Asker:
+    """A model, its tokenizer and the words that it may answer with.
+
+    Raises StageFailed for an encoder-decoder.
+    """
+
+    def __init__(self, spec: LabelledTexts, model: PreTrainedModel, tokenizer: Tokenizer):
+        if family(model).encoder_decoder:
+            raise StageFailed(
+                f"{spec.kind}: {model.config.model_type} is an encoder-decoder, and this is for "
+                "decoders; leave it out"
+            )
+        self.spec, self.model, self.tokenizer = spec, model, tokenizer
+        self.victim = Victim(model)
+        template = TEMPLATES[spec.template]
+        self.labels = list(template.labels)
+        self.owners = tuple(self.labels.index(label) for label, _ in template.words)
+        self.words = tuple(word for _, word in template.words)
+
+    def question(self, row: dict, text: str) -> Question:
+        """The row's prompt with another text in its place."""
+        context = row["before"] + text + row["after"]
+        request = Request(row["id"], context, self.words, chat=self.spec.chat)
+        longest = getattr(self.model.config, "max_position_embeddings", 1 << 30)
+        choices = encode(self.tokenizer, request, longest)
+        start = choices[0].start
+        heads = {tuple(choice.tokens[: choice.start]) for choice in choices}
+        if len(heads) > 1:
+            raise StageFailed(
+                f"template {self.spec.template}: its labels change the last tokens of the prompt "
+                f"(example {row['id']}); attack with labels that begin with a blank"
+            )
+        whole, special = prompt(self.tokenizer, request)
+        offsets = self.tokenizer(
+            whole.rstrip(), add_special_tokens=special, return_offsets_mapping=True, verbose=False
+        )["offset_mapping"][-start:]
+        begin = whole.index(context) + len(row["before"])
+        inside = [_within(whole, span, begin, begin + len(text)) for span in offsets]
+        device = self.model.device
+        return Question(
+            tokens=torch.tensor(choices[0].tokens[:start], device=device),
+            editable=torch.tensor(inside, device=device),
+            words=tuple(tuple(choice.tokens[start:]) for choice in choices),
+            answers=self.owners,
+            gold=self.labels.index(row["label"]),
+        )
+
+
+def _within(whole: str, span: tuple[int, int], begin: int, end: int) -> bool:
+    """Whether a token stands for characters of the text alone, blanks at its start aside."""
+    first, last = span
+    first += len(whole[first:last]) - len(whole[first:last].lstrip())
+    return begin <= first < last <= end

@@ -1,0 +1,285 @@
+"""Probes of the experts: what a model's answers owe to which expert takes which token.
+
+Each holds the model while it answers labelled texts, and leaves one score row per example. What is
+about experts alone is compared between a model before and after a recipe.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import Field, model_validator
+
+from stages.evaluate.base import Metric, Request, Response, mean_of
+from stages.evaluate.examples import difference, results
+from stages.evaluate.labelled_texts import LabelledTexts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Substitution = Literal["next_ranked", "random", "drop_first", "drop_output", "permuted"]
+Prune = Literal["least_used", "most_used", "random"]
+WAYS: tuple[Prune, ...] = ("least_used", "most_used", "random")
+
+
+class ExpertInterventions(LabelledTexts):
+    """Accuracy with other experts than those that the router chose.
+
+    ``next_ranked``: ranks K + 1 to 2K; ``random``: K drawn ones; ``drop_first``: the best adds
+    nothing; ``drop_output``: none adds anything, which tells whether the layer matters at all;
+    ``permuted``: the experts of each layer change places.
+    """
+
+    kind: Literal["expert_interventions"] = "expert_interventions"
+    substitutions: tuple[Substitution, ...] = (
+        "next_ranked", "random", "drop_first", "drop_output", "permuted"
+    )  # fmt: skip
+    shares: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (1.0,)
+    """Shares of the tokens that are substituted in every layer."""
+    weights: Literal["by_rank", "by_logits"] = "by_rank"
+    """Of the experts that are put in: those of the ones in whose place they stand, or what the
+    router would give them."""
+    top_k: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Other numbers of experts per token."""
+    prune: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Experts that are taken out of every layer: so many of the least used, of the most used, and
+    random ones; their tokens go to the best of the rest."""
+    calibration_split: str = "train"
+    """Split of the same data set on which usage is counted."""
+    calibration_rows: Annotated[int, Field(ge=1)] = 16
+    random_masks: Annotated[int, Field(ge=0)] = 0
+    """Criticality of each layer's router: the largest rise of the loss over so many random masks of
+    half its experts (after RoSais, arXiv 2602.08621)."""
+
+    axis: ClassVar[str] = "adversarial"
+    primary: ClassVar[str] = "intervened_accuracy"
+
+    @model_validator(mode="after")
+    def _something_is_done(self) -> "ExpertInterventions":
+        if not self.interventions:
+            raise ValueError("no intervention is named; give substitutions, top_k or prune")
+        return self
+
+    @property
+    def interventions(self) -> list[str]:
+        """Names of all interventions."""
+        return [
+            *(f"{name}@{share:g}" for name in self.substitutions for share in self.shares),
+            *(f"top_{count}" for count in self.top_k),
+            *(f"prune_{which}_{count}" for count in self.prune for which in WAYS),
+        ]
+
+    def sources(self) -> dict[str, tuple[str, str]]:
+        """The scored split and, where usage is needed, the one that it is counted on."""
+        usage = {self._usage: (self.dataset, self.calibration_split)} if self.prune else {}
+        return super().sources() | usage
+
+    @property
+    def _usage(self) -> str:
+        return f"{self.dataset}#{self.calibration_split}"
+
+    def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:
+        """One per example, with the texts that usage is counted on."""
+        texts = {}
+        if self.prune:
+            texts = {"calibration": self.rows(data[self._usage].head(self.calibration_rows))}
+        return [
+            self.procedure_request(row["id"], row | texts) for row in self.rows(data[self.dataset])
+        ]
+
+    def procedure(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        rows: Sequence[dict],
+    ) -> Iterable[dict]:
+        """The answers under each intervention (``probing.py``)."""
+        from stages.evaluate.probing import Intervenor
+
+        return Intervenor(self, model, tokenizer).run(rows)
+
+    def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
+        """One row per example: ``correct`` and ``loss`` as the model is; for each intervention I
+        ``correct/I``, ``loss/I`` (its rise) and ``changed/I``; for each layer
+        ``criticality/LAYER``."""
+        about, rows = self.about(data), []
+        for label, found in zip(
+            about["gold"], results(about["example_id"], responses), strict=True
+        ):
+            plain = found["prediction"]
+            row = {"prediction": plain, "answer": "", "correct": float(plain == label),
+                   "loss": found["loss"]}  # fmt: skip
+            for name, other in found["interventions"].items():
+                row[f"correct/{name}"] = float(other["prediction"] == label)
+                row[f"changed/{name}"] = float(other["prediction"] != plain)
+                row[f"loss/{name}"] = other["loss"] - found["loss"]
+            for layer, rise in found["criticality"].items():
+                row[f"criticality/{layer}"] = rise
+            rows.append(row)
+        return pd.concat([about, pd.DataFrame(rows)], axis=1)
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """Accuracy as the model is and under each intervention; predictions changed, loss added."""
+        experts = {"of_experts": True}
+        found = []
+        for name in self.interventions:
+            title = name.replace("_", " ")
+            lower = {"higher_is_better": False} | experts
+            found += [
+                mean_of(f"correct/{name}", label=f"accuracy, {title}", **experts),
+                mean_of(f"changed/{name}", label=f"predictions changed, {title}", **lower),
+                mean_of(f"loss/{name}", label=f"loss added, {title}", **lower),
+            ]
+        accuracies = found[::3]
+        mean = difference(
+            self.primary, accuracies, [], label="accuracy, mean of interventions", **experts
+        )  # fmt: skip
+        return (mean, mean_of("correct", "accuracy", **experts), *found)
+
+    def curves(self, scores: pd.DataFrame) -> tuple[Metric, ...]:
+        """The criticality of each layer."""
+        return tuple(mean_of(c) for c in scores if c.startswith("criticality/"))
+
+
+GEOMETRY = {
+    "disagreement": "disagreement of the two best experts",
+    "disagreement_next": "disagreement of ranks K and K + 1",
+    "disagreement_random": "disagreement of random experts",
+    "cosine": "cosine of the two best experts",
+    "router_margin": "margin of the two best probabilities",
+    "logit_margin": "logit margin of the choice",
+    "entropy": "entropy of the router",
+    "radius_l2": "certified radius of the choice, l2",
+    "radius_linf": "certified radius of the choice, l-infinity",
+    "jump": "jump of the output at a tie",
+    "routing_term": "routing term",
+    "smoothness": "dense over expert Lipschitz, minimum-norm fits",
+    "smoothness_random": "the same, tokens dealt out at random",
+}
+
+
+class RouterGeometry(LabelledTexts):
+    """Margins and certified radii of routers, disagreement of experts, and what they explain.
+
+    Means over the tokens of the prompt, averaged over layers. Radii are in units of the router's
+    own input and certify one layer, not the model.
+    """
+
+    kind: Literal["router_geometry"] = "router_geometry"
+    epsilon: Annotated[float, Field(gt=0)] = 0.1
+    """Radius of an attack on the embeddings (``embedding_pgd``) whose loss rise the routing term is
+    correlated with."""
+    steps: Annotated[int, Field(ge=1)] = 5
+
+    axis: ClassVar[str] = "adversarial"
+    primary: ClassVar[str] = "disagreement"
+
+    def procedure(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        rows: Sequence[dict],
+    ) -> Iterable[dict]:
+        """Means by layer (``probing.py``)."""
+        from stages.evaluate.probing import Surveyor
+
+        return Surveyor(self, model, tokenizer).run(rows)
+
+    def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
+        """One row per example: each quantity Q of ``GEOMETRY``, ``Q/LAYER`` by layer, and
+        ``loss_rise`` under the attack."""
+        about, rows = self.about(data), []
+        for found in results(about["example_id"], responses):
+            row = {"prediction": found["prediction"], "answer": "", "loss_rise": found["loss_rise"]}
+            for name in GEOMETRY:
+                layers = {f"{name}/{k}": v[name] for k, v in found["layers"].items() if name in v}
+                values = np.array([v for v in layers.values() if not np.isnan(v)])
+                row[name] = float(values.mean()) if len(values) else np.nan
+                row |= layers
+            rows.append(row)
+        return pd.concat([about, pd.DataFrame(rows)], axis=1)
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """The mean of every quantity, and the correlation of the routing term with the loss."""
+        lower = {"disagreement", "disagreement_next", "jump", "routing_term"}
+        return (
+            *(
+                mean_of(name, label=label, higher_is_better=name not in lower, of_experts=True)
+                for name, label in GEOMETRY.items()
+            ),
+            correlation("routing_term", "loss_rise", "routing term with loss under attack"),
+        )
+
+    def curves(self, scores: pd.DataFrame) -> tuple[Metric, ...]:
+        """Every quantity by layer."""
+        return tuple(mean_of(c) for c in scores if c.split("/")[0] in GEOMETRY and "/" in c)
+
+
+class LocalLipschitz(LabelledTexts):
+    """How steeply the answers change with the embeddings, with routes free and frozen.
+
+    Lower bounds of the Lipschitz constant around each text, of the log-probabilities of the
+    answers; l2 norms.
+    """
+
+    kind: Literal["local_lipschitz"] = "local_lipschitz"
+    radius: Annotated[float, Field(gt=0)] = 0.1
+    """Of each token's ball, in median norms of a token's embedding."""
+    steps: Annotated[int, Field(ge=1)] = 10
+    restarts: Annotated[int, Field(ge=1)] = 2
+    samples: Annotated[int, Field(ge=1)] = 16
+    """Random directions."""
+
+    axis: ClassVar[str] = "adversarial"
+    primary: ClassVar[str] = "lipschitz"
+
+    def procedure(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        rows: Sequence[dict],
+    ) -> Iterable[dict]:
+        """Slopes around each text (``probing.py``)."""
+        from stages.evaluate.probing import Climber
+
+        return Climber(self, model, tokenizer).run(rows)
+
+    def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
+        """One row per example: ``lipschitz`` found by ascent, ``lipschitz_random``, ``jacobian``;
+        of a model with experts also with each token kept at its experts (``lipschitz_frozen``), the
+        ratio to that (``routing_share``) and with the weights kept as well (``jacobian_frozen``).
+        """
+        about = self.about(data)
+        found = pd.DataFrame(results(about["example_id"], responses)).assign(answer="")
+        found["routing_share"] = found["lipschitz"] / found["lipschitz_frozen"]
+        return pd.concat([about, found], axis=1)
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """Means over the examples."""
+        lower = {"higher_is_better": False}
+        experts = lower | {"of_experts": True}
+        return (
+            mean_of("lipschitz", label="local Lipschitz constant, found", **lower),
+            mean_of("lipschitz_random", label="the same, random directions", **lower),
+            mean_of("jacobian", label="norm of the Jacobian", **lower),
+            mean_of("lipschitz_frozen", label="found with experts frozen", **experts),
+            mean_of("routing_share", label="found, free over frozen", **experts),
+            mean_of("jacobian_frozen", label="norm of the Jacobian, routes frozen", **experts),
+        )
+
+
+def correlation(one: str, other: str, label: str) -> Metric:
+    """Pearson's correlation of two score columns, of experts."""
+
+    def statistics(scores: pd.DataFrame) -> np.ndarray:
+        there = (scores[one].notna() & scores[other].notna()).to_numpy()
+        x, y = (np.where(there, scores[c].to_numpy(dtype=float), 0.0) for c in (one, other))
+        return np.stack([there.astype(float), x, y, x * x, y * y, x * y], axis=1)
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y))
+
+    return Metric(f"correlation_{one}_{other}", statistics, value, label=label, of_experts=True)

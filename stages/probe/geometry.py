@@ -1,0 +1,160 @@
+"""What a router's decision hangs on: margins, certified radii, and how much the experts differ.
+
+Shape letters: T tokens, D hidden size, E experts, K chosen experts.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from stages.errors import StageFailed
+from stages.models.families import family
+from stages.models.routes import routed, selected
+from stages.models.routing import Routing, blocks
+
+Expert = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""The output (T, D) of one expert (T,) for each hidden state (T, D), unweighted."""
+
+
+@dataclass
+class Watched:
+    """One sparse block in one pass."""
+
+    routing: Routing
+    hidden: torch.Tensor
+    """Inputs of the experts, (T, D)."""
+    scorers: torch.Tensor | None
+    """Rows of the router's matrix (E, D), where its logits are their products with the inputs but
+    for a constant each; else None."""
+    expert: Expert
+
+
+@contextmanager
+def watched(model: PreTrainedModel) -> Iterator[list[Watched]]:
+    """The list is filled with every sparse block of the passes made inside.
+
+    Raises StageFailed for a family whose experts are not called with the choice.
+    """
+    entry = family(model)
+    if not entry.is_moe or entry.index is None:
+        raise StageFailed(
+            f"{model.config.model_type}: has no experts that can be asked one by one; probe a "
+            "Mixture-of-Experts model of another family"
+        )
+    found, inputs, hooks = [], {}, []
+    of = blocks(model)
+    for path, (_, experts) in of.items():
+        hooks.append(
+            experts.register_forward_pre_hook(
+                lambda module, args, path=path: inputs.__setitem__(path, args[0])
+            )
+        )
+    try:
+        with routed(model) as routes:
+            yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for routing in routes:
+        router, experts = of[routing.layer]
+        hidden = inputs[routing.layer]
+        found.append(Watched(routing, hidden, _scorers(router, hidden, routing), _one(experts)))
+
+
+def _one(experts: nn.Module) -> Expert:
+    def output(hidden: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        return experts.forward(hidden, numbers[:, None], hidden.new_ones(len(hidden), 1))
+
+    return output
+
+
+def _scorers(router: nn.Module, hidden: torch.Tensor, routing: Routing) -> torch.Tensor | None:
+    """The router's matrix, checked: logits minus products must be the same for every token."""
+    experts = routing.logits.shape[-1]
+    for parameter in router.parameters():
+        if parameter.shape == (experts, hidden.shape[-1]):
+            rest = routing.logits.float() - hidden.float() @ parameter.float().T
+            if (rest - rest[:1]).abs().max() <= 1e-3 * routing.logits.abs().max():
+                return parameter.detach().float()
+    return None
+
+
+def margins(routing: Routing) -> dict[str, torch.Tensor]:
+    """Per token (T,): ``router_margin``, the first minus the second probability; ``logit_margin``,
+    the smallest logit chosen minus the largest not chosen; ``entropy`` of the probabilities, nats.
+    """
+    probabilities = routing.logits.float().softmax(-1)
+    first, second = probabilities.topk(2, -1).values.unbind(-1)
+    chosen = selected(routing)
+    inside = routing.logits.masked_fill(~chosen, torch.inf).amin(-1)
+    outside = routing.logits.masked_fill(chosen, -torch.inf).amax(-1)
+    return {
+        "router_margin": first - second,
+        "logit_margin": inside - outside,
+        "entropy": torch.special.entr(probabilities).sum(-1),
+    }
+
+
+def radii(routing: Routing, scorers: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How far a block's input may move before its set of experts can change, (T,).
+
+    ``radius_l2`` and ``radius_linf``: the least over pairs of a chosen and another expert of the
+    difference of their logits over the dual norm of that of their rows (E, D). Exact for a linear
+    router that takes the largest logits; NaN for tokens whose choice is not that.
+    """
+    logits, chosen = routing.logits.double(), selected(routing)
+    count = chosen.sum(-1)
+    largest = torch.zeros_like(chosen).scatter(-1, logits.topk(int(count.max()), -1).indices, True)
+    plain = (largest == chosen).all(-1)
+    gaps = logits[:, :, None] - logits[:, None, :]  # (T, E, E)
+    pairs = chosen[:, :, None] & ~chosen[:, None, :]
+    found = {}
+    for name, dual in (("radius_l2", 2), ("radius_linf", 1)):
+        lengths = (scorers[:, None] - scorers[None]).double().norm(p=dual, dim=-1)
+        least = (gaps / lengths).masked_fill(~pairs, torch.inf).amin((1, 2))
+        found[name] = torch.where(plain, least, torch.nan)
+    return found
+
+
+def differences(watched: Watched, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """How different the experts are that a token could have gone to, (T,).
+
+    ``disagreement``: distance of the two best experts' outputs over the mean of their lengths, with
+    their ``cosine``; ``disagreement_next``: of ranks K and K + 1; ``disagreement_random``: of two
+    drawn ones. ``jump``: what the output changes by when rank K gives way to K + 1, the weight of
+    rank K times the distance of their outputs. ``routing_term``: product of the weights of the two
+    best, the distance of their outputs and the distance of their rows in the router.
+    """
+    routing, hidden = watched.routing, watched.hidden
+    logits = routing.logits.float()
+    order = routing.weights.argsort(-1, descending=True)
+    ranked, weights = routing.experts.gather(-1, order), routing.weights.gather(-1, order).float()
+    others = logits.masked_fill(selected(routing), -torch.inf).argmax(-1)
+    last = ranked[:, -1]
+    single = ranked.shape[1] == 1
+    first, second = ranked[:, 0], others if single else ranked[:, 1]
+    drawn = torch.rand(logits.shape, generator=generator).to(logits.device).topk(2, -1).indices
+    outputs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
+        name: tuple(watched.expert(hidden, numbers).float() for numbers in pair)
+        for name, pair in {
+            "": (first, second), "_next": (last, others), "_random": tuple(drawn.unbind(-1)),
+        }.items()
+    }  # fmt: skip
+    found = {}
+    for name, (one, other) in outputs.items():
+        mean = (one.norm(dim=-1) + other.norm(dim=-1)) / 2
+        found[f"disagreement{name}"] = (one - other).norm(dim=-1) / mean
+    found["cosine"] = torch.cosine_similarity(*outputs[""], dim=-1)
+    one, other = outputs["_next"]
+    found["jump"] = weights[:, -1] * (one - other).norm(dim=-1)
+    if watched.scorers is not None:
+        rows = (watched.scorers[first] - watched.scorers[second]).norm(dim=-1)
+        probabilities = logits.softmax(-1)
+        beside = probabilities.gather(-1, second[:, None])[:, 0] if single else weights[:, 1]
+        distance = (outputs[""][0] - outputs[""][1]).norm(dim=-1)
+        found["routing_term"] = weights[:, 0] * beside * distance * rows
+    return found

@@ -1,0 +1,155 @@
+"""Probes on a tiny model: each number against the model asked by hand."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from pydantic import ValidationError
+
+from stages.errors import StageFailed
+from stages.evaluate.base import Request
+from stages.evaluate.decoding import expert_count
+from stages.evaluate.engine import Engine
+from stages.evaluate.probes import (
+    GEOMETRY,
+    ExpertInterventions,
+    LocalLipschitz,
+    RouterGeometry,
+    correlation,
+)
+from stages.evaluate.probing import Intervenor
+from stages.evaluate.scorer import score
+from stages.evaluate.techniques import ExpertCount
+from stages.models.routes import routed, without_output
+from stages.models.tiny import tiny_model, tiny_tokenizer
+
+SHOP = {"dataset": "shop", "template": "sentiment"}
+TEXTS = ["Great little thing", "Awful dull thing", "A nice warm day", "Not my day"]
+WORDS = (" negative", " positive")
+
+
+@pytest.fixture(scope="module")
+def data():
+    ids = [str(n) for n in range(len(TEXTS))]
+    rows = pd.DataFrame(
+        {"id": ids, "document": ids, "text": TEXTS, "label": ["positive", "negative"] * 2})
+    train = rows.assign(text=[text[::-1] for text in TEXTS])
+    return {"shop": rows, "shop#train": train}
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    made = {}
+    for name in ("mixtral", "llama"):
+        folder, tokenizer = tmp_path_factory.mktemp(name), tiny_tokenizer()
+        tiny_model(name, tokenizer, seed=0).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        made[name] = Engine(folder)
+    return made
+
+
+def scores_of(engine, evaluation, data):
+    responses = {r.id: r for r in engine.respond(evaluation.requests(data))}
+    return evaluation.score(data, responses)
+
+
+def asked(engine):
+    """Prediction and cross-entropy of each text, by the scorer."""
+    requests = [Request(str(i), f"Text: {t}\nSentiment:", WORDS) for i, t in enumerate(TEXTS)]
+    logprobs = torch.tensor(
+        [r.logprobs for r in score(engine.model, engine.tokenizer, requests, packed=False)])
+    gold = torch.tensor([1, 0, 1, 0])
+    right = (logprobs.argmax(1) == gold).double().tolist()
+    return right, -logprobs.log_softmax(1)[torch.arange(4), gold]
+
+
+def test_interventions_are_what_the_model_says_under_them(engines, data):
+    engine = engines["mixtral"]
+    evaluation = ExpertInterventions(
+        **SHOP, shares=(0.5, 1.0), top_k=(1, 2, 4), prune=(1,), calibration_rows=2, random_masks=2)
+    scores = scores_of(engine, evaluation, data)
+    right, loss = asked(engine)
+    assert scores["correct"].tolist() == right
+    assert np.allclose(scores["loss"], loss, atol=1e-4)
+    with routed(engine.model, without_output()):
+        right_without, loss_without = asked(engine)
+    assert scores["correct/drop_output@1"].tolist() == right_without
+    assert np.allclose(scores["loss/drop_output@1"], loss_without - loss, atol=1e-4)
+    # K as it is configured changes nothing.
+    assert np.allclose(scores["loss/top_2"], 0, atol=1e-5)
+    with expert_count(engine.model, ExpertCount(kind="expert_count", top_k=1)):
+        _, loss_one = asked(engine)
+    assert np.allclose(scores["loss/top_1"], loss_one - loss, atol=1e-4)
+    names = evaluation.interventions
+    assert len(names) == 5 * 2 + 3 + 3
+    accuracies = scores[[f"correct/{name}" for name in names]].to_numpy()
+    mean = evaluation.metrics()[0]
+    assert mean.name == evaluation.primary
+    assert mean.value(mean.statistics(scores).sum(0)) == pytest.approx(accuracies.mean())
+    layers = [c for c in scores if c.startswith("criticality/")]
+    assert len(layers) == 4 == len(evaluation.curves(scores))
+    # A mask of half the experts and no mask differ.
+    assert scores[layers].abs().to_numpy().max() > 1e-4
+    assert evaluation.of_experts
+
+
+def test_pruning_follows_the_usage_in_the_calibration_texts(engines, data):
+    engine = engines["mixtral"]
+    evaluation = ExpertInterventions(
+        **SHOP, substitutions=(), prune=(1,), calibration_rows=2)
+    rows = [json.loads(request.row) for request in evaluation.requests(data)]
+    assert [text["text"] for text in rows[0]["calibration"]] == [t[::-1] for t in TEXTS[:2]]
+    used = Intervenor(evaluation, engine.model, engine.tokenizer)._usage(rows[0])
+    assert used.shape == (4, 4) and torch.allclose(used.sum(1), torch.tensor(2.0))
+    assert evaluation.sources()["shop#train"] == ("shop", "train")
+    assert "shop#train" not in ExpertInterventions(**SHOP).sources()
+
+
+def test_geometry_is_averaged_over_layers(engines, data):
+    evaluation = RouterGeometry(**SHOP, steps=2)
+    scores = scores_of(engines["mixtral"], evaluation, data)
+    for name in GEOMETRY:
+        if name.startswith("smoothness"):
+            continue
+        layers = [c for c in scores if c.startswith(f"{name}/")]
+        assert len(layers) == 4
+        assert np.allclose(scores[layers].mean(axis=1), scores[name])
+    assert (scores["radius_linf"] < scores["radius_l2"]).all()
+    assert scores["router_margin"].between(0, 1).all()
+    assert scores["entropy"].between(0, np.log(4)).all()
+    # Ascent on the loss raises it.
+    assert scores["loss_rise"].ge(0).all() and scores["loss_rise"].gt(0).any()
+    ratio = scores["smoothness"].dropna()
+    assert len(ratio) and ratio.ge(1 - 1e-6).all()
+
+
+def test_slopes_around_a_text(engines, data):
+    evaluation = LocalLipschitz(**SHOP, steps=4, samples=4)
+    scores = scores_of(engines["mixtral"], evaluation, data)
+    assert (scores["lipschitz"] > scores["lipschitz_random"]).all()
+    assert scores[["jacobian", "lipschitz_frozen", "jacobian_frozen"]].gt(0).all(axis=None)
+    assert not np.allclose(scores["jacobian"], scores["jacobian_frozen"], rtol=1e-3)
+    assert np.allclose(scores["routing_share"], scores["lipschitz"] / scores["lipschitz_frozen"])
+    dense = scores_of(engines["llama"], evaluation, data)
+    assert dense["lipschitz"].gt(0).all() and dense["lipschitz_frozen"].isna().all()
+    assert not evaluation.of_experts
+
+
+def test_the_correlation_is_pearsons():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"a": rng.normal(size=50), "b": rng.normal(size=50)})
+    table["b"] += table["a"]
+    table.loc[3, "a"] = np.nan
+    metric = correlation("a", "b", "")
+    found = metric.value(metric.statistics(table).sum(0))
+    assert found == pytest.approx(table["a"].corr(table["b"]))
+
+
+def test_dense_models_and_empty_probes_are_refused(engines, data):
+    for evaluation in (ExpertInterventions(**SHOP), RouterGeometry(**SHOP)):
+        with pytest.raises(StageFailed, match="llama.* has no experts"):
+            scores_of(engines["llama"], evaluation, data)
+    with pytest.raises(ValidationError, match="no intervention is named"):
+        ExpertInterventions(**SHOP, substitutions=())
