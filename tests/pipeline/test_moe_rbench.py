@@ -63,7 +63,7 @@ style_ood/t5 t5-base 1e-4 128 4 step 0.1 0 - bf16
 
 @pytest.fixture(scope="module")
 def planned():
-    """The fine-tune specs of each file by script and model."""
+    """The fine-tune nodes of each file by script and model."""
     connect, socket.socket.connect = socket.socket.connect, _refuse
     try:
         found = {}
@@ -74,7 +74,7 @@ def planned():
             for name, recipe in sweep.recipes.items():
                 for model in recipe.models:
                     node = plan.nodes[f"finetune/{model}-{name}-seed42"]
-                    found[f"{file.stem}/{name}", model] = node.spec
+                    found[f"{file.stem}/{name}", model] = node
         return found
     finally:
         socket.socket.connect = connect
@@ -86,13 +86,15 @@ def _refuse(*_):
 
 def test_every_script_is_there_and_no_other(planned):
     scripts = [line.split()[0] for line in SCRIPTS.split("\n") if line]
-    assert len(scripts) == 44 and set(scripts) == {script for script, _ in planned}
+    # Earlier rounds of a script that trains in rounds are recipes of their own.
+    found = {script for script, _ in planned if not script.endswith(("_r1", "_r2"))}
+    assert len(scripts) == 44 and set(scripts) == found
 
 
 @pytest.mark.parametrize("line", [line for line in SCRIPTS.split("\n") if line])
 def test_a_recipe_has_the_settings_of_its_script(planned, line):
     script, model, rate, batch, epochs, schedule, dropout, weight, frozen, precision = line.split()
-    spec = planned[script, model]
+    spec = planned[script, model].spec
     assert spec.learning_rate == float(rate)
     assert (spec.batch_size, spec.epochs, spec.precision) == (int(batch), int(epochs), precision)
     assert spec.schedule.kind == schedule and spec.weight_decay == 1e-3
@@ -101,11 +103,26 @@ def test_a_recipe_has_the_settings_of_its_script(planned, line):
     assert spec.experts.dropout == (float(dropout) if moe else 0.0)
     assert spec.auxiliary_loss_weight == spec.z_loss_weight == (float(weight) if moe else 0.0)
     assert spec.freeze == (("router",) if moe and frozen == "Y" else ())
+    decoder = not model.startswith(("t5", "switch"))
+    assert spec.head == ("classification" if decoder else "language_model")
+
+
+def test_the_rounds_of_anli_are_trained_one_after_the_other(planned):
+    first, second, third = (planned[f"adv_nli/llama_moe_2_16{end}", "llama-moe-2-16"]
+                            for end in ("_r1", "_r2", ""))  # fmt: skip
+    assert first.inputs["model"] == "model/llama-moe-2-16"
+    assert second.inputs["model"] == first.key and third.inputs["model"] == second.key
+    for number, node in enumerate((first, second, third), start=1):
+        sets = [(train.dataset, train.split) for train in node.spec.data]
+        assert sets == [(f"anli_r{number}", "train"), ("snli", f"r{number}")]
+        assert node.spec.epochs == 3
+    # A script that begins with a later round leaves the earlier ones out.
+    assert planned["adv_nli/llama_moe_4_16", "llama-moe-4-16"].inputs["model"].startswith("model/")
 
 
 def test_the_dense_partner_has_the_same_recipe(planned):
-    moe = planned["snli_hard/llama_moe_2_16", "llama-moe-2-16"]
-    dense = planned["snli_hard/llama_moe_2_16", "open-llama-3b"]
+    moe = planned["snli_hard/llama_moe_2_16", "llama-moe-2-16"].spec
+    dense = planned["snli_hard/llama_moe_2_16", "open-llama-3b"].spec
     assert dense.dropped == {"auxiliary_loss_weight": 1e-3, "z_loss_weight": 1e-3,
                              "experts.dropout": 0.2, "freeze": ["router"]}  # fmt: skip
     for field in ("data", "epochs", "batch_size", "learning_rate", "schedule", "precision"):
