@@ -152,6 +152,8 @@ class Estimator:
         return self.sizes[key]
 
     def _size(self, node: Node) -> Known | None:
+        if node.stage == "finetune":
+            return self.size(node.inputs["model"])
         manifest = self.store.manifest(node.folder)
         card = manifest and self.store.read_json(
             f"{node.folder}/{manifest['attempt']}/{CARD_FILE}")
@@ -160,8 +162,6 @@ class Estimator:
             found = known(getattr(node.spec, "source", ""))
             return Known(card["total_parameters"], card["active_parameters"],
                          card["flops_per_token"], found.bytes_per_parameter if found else 4)
-        if node.stage == "finetune":
-            return self.size(node.inputs["model"])
         if isinstance(node.spec, SourceSpec) or node.stage == "judge":
             return known(node.spec.source)
         if isinstance(node.spec, VisionSpec):

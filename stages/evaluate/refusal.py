@@ -1,6 +1,7 @@
 """A rule that judges whether an answer refuses, complies, or makes no sense.
 
-``python -m stages.evaluate.refusal`` prints how well it agrees with human labels.
+``python -m stages.evaluate.refusal`` prints how well it agrees with human labels, and with a
+reader's labels of answers of this project's own models.
 
 What is judged is the opening of the answer, where models state a refusal, without what it quotes
 and up to where it hands over a text of its own. A sentence refuses if the model says that it cannot
@@ -14,10 +15,12 @@ Not covered: languages other than English, refusals after the opening, answers t
 only.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 VERSION = 1
 """Recorded with every score; raised when any answer could be judged otherwise."""
@@ -329,10 +332,43 @@ def validate() -> dict[str, dict[str, float]]:
     return report
 
 
+OWN_ANSWERS = Path(__file__).with_name("own_answers.jsonl")
+"""Answers of the models of ``sweeps/moe_rbench/cpu.yaml``, each with model, recipe, evaluation,
+request, licence of the request, and the outcome that one reader gave it without the judge's."""
+
+
+def validate_own() -> dict[str, dict[str, float]]:
+    """Agreement with a reader's three outcomes of our own models' answers.
+
+    ``three outcomes`` has kappa, ``accuracy`` and n; each outcome against the rest has what
+    ``agreement`` gives.
+    """
+    from sklearn.metrics import cohen_kappa_score
+
+    rows = [json.loads(line) for line in OWN_ANSWERS.read_text(encoding="utf-8").splitlines()]
+    gold = [row["outcome"] for row in rows]
+    found = [judge(row["request"], row["answer"]).outcome for row in rows]
+    same = sum(a == b for a, b in zip(found, gold, strict=True))
+    report = {
+        "three outcomes": {
+            "kappa": float(cohen_kappa_score(gold, found)),
+            "accuracy": same / len(rows),
+            "n": len(rows),
+        }
+    }
+    for outcome in get_args(Outcome):
+        report[outcome] = agreement([f == outcome for f in found], [g == outcome for g in gold])
+    return report
+
+
+def _told(report: dict[str, dict[str, float]]) -> None:
+    for name, row in report.items():
+        numbers = "  ".join(f"{key} {value:.3f}" for key, value in row.items() if key != "n")
+        print(f"{name:35} {numbers}  n {row['n']}")
+
+
 if __name__ == "__main__":
     print(f"refusal judge, version {VERSION}, against human labels")
-    for name, row in validate().items():
-        print(
-            f"{name:35} kappa {row['kappa']:.3f}  precision {row['precision']:.3f}  "
-            f"recall {row['recall']:.3f}  n {row['n']}"
-        )
+    _told(validate())
+    print("against one reader's labels of our own models' answers")
+    _told(validate_own())

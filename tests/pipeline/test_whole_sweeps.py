@@ -245,3 +245,16 @@ def test_gpus_that_cannot_hold_a_model_are_refused(tmp_path):
 def test_numbers_are_told_with_three_digits():
     assert [scaled(v) for v in (0.5, 999, 1234, 93_405_585_408, 2.5e19)] == [
         "0.5 ", "999 ", "1.23 k", "93.4 G", "25 E"]
+
+
+def test_the_edited_pairs_differ_in_the_hypothesis_and_the_label_alone():
+    plain, edited = (
+        [json.loads(line) for line in (FOLDER / "cpu" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("nli", "nli_edited"))
+    assert len(plain) == len(edited) == 32
+    for before, after in zip(plain, edited, strict=True):
+        assert (before["id"], before["premise"]) == (after["id"], after["premise"])
+        assert before["label"] != after["label"] and before["hypothesis"] != after["hypothesis"]
+    # A model that always gives the same answer loses nothing.
+    labels = [sorted(row["label"] for row in rows) for rows in (plain, edited)]
+    assert labels[0] == labels[1]
