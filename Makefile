@@ -25,6 +25,8 @@ lint: .venv/installed
 # DENSE and MOE name Hugging Face folders, for example of a quickstart's store.
 benchmark: .venv/installed-benchmark
 	.venv/bin/python benchmarks/multiple_choice.py $(DENSE) $(MOE)
+	.venv/bin/python benchmarks/generation.py $(DENSE) $(MOE)
+	.venv/bin/python benchmarks/perplexity.py $(DENSE) $(MOE)
 	.venv/bin/python benchmarks/training.py $(MOE)
 	.venv/bin/python benchmarks/budgets.py
 	.venv/bin/python benchmarks/search.py

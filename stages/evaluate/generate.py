@@ -1,10 +1,13 @@
 """Decoding of many prompts at once; a prompt that has ended leaves the batch.
 
 ``model.generate`` goes on computing ended prompts until the last one of their batch ends; answers
-of very different lengths (a refusal, an essay) make that most of the work. Sampling defaults that a
-checkpoint carries in its ``generation_config.json`` have no effect here, except its end tokens.
+of very different lengths (a refusal, an essay) make that most of the work. What the prompts of a
+batch begin with in common (instructions, answered examples) is read once for all of them. Sampling
+defaults that a checkpoint carries in its ``generation_config.json`` have no effect here, except its
+end tokens.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,13 +16,23 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.evaluate.base import Request, Response
+from stages.evaluate.decode_cache import grouped_heads, make_room
 from stages.evaluate.decoding import Plain, Predictor, Sampler
-from stages.evaluate.scorer import beginning, context_length, independent, prompt
+from stages.evaluate.scorer import (
+    beginning,
+    common_prefix,
+    context_length,
+    independent,
+    packable_length,
+    prompt,
+)
 from stages.evaluate.techniques import SelfConsistency
 from stages.evaluate.thinking import HARMONY_CHANNEL
 
 # Tokens of a batch, padding and those still to come included: bounds the key-value cache.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+# A beginning that the prompts of a batch have in common is read apart from them if it is so long.
+SHARED_TOKENS = 16
 
 
 @dataclass
@@ -69,8 +82,9 @@ def generate(
         batch_tokens = 1
     batch_tokens = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
     stops = _end_tokens(model, tokenizer)
-    for batch in _batches(decodings, batch_tokens):
-        _decode(predictor, tokenizer, batch, stops)
+    with grouped_heads():
+        for batch in _batches(decodings, batch_tokens):
+            _decode(predictor, tokenizer, batch, stops)
     return [
         Response(
             each.request.id,
@@ -120,24 +134,58 @@ def _stopped(tokenizer: Tokenizer, decoding: Decoding) -> bool:
     return any(text in tokenizer.decode(tail) for text in stop)
 
 
+def _shared(predictor: Predictor, batch: list[Decoding]) -> int:
+    """Tokens of the beginning that a batch reads once: none where the models cannot, or few are
+    the same."""
+    if len(batch) == 1 or any(packable_length(m) < sys.maxsize for m in predictor.models):
+        return 0
+    # In lexicographic order, the first and the last have in common what all have.
+    ordered = sorted(each.prompt for each in batch)
+    shared = min(common_prefix(ordered[0], ordered[-1]), min(map(len, ordered)) - 1)
+    return shared if shared >= SHARED_TOKENS else 0
+
+
+def _read(predictor: Predictor, tokens: list[int], caches: list) -> None:
+    """Put one row's first tokens into the caches."""
+    device = predictor.models[0].device
+    inputs = {
+        "input_ids": torch.tensor([tokens], device=device),
+        "attention_mask": torch.ones(1, len(tokens), dtype=torch.long, device=device),
+        "position_ids": torch.arange(len(tokens), device=device)[None],
+    }
+    predictor.scores(inputs, torch.tensor([len(tokens) - 1], device=device), caches)
+
+
 @torch.inference_mode()
 def _decode(
     predictor: Predictor, tokenizer: Tokenizer, batch: list[Decoding], stops: set[int]
 ) -> None:
     """Decode a batch to its end, into its members."""
     device = predictor.models[0].device
-    width = max(len(each.prompt) for each in batch)
-    # Padded on the left, so that every row's next token is at the right edge.
-    tokens = torch.tensor([[0] * (width - len(e.prompt)) + e.prompt for e in batch], device=device)
-    mask = torch.tensor(
-        [[0] * (width - len(e.prompt)) + [1] * len(e.prompt) for e in batch], device=device
-    )
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
     caches = [None] * len(predictor.models)  # of whatever kind each model makes
+    shared = _shared(predictor, batch)
+    if shared:
+        _read(predictor, batch[0].prompt[:shared], caches)
+        for cache in caches:
+            cache.batch_repeat_interleave(len(batch))
+    rests = [each.prompt[shared:] for each in batch]
+    width = max(map(len, rests))
+    # Padded on the left, so that every row's next token is at the right edge.
+    tokens = torch.tensor([[0] * (width - len(rest)) + rest for rest in rests], device=device)
+    mask = torch.tensor(
+        [[1] * shared + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests],
+        device=device,
+    )
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, shared:]
+    room = max(each.request.max_new_tokens for each in batch)
     while True:
         inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
         last = torch.tensor([tokens.shape[1] - 1], device=device)
         scores = predictor.scores(inputs, last, caches)[:, 0]
+        if room:
+            for cache in caches:
+                make_room(cache, room)
+            room = 0
         following = scores.argmax(-1)
         if batch[0].sampler is not None:
             drawn = [each.sampler.draw(row) for each, row in zip(batch, scores, strict=True)]

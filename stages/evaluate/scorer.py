@@ -198,7 +198,7 @@ def encode(tokenizer: Tokenizer, request: Request, longest: int) -> list[Encoded
         start = len(head)
         if start >= len(tokens):
             # The choice only changed the context's last tokens, so these are what it adds.
-            start = _common_prefix(head, tokens)
+            start = common_prefix(head, tokens)
         scored = len(tokens) - start
         if not 0 < scored <= longest:
             raise BadInput(
@@ -218,7 +218,7 @@ def build_tree(question: int, choices: dict[int, Encoded]) -> Tree:
     # In lexicographic order a sequence shares most with the one before it.
     for index, choice in sorted(choices.items(), key=lambda item: item[1].tokens[:-1]):
         read = choice.tokens[:-1]
-        shared = _common_prefix(before, read)
+        shared = common_prefix(before, read)
         path = [*path[:shared], *range(len(tree.tokens), len(tree.tokens) + len(read) - shared)]
         tree.tokens += read[shared:]
         tree.depths += range(shared, len(read))
@@ -233,7 +233,8 @@ def build_tree(question: int, choices: dict[int, Encoded]) -> Tree:
     return tree
 
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many first tokens two sequences have in common."""
     return next(
         (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )

@@ -1,10 +1,14 @@
 """Batched greedy decoding is ``generate`` of one prompt at a time."""
 
 import pytest
+import torch
 from transformers import GenerationConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stages.evaluate import generate as module
 from stages.evaluate.base import Request
+from stages.evaluate.decode_cache import grouped_heads, make_room
 from stages.evaluate.generate import generate
 from stages.models.tiny import tiny_model, tiny_tokenizer
 
@@ -116,3 +120,73 @@ def test_a_stop_text_ends_an_answer_and_is_left_out(tokenizer):
     assert stopped.text == free.text[:first]
     assert stopped.finished
     assert stopped.tokens[0] < 30
+
+
+SHOTS = "Q: What is it?\nA: A stone.\n\nQ: And that?\nA: A river.\n\n"
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_next"])
+def test_a_common_beginning_is_read_once(family, tokenizer, monkeypatch):
+    """Where attention has windows (gpt-oss) or layers carry a state (Qwen3-Next), it is not."""
+    model = tiny_model(family, tokenizer, seed=0)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id]
+    asked = ["Q: Who?\nA:", "Q: Where is the long river?\nA:", "Q: W"]
+    requests = [Request(a, SHOTS + a, max_new_tokens=12) for a in asked]
+    expected = [one_at_a_time(model, tokenizer, request) for request in requests]
+    read = []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda **kw: read.append(kw["input_ids"].numel()) or forward(**kw)
+    )
+    found = generate(model, tokenizer, requests)
+    for response, (tokens, finished) in zip(found, expected, strict=True):
+        assert response.text == tokenizer.decode(tokens, skip_special_tokens=True)
+        assert response.finished == finished
+    longest = max(map(len, asked))
+    if family in ("gpt_oss", "qwen3_next"):
+        assert max(read) >= len(SHOTS) + len(asked[2])
+    else:
+        # One token per byte; "Q: W" is common too, but for the token that "Q: W" itself needs.
+        assert read[:2] == [len(SHOTS) + 3, 3 * (longest - 3)]
+
+
+def test_a_step_copies_no_keys_and_repeats_no_heads(tokenizer):
+    """The cache is the same memory from step to step, and attention that of transformers."""
+    from transformers.cache_utils import DynamicCache
+
+    model = tiny_model("llama", tokenizer, seed=0)
+    config = model.config
+    assert config.num_attention_heads > config.num_key_value_heads
+    ids = torch.tensor([tokenizer("abcdef")["input_ids"], tokenizer("uvwxyz")["input_ids"]])
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+
+    def run(cache, prepared):
+        logits = []
+        with torch.no_grad():
+            model(ids, attention_mask=mask, past_key_values=cache)
+            prepared(cache)
+            grown, new = mask, ids[:, :1]
+            for _ in range(3):
+                grown = torch.cat([grown, grown.new_ones(2, 1)], dim=1)
+                out = model(new, attention_mask=grown, past_key_values=cache)
+                logits.append(out.logits)
+                new = out.logits[:, -1:].argmax(-1)
+        return torch.cat(logits, dim=1)
+
+    expected = run(DynamicCache(config=config), lambda cache: None)
+    cache, places = DynamicCache(config=config), []
+
+    def prepared(cache):
+        make_room(cache, 3)
+        places.extend(layer.keys.data_ptr() for layer in cache.layers)
+
+    with grouped_heads():
+        found = run(cache, prepared)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert [layer.keys.data_ptr() for layer in cache.layers] == places
+    kept = [layer.keys[1:] for layer in cache.layers]
+    cache.batch_select_indices(torch.tensor([1]))
+    for layer, keys in zip(cache.layers, kept, strict=True):
+        assert torch.equal(layer.keys, keys)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
