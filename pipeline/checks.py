@@ -13,9 +13,13 @@ from stages.data import sources as data_sources
 from stages.data.spec import LABELLED, DataSpec
 from stages.data.templates import TEMPLATES
 from stages.errors import BadInput, StageFailed
+from stages.evaluate.base import Evaluation
 from stages.evaluate.harness import LmEval
+from stages.evaluate.held_prompts import HeldPrompts
 from stages.evaluate.judges import ModelJudge
+from stages.evaluate.labelled_texts import LabelledTexts
 from stages.evaluate.language_modelling import Perplexity
+from stages.evaluate.probes import ExpertInterventions
 from stages.evaluate.techniques import AnyTechnique, Contrastive, DoLa, ExpertCount, candidates
 from stages.finetune.config import FOLDER as DEEPSPEED_CONFIGS
 from stages.finetune.config import deepspeed_config
@@ -303,8 +307,32 @@ class _Checks:
                 yield from self.decoders(f"{field}: perplexity")
             if isinstance(evaluation, LmEval) and evaluation.reads_windows:
                 yield from self.decoders(f"{field}: the log-probability of whole texts")
+            if isinstance(evaluation, LabelledTexts | HeldPrompts):
+                yield from self.decoders(f"{field}: {evaluation.kind}")
+            if evaluation.of_experts:
+                yield from self.experts(evaluation, field)
             for judge in evaluation.judge_models().values():
                 yield from self.judge(judge, f"{field}.judges.{judge.name}")
+
+    def experts(self, evaluation: Evaluation, field: str) -> Iterator[str]:
+        """Problems of an evaluation that is about experts alone."""
+        if self.sweep.recipes and not self.sweep.untuned:
+            yield (f"{field}: {evaluation.kind} is compared with the same model before the recipe; "
+                   "set untuned to true")
+        moes = {pair.moe for pair in self.sweep.pairs}
+        for name in sorted(moes or self.sweep.models):
+            facts = self.facts.get(name, Facts())
+            if facts.architecture == "dense":
+                yield f"{field}: {name} is dense and has no experts; remove {evaluation.kind}"
+            elif isinstance(evaluation, ExpertInterventions) and facts.experts:
+                for count in evaluation.top_k:
+                    if count > facts.experts:
+                        yield (f"{field}.top_k: {count} is more than the {facts.experts} experts "
+                               f"of {name}; lower it")
+                for count in evaluation.prune:
+                    if count >= facts.experts:
+                        yield (f"{field}.prune: {count} leaves none of the {facts.experts} experts "
+                               f"of {name}; lower it")
 
     def heads(self, name: str, field: str) -> Iterator[str]:
         """Problems of an evaluation with the classification heads that recipes train."""

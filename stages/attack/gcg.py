@@ -128,15 +128,16 @@ def random_replacements(
     allowed: torch.Tensor,
     keep: Callable[[torch.Tensor], torch.Tensor],
     generator: torch.Generator,
-    tries: int = 64,
+    tries: int = 32,
 ) -> torch.Tensor:
-    """The control (n,): as many positions with tokens drawn evenly from the allowed ones; the first
-    of some tries that counts as an input, else the start."""
+    """The control (n,): as many positions, one after the other, with tokens drawn evenly from the
+    allowed ones, each the first of some tries that leaves an input."""
     vocabulary = allowed.nonzero()[:, 0].cpu()
-    rows = start.repeat(tries, 1)
-    for row in rows:
-        places = positions[torch.randperm(len(positions), generator=generator)[:number]]
-        drawn = torch.randint(len(vocabulary), (len(places),), generator=generator)
-        row[places] = vocabulary[drawn].to(row)
-    kept = rows[keep(rows)]
-    return kept[0] if len(kept) else start
+    tokens = start
+    for place in positions[torch.randperm(len(positions), generator=generator)[:number]].tolist():
+        rows = tokens.repeat(tries, 1)
+        drawn = torch.randint(len(vocabulary), (tries,), generator=generator)
+        rows[:, place] = vocabulary[drawn].to(rows)
+        kept = rows[keep(rows) & (rows != start)[:, place]]
+        tokens = kept[0] if len(kept) else tokens
+    return tokens

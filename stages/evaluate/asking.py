@@ -45,20 +45,49 @@ class Asker:
                 f"template {self.spec.template}: its labels change the last tokens of the prompt "
                 f"(example {row['id']}); attack with labels that begin with a blank"
             )
-        whole, special = prompt(self.tokenizer, request)
-        offsets = self.tokenizer(
-            whole.rstrip(), add_special_tokens=special, return_offsets_mapping=True, verbose=False
-        )["offset_mapping"][-start:]
-        begin = whole.index(context) + len(row["before"])
-        inside = [_within(whole, span, begin, begin + len(text)) for span in offsets]
+        changed = inside(
+            self.tokenizer, request, start, len(row["before"]), row["before"] + text
+        )
         device = self.model.device
         return Question(
             tokens=torch.tensor(choices[0].tokens[:start], device=device),
-            editable=torch.tensor(inside, device=device),
+            editable=changed.to(device),
             words=tuple(tuple(choice.tokens[start:]) for choice in choices),
             answers=self.owners,
             gold=self.labels.index(row["label"]),
         )
+
+
+def inside(
+    tokenizer: Tokenizer, request: Request, length: int, begin: int, until: str
+) -> torch.Tensor:
+    """Which of a prompt's last ``length`` tokens stand for a part of the request's context, from
+    character ``begin`` to the end of ``until``, with which the context begins; booleans (length,).
+    """
+    whole, special = prompt(tokenizer, request)
+    offsets = tokenizer(
+        whole.rstrip(), add_special_tokens=special, return_offsets_mapping=True, verbose=False
+    )["offset_mapping"][-length:]
+    first = whole.index(request.context)
+    return torch.tensor(
+        [_within(whole, span, first + begin, first + len(until)) for span in offsets]
+    )
+
+
+def allowed_tokens(tokenizer: Tokenizer, size: int) -> torch.Tensor:
+    """Tokens that an attack may put into a text, booleans (size,): no special or added ones."""
+    found = torch.zeros(size, dtype=torch.bool)
+    found[: len(tokenizer)] = True
+    found[list({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder})] = False
+    return found
+
+
+def are_texts(tokenizer: Tokenizer, rows: torch.Tensor) -> torch.Tensor:
+    """Which token sequences (B, n) are what the tokenizer makes of their own text, (B,)."""
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=False)
+    again = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    same = [a == b for a, b in zip(again, rows.tolist(), strict=True)]
+    return torch.tensor(same, dtype=torch.bool, device=rows.device)
 
 
 def _within(whole: str, span: tuple[int, int], begin: int, end: int) -> bool:

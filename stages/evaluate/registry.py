@@ -11,6 +11,7 @@ from pydantic import Field
 from stages.evaluate.adversarial import CharacterEdits
 from stages.evaluate.base import Evaluation
 from stages.evaluate.harness import LmEval
+from stages.evaluate.held_prompts import SafetyExperts, TargetAttack
 from stages.evaluate.language_modelling import Perplexity
 from stages.evaluate.open_questions import FalsePremises, OpenQuestion
 from stages.evaluate.out_of_distribution import AdversarialSets, OutOfDistribution
@@ -35,6 +36,8 @@ AnyEvaluation = Annotated[
     | ExpertInterventions
     | RouterGeometry
     | LocalLipschitz
+    | TargetAttack
+    | SafetyExperts
     | LmEval,
     Field(discriminator="kind"),
 ]

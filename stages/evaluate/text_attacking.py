@@ -20,7 +20,7 @@ from stages.attack.text_spec import (
     Homoglyphs,
 )
 from stages.errors import StageFailed
-from stages.evaluate.asking import Asker
+from stages.evaluate.asking import Asker, allowed_tokens, are_texts
 from stages.evaluate.text_attacks import BUDGETS, SWAPS
 from stages.models.routes import hash_of, imposed
 from stages.models.routing import Routing, weighing
@@ -65,10 +65,7 @@ class Attacker(Asker):
     @cached_property
     def allowed(self) -> torch.Tensor:
         """Tokens that may be put into a text, booleans (V,)."""
-        found = torch.zeros(len(self.victim.table), dtype=torch.bool)
-        found[: len(self.tokenizer)] = True
-        found[list({*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder})] = False
-        return found.to(self.model.device)
+        return allowed_tokens(self.tokenizer, len(self.victim.table)).to(self.model.device)
 
     @cached_property
     def vocabulary(self) -> tuple[list[str], torch.Tensor]:
@@ -236,11 +233,7 @@ class Attacker(Asker):
         return Attempt(self.victim.table[question.tokens], question, text, count)
 
     def _are_texts(self, rows: torch.Tensor) -> torch.Tensor:
-        """Which token sequences (B, n) are what the tokenizer makes of their own text, (B,)."""
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=False)
-        again = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        same = [a == b for a, b in zip(again, rows.tolist(), strict=True)]
-        return torch.tensor(same, dtype=torch.bool, device=rows.device)
+        return are_texts(self.tokenizer, rows)
 
     def _margins(self, row: dict, texts: Sequence[str]) -> list[float]:
         questions = [self.question(row, text) for text in texts]

@@ -341,6 +341,31 @@ WRONG = {
     "a text of the harness read by an encoder-decoder": (
         {"models.tiny.source": "tiny:t5", "evaluations.more": "lm_eval:wikitext"},
         "evaluations.more: the log-probability of whole texts is for decoders", "remove it"),
+    "an attack on an encoder-decoder": (
+        {"models.tiny.source": "tiny:t5", "evaluations.more": {
+            "kind": "text_attacks", "dataset": "reviews", "template": "sentiment",
+            "attacks": [{"kind": "gcg"}]}},
+        "evaluations.more: text_attacks is for decoders", "remove it"),
+    "an attack that is none": (
+        {"evaluations.more": {
+            "kind": "text_attacks", "dataset": "reviews", "template": "sentiment",
+            "attacks": [{"kind": "textfooler"}]}},
+        "evaluations.more.attacks.0.kind: unknown attacks 'textfooler'", "known: deep_word_bug"),
+    "a probe of experts without the untuned model": (
+        {"untuned": False, "evaluations.more": {
+            "kind": "router_geometry", "dataset": "reviews", "template": "sentiment"}},
+        "evaluations.more: router_geometry is compared with the same model before the recipe",
+        "set untuned to true"),
+    "more experts pruned than there are": (
+        {"evaluations.more": {
+            "kind": "expert_interventions", "dataset": "reviews", "template": "sentiment",
+            "prune": [4]}},
+        "evaluations.more.prune: 4 leaves none of the 4 experts of tiny-moe", "lower it"),
+    "more experts per token in a probe": (
+        {"evaluations.more": {
+            "kind": "expert_interventions", "dataset": "reviews", "template": "sentiment",
+            "top_k": [5]}},
+        "evaluations.more.top_k: 5 is more than the 4 experts of tiny-moe", "lower it"),
     "format of no file": (
         {"datasets.hotels": {"source": "catalogue:amazon", "format": "amazon"}},
         "datasets.hotels.source: 'catalogue:amazon' is no file", "remove format"),

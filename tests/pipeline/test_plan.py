@@ -285,3 +285,16 @@ def test_a_judge_that_is_a_model_is_one_node_for_all_that_ask_it():
     asking = {k for k, n in plan.nodes.items() if n.inputs.get("judge/harm") == "judge/harm"}
     assert asking == {f"evaluate/{label}-refusal" for label in (
         "tiny-none", "tiny-moe-none", "tiny-sft-seed0", "tiny-moe-sft-seed0")}
+
+
+def test_probes_of_experts_are_planned_for_models_that_have_them():
+    path = SMOKE.parent / "adversarial_moe" / "text_cpu.yaml"
+    sweep = load(path, [])
+    plan = build(sweep, check(sweep, path))
+    scored = {key.removeprefix("evaluate/") for key in plan.nodes if key.startswith("evaluate/")}
+    for checkpoint in ("none", "sft-seed0"):
+        for name in ("interventions", "geometry", "experts"):
+            assert f"smollm2-moe-{checkpoint}-{name}" in scored
+            assert f"smollm2-{checkpoint}-{name}" not in scored
+        for name in ("attacks", "suffixes", "slopes"):
+            assert f"smollm2-{checkpoint}-{name}" in scored

@@ -99,8 +99,13 @@ def test_the_best_step_is_kept_when_later_ones_are_worse():
 def test_random_replacements_change_as_many_tokens():
     drawn = gcg.random_replacements(
         START, POSITIONS, 2, ALLOWED, every, torch.Generator().manual_seed(3))
-    assert 1 <= (drawn != START).sum() <= 2 and set((drawn != START).nonzero()[:, 0].tolist()) <= {
-        0, 2, 3}
+    changed = (drawn != START).nonzero()[:, 0].tolist()
+    assert len(changed) == 2 and set(changed) <= {0, 2, 3} and 7 not in drawn
+    # Only replacements by even numbers leave an input.
+    even = gcg.random_replacements(
+        START, POSITIONS, 3, ALLOWED, lambda rows: (rows[:, [0, 3]] % 2 == 0).any(1),
+        torch.Generator().manual_seed(0))
+    assert (even[[0, 3]] % 2 == 0).any()
 
 
 def test_one_step_on_a_model_is_the_best_of_all_replacements():

@@ -48,6 +48,10 @@ EVALUATIONS = {
         ],
         "checked": 0,
     },
+    "target_attack": {
+        "harmful": ["prompts"], "steps": 1, "candidates": 2, "suffix": "x x", "max_new_tokens": 2
+    },
+    "safety_experts": {"harmful": ["prompts"], "benign": ["others"], "max_new_tokens": 2},
     "expert_interventions": {
         "dataset": "shop", "template": "sentiment", "substitutions": ["random"], "prune": [1]
     },
@@ -118,15 +122,18 @@ def test_each_kind_runs_from_files_to_a_summary(kind, inputs, tmp_path):
     assert scores["example_id"].is_unique
     summary = json.loads((tmp_path / "summary.json").read_text())
     evaluation = spec(kind).evaluation
-    assert list(summary) == [metric.name for metric in evaluation.metrics()]
+    # A tiny model refuses nothing, so there is nothing to silence.
+    absent = kind == "safety_experts" and {m.name for m in evaluation.metrics() if "/" in m.name}
+    expected = [m.name for m in evaluation.metrics()]
+    assert list(summary) == [name for name in expected if name not in (absent or ())]
     assert list(summary)[0] == evaluation.primary
     assert evaluation.axis in AXES
     for name, row in summary.items():
         # Of those that were right, of those that a linear map can fit: there may be none.
-        if name.startswith(("success/", "smoothness")):
+        if name.startswith(("success/", "smoothness", "refusals_lost")):
             continue
         assert row["ci_low"] <= row["value"] <= row["ci_high"]
-        assert row["n"] in (6, 12, 18)
+        assert row["n"] in ((6, 12, 18) if kind != "safety_experts" else (3, 6))
 
 
 @pytest.mark.parametrize("kind", OURS)
