@@ -3,14 +3,14 @@
 Imports no torch, Ray or DeepSpeed. All problems of a sweep are told at once, one line each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from pipeline.plan import Plan, recipe_evaluations, recipe_models
 from pipeline.sweep import Dataset, Model, Recipe, Sweep, model_spec, nearest
 from stages.data import sources as data_sources
-from stages.data.spec import LABELLED, DataSpec
+from stages.data.spec import TEMPLATED, DataSpec
 from stages.data.templates import TEMPLATES
 from stages.errors import BadInput, StageFailed
 from stages.evaluate.base import Evaluation
@@ -188,7 +188,7 @@ class _Checks:
                 dataset = self.sweep.datasets.get(train.dataset)
                 if dataset is None:
                     continue
-                if dataset.task in LABELLED:
+                if dataset.task in TEMPLATED:
                     fitting = [n for n, t in TEMPLATES.items() if t.task == dataset.task]
                     if train.template is None:
                         yield (f"{field}.template: is missing for a data set of task "
@@ -196,11 +196,16 @@ class _Checks:
                     elif train.template in TEMPLATES and train.template not in fitting:
                         yield (f"{field}.template: {train.template} is not for task "
                                f"{dataset.task}; one of {', '.join(fitting)}")
-                elif dataset.task != "instructions":
+                elif dataset.task not in ("instructions", "images"):
                     yield (f"{field}.dataset: {train.dataset} is of task {dataset.task}; only "
-                           f"{', '.join(sorted(LABELLED))} and instructions can be trained on")
+                           f"{', '.join(sorted(TEMPLATED))}, images and instructions can be "
+                           "trained on")
                 elif train.template is not None:
-                    yield f"{field}.template: instructions use the model's chat template; remove it"
+                    own = ("instructions use the model's chat template"
+                           if dataset.task == "instructions" else "images need none")
+                    yield f"{field}.template: {own}; remove it"
+                yield from self.modality(recipe_models(self.sweep, name), train.dataset,
+                                         f"{field}.dataset")
                 yield from self.template(train.template, f"{field}.template")
                 if train.exclude and dataset.task != "instructions":
                     yield (f"{field}.exclude: {train.dataset} has no responses to look at; "
@@ -212,6 +217,16 @@ class _Checks:
                        f"{workers} equal parts, one per worker; use a multiple")
         if not self.sweep.recipes and not self.sweep.untuned:
             yield "recipes: is empty while untuned is false; nothing would be evaluated"
+
+    def modality(self, models: Iterable[str], dataset: str, field: str) -> Iterator[str]:
+        """Models of texts on images, or of images on texts."""
+        data = self.sweep.datasets.get(dataset)
+        for model in dict.fromkeys(models):
+            entry = FAMILIES.get(getattr(self.facts.get(model), "family", None))
+            reads = entry and entry.modality
+            if data is not None and reads and (reads == "image") != (data.task == "images"):
+                yield (f"{field}: {dataset} is of task {data.task}, {model} reads {reads}s; "
+                       "name others")
 
     def knobs(self, name: str, recipe: Recipe) -> Iterator[str]:
         """Problems of what a recipe sets, by itself and for each model that it fine-tunes."""
@@ -293,7 +308,9 @@ class _Checks:
                 if key not in scored and scored.get(dataset) == split:
                     yield (f"{field}: takes examples from {dataset}/{split}, which it scores; "
                            "use another split for them")
+            members = [m for pair in self.sweep.pairs for m in (pair.moe, pair.dense)]
             for dataset, task in evaluation.tasks().items():
+                yield from self.modality(members, dataset, field)
                 entry = self.sweep.datasets.get(dataset)
                 if entry is not None and entry.task != task:
                     yield f"{field}: needs task {task}, {dataset} is of task {entry.task}"

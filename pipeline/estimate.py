@@ -19,7 +19,7 @@ from pipeline.sweep import Assumptions
 from stages.data import downloads
 from stages.data.sets import SIZES
 from stages.data.sources import CatalogueSet, KnownSet, LocalFile, load, parse
-from stages.data.spec import LABELLED, TASK_COLUMNS, DataSpec, Task
+from stages.data.spec import TASK_COLUMNS, TEMPLATED, DataSpec, Task
 from stages.data.templates import TEMPLATES
 from stages.errors import BadInput
 from stages.evaluate.base import Evaluation
@@ -133,7 +133,7 @@ class Estimator:
             entry = self.plan.sweep.datasets[dataset]
             fields = {f: getattr(entry, f) for f in DataSpec.model_fields} | {"source": source}
             table = load(DataSpec(**fields)).table
-            no_texts = ("label", "answer", "category")
+            no_texts = ("label", "answer", "category", "image")
             texts = [column for column in TASK_COLUMNS[entry.task] if column not in no_texts]
             length = sum(
                 sum(map(len, value)) if isinstance(value, list) else len(value)
@@ -241,7 +241,7 @@ class Estimator:
             rows = self.rows(dataset, split)
             sampled = min(max(1, round(rows or 1)), SAMPLE)
             task = self.plan.sweep.datasets[dataset].task
-            labels = tuple(TEMPLATES[evaluation.template].labels) if task in LABELLED else ()
+            labels = tuple(TEMPLATES[evaluation.template].labels) if task in TEMPLATED else ()
             data[key] = _filler(task, sampled, self.characters(dataset), labels)
             if key == dataset:  # not the examples that stand before each question
                 whole = whole and rows is not None
@@ -249,6 +249,8 @@ class Estimator:
         read = written = 0.0
         per_token = self.assumed.characters_per_token
         for request in applied(evaluation.technique, evaluation.requests(data)):
+            # What a procedure does with its row is its own affair.
+            whole = whole and not request.procedure
             weight = weights.get(request.id.partition("/")[0], 1.0)
             read += weight * (len(request.context) + sum(map(len, request.choices))) / per_token
             written += weight * request.max_new_tokens
@@ -291,14 +293,18 @@ def _filler(task: Task, rows: int, characters: float, labels: tuple[str, ...]) -
         "open_question": {"question": 0.7},
         "text": {"text": 1},
         "instructions": {"prompt": 0.3, "response": 0.7},
+        "images": {},
     }[task]
 
     def text(share: float, number: int = 0) -> str:
         length = max(1, round(share * characters))
         return (f"{number} {FILLER}" + FILLER * (length // len(FILLER)))[:length]
 
-    frame = pd.DataFrame({name: [text(share)] * rows for name, share in shares.items()})
-    frame["id"] = [str(number) for number in range(rows)]
+    frame = pd.DataFrame({"id": [str(number) for number in range(rows)]})
+    for name, share in shares.items():
+        frame[name] = text(share)
+    if task == "images":
+        frame["image"], frame["label"] = b"", ""
     frame["document"] = frame["id"]
     if labels:
         frame["label"] = [labels[number % len(labels)] for number in range(rows)]

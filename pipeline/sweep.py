@@ -155,9 +155,10 @@ class Assumptions(Spec):
         "open_question": 20,
         "text": 600,
         "instructions": 100,
+        "images": 50,
     }
-    """Of a data set's text, by task, where its rows are not at hand; about those of the pinned
-    archives' sets."""
+    """Of a data set's text, by task, where its rows are not at hand (of an image, its patches);
+    about those of the pinned archives' sets."""
     training_tflops: Annotated[float, Field(gt=0)] = 100
     """Sustained by one GPU in training, in 10^12 operations per second."""
     scoring_tflops: Annotated[float, Field(gt=0)] = 100

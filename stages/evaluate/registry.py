@@ -20,6 +20,7 @@ from stages.evaluate.safety import Refusal
 from stages.evaluate.text_attacks import TextAttacks
 from stages.evaluate.truthfulness import MultipleChoice
 from stages.evaluate.truthfulqa import TruthfulQA, TruthfulQAGeneration
+from stages.evaluate.vision import ImageAttacks, ImageClassification
 
 AnyEvaluation = Annotated[
     Refusal
@@ -38,7 +39,9 @@ AnyEvaluation = Annotated[
     | LocalLipschitz
     | TargetAttack
     | SafetyExperts
-    | LmEval,
+    | LmEval
+    | ImageClassification
+    | ImageAttacks,
     Field(discriminator="kind"),
 ]
 

@@ -5,13 +5,15 @@ resumed run, or one with another number of workers, sees the same global batches
 *packed* where the architecture allows it: its sequences stand one after the other in a single row
 without padding, and positions that start again at 0 keep them apart in the attention. Not meant for
 sequences of many thousand tokens, whose packed attention mask would be large. Otherwise it is
-padded to its longest sequence; an encoder-decoder reads the prompt and answers.
+padded to its longest sequence; an encoder-decoder reads the prompt and answers. Images are kept
+encoded and decoded per micro-batch.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -22,6 +24,7 @@ from stages.data.templates import TEMPLATES, Template
 from stages.errors import StageFailed
 from stages.finetune.spec import FinetuneSpec, TrainSet
 from stages.models.families import family
+from stages.models.images import ImageProcessor
 from stages.models.routing import Routing
 
 
@@ -34,19 +37,44 @@ class Example:
     answer: int
     label: int | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence."""
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class ImageExample:
+    """One image, encoded as in its data set, and the number of its label."""
+
+    image: bytes
+    label: int
+    processor: ImageProcessor
+    answer: ClassVar[int] = 1
+    """Targets of the loss."""
+
+    @property
+    def tokens(self) -> int:
+        """Patches and the class token."""
+        return self.processor.tokens
+
 
 def load_examples(
     spec: FinetuneSpec,
     inputs: dict[str, Path],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ImageProcessor,
     *,
     encoder_decoder: bool = False,
-) -> list[Example]:
+) -> list[Example] | list[ImageExample]:
     """The examples of one epoch: the train sets one after the other, each repeated as asked."""
     examples = []
     for train_set in spec.data:
         rows, _ = select_rows(train_set, inputs, spec.seed)
-        if train_set.template is None:
+        if isinstance(tokenizer, ImageProcessor):
+            encoded = [
+                ImageExample(row["image"], tokenizer.label(row["label"]), tokenizer) for row in rows
+            ]
+        elif train_set.template is None:
             encoded = [_instruction(row, tokenizer, spec.max_length) for row in rows]
         else:
             template = TEMPLATES[train_set.template]
@@ -193,9 +221,10 @@ class MicroBatch:
 
     arguments: dict[str, torch.Tensor]
     answers: tuple
-    """Index into the logits that gives those of the A answer tokens, shape (A, vocabulary)."""
+    """Index into the logits that gives those of the A answer tokens, shape (A, vocabulary); of
+    images, those of all A images, shape (A, labels)."""
     targets: torch.Tensor
-    """The answers' tokens, shape (A,)."""
+    """The answers' tokens or the images' labels, shape (A,)."""
     real: dict[str, torch.Tensor]
     """Which tokens are no padding, shape (tokens,), by the part of the model that reads them
     (``encoder``, ``decoder``, or empty for all of it); empty where rows hold no padding."""
@@ -213,11 +242,17 @@ class MicroBatch:
 def micro_batch(
     examples: list[Example], config: PretrainedConfig, device: torch.device
 ) -> MicroBatch:
-    """The examples as the architecture takes them: packed, padded, or for an encoder-decoder.
+    """The examples as the architecture takes them: images, or packed or padded sequences, or those
+    for an encoder-decoder.
 
     A classification head looks for the last token that is no padding, so rows are padded for it.
     """
     entry = family(config)
+    if entry.modality == "image":
+        processor = examples[0].processor
+        pixels = processor.decode([example.image for example in examples]).to(device)
+        targets = torch.tensor([example.label for example in examples], device=device)
+        return MicroBatch({"pixel_values": processor.normalised(pixels)}, (...,), targets, {})
     if examples[0].label is not None:
         ids, mask = padded([e.input_ids for e in examples], config.pad_token_id, device)
         arguments, real = {"input_ids": ids, "attention_mask": mask}, {"": mask.flatten().bool()}

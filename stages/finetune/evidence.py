@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from stages.finetune.recipe import Recipe
+from stages.finetune.recipe import VISION_WEIGHTS, Recipe
 from stages.finetune.spec import EVIDENCE_FILE, FinetuneSpec
 
 KNOBS = (
     *("head", "optimizer", "train", "freeze", "lora", "alternate", "auxiliary_loss_weight"),
-    *("z_loss_weight", "router", "experts", "dropout", "adversarial", "max_nonfinite_steps"),
+    *("z_loss_weight", *VISION_WEIGHTS, "router", "experts", "dropout", "adversarial"),
+    "max_nonfinite_steps",
 )
 """The fields of a recipe that the evidence covers, one by one where a field is a section."""
 

@@ -38,6 +38,10 @@ class Knobs:
         self.attention = attention_modules(model) if recipe.dropout.attention is not None else []
         reassigns = recipe.router.assignment != "top_k"
         self.weigh = weighing(model) if reassigns else None
+        self.noise = recipe.router.noise
+        """Standard deviation of the noise on router logits."""
+        self.clean: dict[str, torch.Tensor] = {}
+        """Router logits before noise (T, E) of the last forward pass, by layer."""
         self.blocks: Blocks = {}
         self.experts: list[nn.Module] = []
         self.sees_choice = False
@@ -51,6 +55,8 @@ class Knobs:
             self.blocks = blocks(self.model)
             self.experts = list(entry.modules(self.model, "expert").values())
             self.sees_choice = entry.index is not None
+            if self.noise == "1/E":
+                self.noise = 1 / getattr(self.model.config, entry.num_experts)
 
     @contextmanager
     def forward(self) -> Iterator[list[Routing]]:
@@ -95,8 +101,9 @@ class Knobs:
 
     def _logits(self, routings: list[Routing]) -> Callable[[str, torch.Tensor], torch.Tensor]:
         def noisy(layer: str, logits: torch.Tensor) -> torch.Tensor:
-            if self.recipe.router.noise:
-                noise = self.recipe.router.noise * torch.randn_like(logits)
+            self.clean[layer] = logits
+            if self.noise:
+                noise = self.noise * torch.randn_like(logits)
                 self.evidence.mean("router.noise", "mean_square_of_the_noise", noise.square())
                 logits = logits + noise
             if not self.sees_choice:

@@ -37,7 +37,7 @@ from stages.models.expert_parallel import (
     observe_blocks,
 )
 from stages.models.families import family
-from stages.models.load import load, load_tokenizer
+from stages.models.load import load, load_input, load_tokenizer
 from stages.models.sources import Facts
 
 deepspeed.utils.logger.setLevel("WARNING")
@@ -80,8 +80,8 @@ def train(spec: FinetuneSpec, inputs: dict[str, Path], output: Path, callbacks: 
         raise StageFailed(f"workers: the recipe says {spec.workers} but {workers} processes run")
     torch.manual_seed(spec.seed)
     entry = family(json.loads((inputs["model"] / "config.json").read_text()))
-    tokenizer = load_tokenizer(inputs["model"])
-    examples = load_examples(spec, inputs, tokenizer, encoder_decoder=entry.encoder_decoder)
+    processor = load_input(inputs["model"])
+    examples = load_examples(spec, inputs, processor, encoder_decoder=entry.encoder_decoder)
     training, probe, tuner = build(spec, inputs["model"], examples)
     steps = total_steps(spec, len(examples))
 
@@ -156,7 +156,7 @@ def build(
         model = with_head(model, spec.labels, load_tokenizer(folder).pad_token_id, spec.seed)
         evidence.note("head", labels=spec.labels, drawn=drawn)
     first = global_batch(len(examples), spec.batch_size, spec.seed, step=0)
-    probe = sorted((examples[i] for i in first), key=lambda e: len(e.input_ids))[:4]
+    probe = sorted((examples[i] for i in first), key=lambda e: e.tokens)[:4]
     if family(model).packs and spec.labels is None:
         _check_packing(model, probe, folder)
     # Loaded weights are views of the mapped file, all of which would stay resident.

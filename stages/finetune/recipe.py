@@ -16,6 +16,9 @@ TrainedRole = Literal["router", "expert", "shared_expert", "backbone", "head", "
 """``expert`` is the routed experts, ``shared_expert`` includes the gate of the shared expert,
 ``backbone`` is attention, norms and dense feed-forward blocks."""
 MOE_ROLES = ("router", "expert", "shared_expert")
+VISION_WEIGHTS = ("importance_loss_weight", "load_loss_weight", "gshard_loss_weight")
+AUXILIARY_WEIGHTS = ("auxiliary_loss_weight", "z_loss_weight", *VISION_WEIGHTS)
+"""Fields that weigh a loss on the routers."""
 
 # After a validator of its own, pydantic takes no list for a tuple any more.
 
@@ -138,9 +141,10 @@ class Router(Spec):
     """``random`` draws the routers anew before training, normal with the family's own width."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Of the routers' own parameter group; the recipe's when absent."""
-    noise: Annotated[float, Field(ge=0)] = 0.0
+    noise: Annotated[float, Field(ge=0)] | Literal["1/E"] = 0.0
     """Standard deviation of normal noise that is added to the router logits before the choice
-    (noisy top-k gating, arXiv 1701.06538, without its learned width)."""
+    (noisy top-k gating, arXiv 1701.06538, without its learned width); ``1/E`` is one over the
+    number of experts (V-MoE, arXiv 2106.05974)."""
     jitter: Probability = 0.0
     """The router's input, and nothing else, is multiplied element by element by uniform noise from
     [1 - jitter, 1 + jitter] (Switch Transformers, arXiv 2101.03961)."""
@@ -250,6 +254,13 @@ class Recipe(Spec):
     together as Hugging Face computes it)."""
     z_loss_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the router z-loss (ST-MoE, arXiv 2202.08906, equation 5), mean over the layers."""
+    importance_loss_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the squared variation of the experts' summed probabilities (V-MoE, arXiv
+    2106.05974), as the next two over a micro-batch and the mean over the layers."""
+    load_loss_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the squared variation of the experts' smooth loads; needs ``router.noise``."""
+    gshard_loss_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the balancing loss of GShard (arXiv 2006.16668), on first choices."""
     router: Router = Router()
     experts: Experts = Experts()
     dropout: Dropout = Dropout()
@@ -286,7 +297,7 @@ class Recipe(Spec):
         """Whether the size of the micro-batches changes more than rounding: the auxiliary losses
         are means over a micro-batch, and random numbers are drawn for each one."""
         return bool(
-            self.auxiliary_loss_weight or self.z_loss_weight or self.random
+            any(getattr(self, name) for name in AUXILIARY_WEIGHTS) or self.random
             or self.router.assignment == "balanced"
         )  # fmt: skip
 
@@ -300,7 +311,7 @@ def for_dense(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     default = {name: field.default for name, field in Recipe.model_fields.items()}
     fields = {name: getattr(recipe, name) for name in Recipe.model_fields}
     dropped: dict[str, Any] = {}
-    for name in ("auxiliary_loss_weight", "z_loss_weight", "alternate"):
+    for name in (*AUXILIARY_WEIGHTS, "alternate"):
         if fields[name] != default[name]:
             dropped[name] = recipe.model_dump(mode="json")[name]
             fields[name] = default[name]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from stages.data.templates import TEMPLATES
 from stages.errors import BadInput
-from stages.finetune.recipe import MOE_ROLES, Recipe, for_dense
+from stages.finetune.recipe import AUXILIARY_WEIGHTS, MOE_ROLES, Recipe, for_dense
 from stages.models.families import FAMILIES
 from stages.models.sources import Facts
 
@@ -54,7 +54,9 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         yield "alternate", "stands beside lora; keep one"
     elif recipe.alternate is not None and not ("router" in trained and trained - {"router"}):
         yield "alternate", "needs a trained router and another trained part; mend train or freeze"
-    for field in ("auxiliary_loss_weight", "z_loss_weight"):
+    if recipe.load_loss_weight and not recipe.router.noise:
+        yield "load_loss_weight", "is a probability over router.noise; set that, such as 1/E"
+    for field in AUXILIARY_WEIGHTS:
         if getattr(recipe, field) and trained == {"head"}:
             yield field, "cannot reach the head, which alone is trained; set it to 0"
 
@@ -83,6 +85,10 @@ def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
     if facts.family is None:  # a download would tell; the loop asks again
         return
     entry = FAMILIES[facts.family]
+    if recipe.dropout.residual and entry.modality == "image":
+        yield "dropout.residual", f"{facts.family} has no such dropout; remove it"
+    if recipe.load_loss_weight and entry.is_moe and entry.modality == "text" and not entry.packs:
+        yield "load_loss_weight", f"{facts.family} is trained on padded sequences; remove it"
     if recipe.adversarial is not None and not entry.packs:
         yield "adversarial", f"{facts.family} models cannot read packed sequences; remove it"
     if recipe.head == "classification" and entry.encoder_decoder:

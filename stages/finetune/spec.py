@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from stages.data.templates import TEMPLATES
-from stages.finetune.recipe import Recipe, TrainSet
+from stages.finetune.recipe import VISION_WEIGHTS, Recipe, TrainSet
 from stages.spec import RUN_TIME
 
 __all__ = ["FinetuneSpec", "Recipe", "TrainSet"]
@@ -58,6 +58,9 @@ class FinetuneSpec(Recipe):
         identity = super().identity()
         if self.until is None:
             del identity["until"]
+        for name in VISION_WEIGHTS:  # so that a recipe without them is what it was before
+            if not identity[name]:
+                del identity[name]
         return identity | templates | parts
 
     def asked_micro_batch(self) -> "FinetuneSpec":

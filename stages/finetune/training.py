@@ -29,11 +29,15 @@ from stages.finetune.parameters import Turns, trained_roles
 from stages.finetune.router_losses import load_balancing_loss, z_loss
 from stages.finetune.spec import FinetuneSpec
 from stages.finetune.telemetry import RoutingTelemetry, model_flops_utilisation
+from stages.models.balance import gshard_loss, importance_loss, load_loss
 from stages.models.families import family
 
 AUXILIARY = {
     "auxiliary_loss_weight": ("auxiliary_loss", load_balancing_loss),
     "z_loss_weight": ("z_loss", z_loss),
+    "importance_loss_weight": ("importance_loss", importance_loss),
+    "gshard_loss_weight": ("gshard_loss", gshard_loss),
+    "load_loss_weight": ("load_loss", load_loss),
 }
 """Field of the recipe to the column of the curve and the loss."""
 
@@ -101,7 +105,7 @@ class Training:
             self._count_nonfinite(step, *bad[0])
         self.evidence.open = False
         seconds = time.perf_counter() - start
-        tokens = sum(len(self.examples[i].input_ids) for i in batch)
+        tokens = sum(self.examples[i].tokens for i in batch)
         return {
             "step": step + 1,
             "loss": losses["loss"],
@@ -161,7 +165,9 @@ class Training:
             losses, loss = [nll], nll
             for knob, (_, of) in self.weighed.items():
                 own = self.own_argument and of is load_balancing_loss
-                auxiliary = self._own(out) if own else of(routings)
+                # The load is a probability over the noise, so its loss must know it.
+                noise = (self.knobs.clean, self.knobs.noise) if of is load_loss else ()
+                auxiliary = self._own(out) if own else of(routings, *noise)
                 if self.evidence.open:
                     # The engine's outputs allow no backward pass but its own.
                     again = {"use_cache": False, **arguments, **self.own_argument}

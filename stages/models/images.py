@@ -12,14 +12,13 @@ from PIL import Image, UnidentifiedImageError
 from transformers import PreTrainedModel
 
 from stages.errors import StageFailed
-from stages.models.families import family
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Size, channels and normalisation of a vision model's input.
+    """Size, channels and normalisation of a vision model's input, and its labels.
 
     Attacks and corruptions act on images in [0, 1] of this size; ``normalised`` is what the model
     itself then reads, so a budget of 8/255 means the same for every model.
@@ -29,6 +28,10 @@ class ImageProcessor:
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    labels: tuple[str, ...]
+    """In the order of the model's outputs."""
+    tokens: int
+    """Patches of an image and the class token."""
 
     def decode(self, images: Sequence[bytes]) -> torch.Tensor:
         """Encoded images (PNG, JPEG …), resized (bilinear, whole image) and converted to grey or
@@ -50,6 +53,15 @@ class ImageProcessor:
         """Images in [0, 1] as the model reads them; differentiable."""
         mean = pixels.new_tensor(self.mean)[:, None, None]
         return (pixels - mean) / pixels.new_tensor(self.std)[:, None, None]
+
+    def label(self, name: str) -> int:
+        """The output that a label of the data belongs to; raises StageFailed for an unknown one."""
+        if name not in self.labels:
+            raise StageFailed(
+                f"label {name!r} is none of the model's ({', '.join(self.labels[:12])}"
+                f"{' …' if len(self.labels) > 12 else ''}); map it with the data set's labels"
+            )
+        return self.labels.index(name)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write ``preprocessor_config.json`` in Hugging Face's form."""
@@ -76,7 +88,9 @@ def load_processor(folder: Path) -> ImageProcessor:
         mean, std = (tuple(found[name]) for name in ("image_mean", "image_std"))
         if len(mean) != channels:
             raise ValueError(f"image_mean has {len(mean)} entries for {channels} channels")
-        return ImageProcessor(config["image_size"], channels, mean, std)
+        labels = tuple(config["id2label"][str(i)] for i in range(len(config["id2label"])))
+        tokens = (config["image_size"] // config["patch_size"]) ** 2 + 1
+        return ImageProcessor(config["image_size"], channels, mean, std, labels, tokens)
     except (OSError, KeyError, ValueError) as error:
         raise StageFailed(
             f"{folder}: cannot read {PREPROCESSOR_FILE}: {error}; write one with image_mean and "
@@ -85,7 +99,7 @@ def load_processor(folder: Path) -> ImageProcessor:
 
 
 class Classifier(torch.nn.Module):
-    """A vision model as a function of images in [0, 1], with its labels.
+    """A vision model as a function of images in [0, 1].
 
     What attacks and evaluations hold: pixels (B, C, H, W) in, logits (B, labels) out. ``model`` is
     the Hugging Face model, whose routing ``stages.models.routing`` sees.
@@ -98,16 +112,3 @@ class Classifier(torch.nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Logits (B, labels) of images (B, C, H, W) in [0, 1]."""
         return self.model(self.processor.normalised(pixels)).logits
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The labels in the order of the outputs."""
-        names = self.model.config.id2label
-        return tuple(names[i] for i in range(len(names)))
-
-
-def tokens_per_image(model: PreTrainedModel) -> int:
-    """Patches of an image and the class token."""
-    if family(model).modality != "image":
-        raise StageFailed(f"{model.config.model_type} reads texts; name a vision model")
-    return (model.config.image_size // model.config.patch_size) ** 2 + 1

@@ -5,7 +5,6 @@ from transformers import PreTrainedModel
 
 from stages.models.card import ModelCard
 from stages.models.families import family, head_of, roles
-from stages.models.images import tokens_per_image
 
 ADDED = ("cls_token", "position_embeddings")
 """Ends of the names of a vision model's parameters that are added or put before, not multiplied."""
@@ -41,7 +40,7 @@ def measure(model: PreTrainedModel, origin: str, notes: dict | None = None) -> M
     notes = dict(notes or {})
     if entry.modality == "image":
         multiplied -= head_size
-        tokens = tokens_per_image(model)
+        tokens = (config.image_size // config.patch_size) ** 2 + 1
         flops = 2 * (tokens * multiplied + head_size)
         notes |= {"tokens_per_image": tokens, "flops_per_image": flops}
     elif id(head := head_of(model).weight) in looked_up:

@@ -49,7 +49,8 @@ def from_scratch(spec: VisionSpec) -> tuple[PreTrainedModel, ImageProcessor]:
     if spec.shared_start:
         _equal_experts(model)
     half = (0.5,) * spec.channels
-    return model.eval(), ImageProcessor(spec.image_size, spec.channels, half, half)
+    processor = ImageProcessor(spec.image_size, spec.channels, half, half, names, spec.tokens)
+    return model.eval(), processor
 
 
 @torch.no_grad()

@@ -112,6 +112,11 @@ class VisionSpec(Spec):
         return indices(self.layers, self.shape.depth) if self.experts else ()
 
     @property
+    def tokens(self) -> int:
+        """Patches of an image and the class token."""
+        return (self.image_size // self.patch) ** 2 + 1
+
+    @property
     def title(self) -> str:
         """The model's name as the paper writes it."""
         if not self.experts:
@@ -126,10 +131,10 @@ class VisionSpec(Spec):
         shape, sparse = self.shape, len(self.moe_layers)
         width, depth = shape.hidden, shape.depth
         pixels = self.patch**2 * self.channels
-        tokens = (self.image_size // self.patch) ** 2 + 1
         matrices = 4 * width * width, 2 * width * shape.neurons
         biases = 4 * width, shape.neurons + width
-        rest = (tokens + 2) * width + pixels * width + (width + 1) * len(self.names) + 2 * width
+        embedding = (self.tokens + 2 + pixels) * width
+        rest = embedding + (width + 1) * len(self.names) + 2 * width
         each = sum(matrices) + sum(biases) + 4 * width
         router = self.experts * width
         block = matrices[1] + biases[1]

@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 from transformers import ViTConfig, ViTForImageClassification
 
+from stages.errors import StageFailed
 from stages.models.card import ModelCard
 from stages.models.families import family, roles
 from stages.models.images import Classifier, ImageProcessor, load_processor
@@ -71,7 +72,7 @@ def test_weights_of_transformers_vit_give_its_logits(tmp_path):
     source, output = tmp_path / "hub", tmp_path / "out"
     theirs.save_pretrained(source)
     half = (0.5, 0.4, 0.3)
-    ImageProcessor(28, 3, half, half).save_pretrained(source)
+    ImageProcessor(28, 3, half, half, (), 17).save_pretrained(source)
     output.mkdir()
     run(SourceSpec(source=f"file:{source}"), {}, output)
     pixels = torch.rand(2, 3, 28, 28)
@@ -217,10 +218,13 @@ def test_grey_and_colour_images_are_resized(tmp_path):
         return file.getvalue()
 
     red = png(Image.new("RGB", (4, 2), (255, 0, 0)))
-    colour = ImageProcessor(8, 3, (0.5,) * 3, (0.5,) * 3)
+    colour = ImageProcessor(8, 3, (0.5,) * 3, (0.5,) * 3, ("a", "b"), 5)
     assert colour.decode([red]).shape == (1, 3, 8, 8)
     assert colour.decode([red])[0, :, 0, 0].tolist() == [1, 0, 0]
     assert colour.normalised(colour.decode([red]))[0, :, 3, 3].tolist() == [1, -1, -1]
-    grey = ImageProcessor(2, 1, (0.5,), (0.5,))
+    assert colour.label("b") == 1
+    with pytest.raises(StageFailed, match="label 'c' is none of the model's"):
+        colour.label("c")
+    grey = ImageProcessor(2, 1, (0.5,), (0.5,), ("a", "b"), 5)
     # ITU-R 601: 0.299 of 255.
     torch.testing.assert_close(grey.decode([red]), torch.full((1, 1, 2, 2), 76 / 255))

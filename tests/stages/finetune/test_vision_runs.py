@@ -1,0 +1,247 @@
+"""Vision models through the same loop: equal to a plain one, spread, resumed, and evaluated."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import get_linear_schedule_with_warmup
+
+from stages.attack.image_spec import APGD, PGD, PaperPGD, Square, Transfer
+from stages.data import stage as data_stage
+from stages.data.spec import Corruption, DataSpec
+from stages.errors import StageFailed
+from stages.evaluate import stage as evaluate_stage
+from stages.evaluate.spec import EvaluateSpec
+from stages.evaluate.vision import ImageAttacks, ImageClassification
+from stages.finetune.batches import global_batch, load_examples, micro_batch
+from stages.finetune.recipe import Router
+from stages.finetune.refusals import contradictions, inapplicable
+from stages.finetune.spec import FinetuneSpec, TrainSet
+from stages.models import stage as model_stage
+from stages.models.families import family
+from stages.models.images import load_processor
+from stages.models.load import load
+from stages.models.sources import Facts, describe
+from stages.models.vision_spec import VisionSpec
+from tests.stages.finetune.reference import curve, plain, weights
+from tests.stages.finetune.runs import Run, launch
+
+DENSE = VisionSpec(
+    size="tiny", hidden=32, neurons=48, depth=2, patch=4, image_size=8, channels=1, labels=10
+)
+SPARSE = DENSE.model_copy(
+    update={"experts": 4, "top_k": 2, "layers": (1,), "shared_start": False}
+)
+SPEC = FinetuneSpec(
+    data=(TrainSet(dataset="digits"),),
+    steps=4,
+    batch_size=8,
+    learning_rate=3e-3,
+    warmup_steps=2,
+    gradient_clipping=0.5,
+    workers=2,
+    micro_batch=2,
+    checkpoint_every=2,
+    seed=5,
+)
+BALANCED = {"importance_loss_weight": 0.3, "gshard_loss_weight": 0.2}
+NOISY = {"router": Router(noise="1/E"), "load_loss_weight": 0.5, "importance_loss_weight": 0.3}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Models, and data sets of digits, by name."""
+    made = {}
+    for name, spec in {"dense": DENSE, "sparse": SPARSE}.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        model_stage.run(spec, {}, made[name])
+    digits = DataSpec(task="images", source="builtin:digits", splits={"train": 0.5, "test": 0.5},
+                      rows={"train": 20, "test": 12})
+    noisy = digits.model_copy(update={"corruption": Corruption(kind="noise", level=5)})
+    for name, spec in {"digits": digits, "noisy": noisy}.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        data_stage.run(spec, {}, made[name])
+    return made
+
+
+@pytest.fixture(scope="module")
+def runs(folders, tmp_path_factory):
+    """The outputs of fine-tunes in two processes, by name."""
+    folder, planned = tmp_path_factory.mktemp("runs"), []
+    data = {"data/digits": folders["digits"]}
+
+    def plan(name, model, changes, **fields):
+        (folder / name).mkdir(exist_ok=True)
+        spec = SPEC.model_copy(update=changes)
+        inputs = {"model": folders[model], **data}
+        planned.append(Run(spec, inputs, folder / name, **fields))
+
+    kept = tmp_path_factory.mktemp("checkpoints")
+    plan("dense", "dense", {})
+    plan("spread", "sparse", BALANCED | {"expert_parallel": 2})
+    plan("noisy", "sparse", NOISY)
+    plan("killed", "sparse", NOISY, stop_after=2, checkpoints=kept)
+    plan("resumed", "sparse", NOISY, checkpoints=kept)
+    launch(2, planned, tmp_path_factory.mktemp("store") / "store")
+    return folder
+
+
+def losses_of_routers(seen):
+    """Importance and GShard losses of the one sparse layer, from its logits (T, E)."""
+    p = seen[0].softmax(-1)
+    importance = p.sum(0)
+    variation = (importance.std(correction=0) / importance.mean()) ** 2
+    best = torch.nn.functional.one_hot(p.argmax(-1), 4).float().mean(0)
+    return 0.3 * variation + 0.2 * 4 * (best * p.mean(0)).sum()
+
+
+def reference(spec, folder, data):
+    """A plain PyTorch loop: its losses, gradient norms and weights."""
+    model = plain(folder).train()
+    examples = load_examples(spec, {"data/digits": data}, load_processor(folder))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, spec.warmup_steps, spec.steps)
+    seen, rows = [], []
+    for router in family(model).modules(model, "router").values() if family(model).is_moe else ():
+        router.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    for step in range(spec.steps):
+        batch = global_batch(len(examples), spec.batch_size, spec.seed, step)
+        losses, extra = [], []
+        for start in range(0, spec.batch_size, spec.micro_batch):
+            part = [examples[i] for i in batch[start : start + spec.micro_batch]]
+            pixels = (part[0].processor.decode([e.image for e in part]) - 0.5) / 0.5
+            seen.clear()
+            logits = model(pixel_values=pixels).logits
+            labels = torch.tensor([e.label for e in part])
+            nll = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            losses.append(nll / spec.batch_size)
+            if seen:
+                extra.append(losses_of_routers(seen) / 4)
+        (sum(losses) + sum(extra)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), spec.gradient_clipping)
+        rows.append((sum(losses).item(), norm.item()))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return rows, model.state_dict()
+
+
+@pytest.mark.parametrize("name", ["dense", "spread"])
+def test_training_is_a_plain_loops(runs, folders, name):
+    model = "dense" if name == "dense" else "sparse"
+    expected, state = reference(SPEC, folders[model], folders["digits"])
+    got = curve(runs / name)
+    assert got["loss"].tolist() == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+    assert got["gradient_norm"].tolist() == pytest.approx([n for _, n in expected], rel=1e-4)
+    for key, value in weights(runs / name).items():
+        if key.endswith("k_proj.bias"):  # shifts all scores of a query: its gradient is rounding
+            continue
+        torch.testing.assert_close(value, state[key], rtol=0, atol=2e-4)
+    assert load_processor(runs / name) == load_processor(folders[model])
+    assert got["tokens"].tolist() == [8 * 5] * 4
+
+
+def test_noise_of_one_over_the_experts_and_all_losses_act_and_resume(runs):
+    whole, resumed = curve(runs / "noisy"), curve(runs / "resumed")
+    columns = ["loss", "gradient_norm", "importance_loss", "load_loss"]
+    pd.testing.assert_frame_equal(whole[columns], resumed[columns], rtol=1e-6)
+    assert (whole["load_loss"] > 0).all() and whole["gshard_loss"].isna().all()
+    knobs = json.loads((runs / "noisy/recipe_evidence.json").read_text())["knobs"]
+    square = knobs["router.noise"]["measured"]["mean_square_of_the_noise"]
+    assert square == pytest.approx(1 / 16, rel=0.3)  # a quarter, for four experts
+    for knob in ("load_loss_weight", "importance_loss_weight"):
+        assert knobs[knob]["measured"]["router_gradient_norm"] > 1e-3
+    for name, value in weights(runs / "noisy").items():
+        torch.testing.assert_close(value, weights(runs / "resumed")[name], rtol=0, atol=1e-6)
+
+
+def score(folder, evaluation, folders, output):
+    output.mkdir()
+    inputs = {"checkpoint": folder}
+    inputs |= {f"data/{name}": folders[name] for name in evaluation.datasets()}
+    evaluate_stage.run(EvaluateSpec(evaluation=evaluation, shard_size=5), inputs, output)
+    return pd.read_parquet(output / "scores.parquet"), json.loads(
+        (output / "summary.json").read_text()
+    )
+
+
+@torch.no_grad()
+def test_accuracy_on_clean_and_shifted_images(runs, folders, tmp_path):
+    evaluation = ImageClassification(dataset="digits", shifted=("noisy",))
+    scores, summary = score(runs / "spread", evaluation, folders, tmp_path / "out")
+    model, processor = load(runs / "spread"), load_processor(runs / "spread")
+    for name in ("digits", "noisy"):
+        rows = pd.read_parquet(folders[name] / "test.parquet")
+        logits = model(processor.normalised(processor.decode(rows["image"]))).logits
+        mine = scores[scores["domain"] == name]
+        assert mine["prediction"].tolist() == [str(i) for i in logits.argmax(1).tolist()]
+        labels = torch.tensor(rows["label"].astype(int).to_numpy())
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        assert mine["loss"].tolist() == pytest.approx(loss.tolist(), rel=1e-4)
+        right = (logits.argmax(1) == labels).float().mean().item()
+        metric = "accuracy" if name == "digits" else "accuracy/noisy"
+        assert summary[metric]["value"] == pytest.approx(right)
+    lost = summary["accuracy"]["value"] - summary["accuracy/noisy"]["value"]
+    assert summary["accuracy_lost"]["value"] == pytest.approx(lost)
+
+
+@pytest.mark.parametrize("model", ["dense", "spread"])
+def test_attacks_as_an_evaluation(runs, folders, tmp_path, model):
+    attacks = {"soft": APGD(steps=2, routing="soft"), "square": Square(queries=3),
+               "paper": PaperPGD(steps=2, gshard_loss_weight=0.01)}
+    evaluation = ImageAttacks(dataset="digits", budgets=(0.1, 0.3), attacks=attacks)
+    scores, summary = score(runs / model, evaluation, folders, tmp_path / "out")
+    assert len(scores) == 12 and evaluation.primary == evaluation.metrics()[0].name
+    shown = ["25.5", "76.5"]
+    for budget in shown:
+        columns = [f"robust/{name}/{budget}" for name in attacks]
+        assert (scores[f"worst/{budget}"] == scores[columns].min(axis=1)).all()
+        assert scores[f"worst/{budget}"].le(scores["correct"]).all()
+        value = summary[f"robust_accuracy_{budget}"]["value"]
+        assert value == pytest.approx(scores[f"worst/{budget}"].mean())
+    mean = scores[[f"worst/{budget}" for budget in shown]].mean(axis=1)
+    assert scores["robust"].tolist() == pytest.approx(mean.tolist())
+    if model == "dense":  # what acts on experts runs without that there, as often
+        again, _ = score(runs / model, evaluation, folders, tmp_path / "again")
+        pd.testing.assert_frame_equal(scores, again)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"attacks": {"a": PGD(), "b": PGD(norm="l2")}}, "differ in norm"),
+        ({"attacks": {"a": Transfer()}}, "transfer needs a second model"),
+        ({"budgets": (0.2, 0.1)}, "smallest first"),
+    ],
+)
+def test_attacks_that_cannot_be_are_refused(fields, reason):
+    with pytest.raises(ValidationError, match=reason):
+        ImageAttacks(**{"dataset": "digits", "budgets": (0.1,)} | fields)
+
+
+def test_recipes_that_cannot_act_are_refused(folders):
+    def problems(facts=None, **changes):
+        spec = SPEC.model_copy(update=changes)
+        found = [*contradictions(spec), *(inapplicable(spec, facts) if facts else ())]
+        return {field for field, _ in found}
+
+    assert problems(load_loss_weight=0.1) == {"load_loss_weight"}
+    assert problems(load_loss_weight=0.1, router=Router(noise=0.5)) == set()
+    assert problems(describe(DENSE), gshard_loss_weight=0.1) == {"gshard_loss_weight"}
+    assert problems(describe(SPARSE), gshard_loss_weight=0.1) == set()
+    jamba = Facts("moe", "switch_transformers", experts=4, top_k=1)
+    noisy = {"load_loss_weight": 0.1, "router": Router(noise=0.5)}
+    assert "load_loss_weight" in problems(jamba, **noisy)
+
+
+def test_labels_that_the_model_lacks_are_named(folders):
+    processor = load_processor(folders["dense"])
+    few = processor.__class__(**vars(processor) | {"labels": ("0", "1", "2")})
+    with pytest.raises(StageFailed, match="is none of the model's"):
+        load_examples(SPEC, {"data/digits": folders["digits"]}, few)
+    examples = load_examples(SPEC, {"data/digits": folders["digits"]}, processor)
+    part = micro_batch(examples[:3], load(folders["dense"]).config, torch.device("cpu"))
+    assert part.arguments["pixel_values"].shape == (3, 1, 8, 8)
+    assert part.arguments["pixel_values"].min() == -1 and part.targets.shape == (3,)
