@@ -26,6 +26,7 @@ from stages.evaluate.base import Evaluation
 from stages.evaluate.harness import LmEval
 from stages.evaluate.spec import AMATEUR
 from stages.evaluate.techniques import applied
+from stages.finetune.recipe import ImageAdversary, Trades
 from stages.models.card import CARD_FILE
 from stages.models.known import WITHOUT_CLASS, Known, known
 from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec, indices
@@ -176,8 +177,10 @@ class Estimator:
         tokens = self._trained_tokens(node)
         flops = None
         if size and tokens is not None:
-            # Forward, and backward twice as much; FreeLB does so for each of its steps.
+            # Forward, and backward twice as much; so for each step of FreeLB and of an adversary.
             passes = spec.adversarial.steps if spec.adversarial else 1
+            if isinstance(spec.adversarial, ImageAdversary):
+                passes += 2 if isinstance(spec.adversarial, Trades) else 1
             flops = 3 * passes * size.flops_per_token * tokens
         moments = MOMENTS[spec.optimizer.kind]
         return Work(

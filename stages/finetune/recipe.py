@@ -211,6 +211,45 @@ class FreeLB(Spec):
     """Largest norm of the perturbation; unbounded when absent."""
 
 
+class ImageAdversary(Spec):
+    """What the two kinds of adversarial training on images share: projected gradient ascent from a
+    random start, its last iterate, against the model as it is, without noise and dropout."""
+
+    norm: Literal["linf", "l2"] = "linf"
+    budget: Annotated[float, Field(gt=0)] = 8 / 255
+    """Largest perturbation of images in [0, 1]."""
+    steps: Annotated[int, Field(ge=1)] = 10
+    relative_step: Annotated[float, Field(gt=0)] = 2.5
+    """Length of a step in units of budget / steps."""
+
+
+class AdversarialPGD(ImageAdversary):
+    """Every image is replaced by one that raises its loss (arXiv 1706.06083)."""
+
+    kind: Literal["pgd"] = "pgd"
+
+
+class Trades(ImageAdversary):
+    """The loss of the clean image plus ``beta`` times how far the prediction moves, in KL
+    divergence, for the image that moves it most (arXiv 1901.08573)."""
+
+    kind: Literal["trades"] = "trades"
+    beta: Annotated[float, Field(gt=0)] = 6.0
+
+
+def _freelb_by_default(value: object) -> object:
+    if isinstance(value, dict) and "kind" not in value:
+        return {"kind": "freelb"} | value
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Adversarial = Annotated[
+    Annotated[FreeLB | AdversarialPGD | Trades, Field(discriminator="kind")],
+    BeforeValidator(_freelb_by_default),
+]
+"""Adversarial training: of texts in embedding space, or of images."""
+
+
 class Recipe(Spec):
     """How a model is fine-tuned."""
 
@@ -264,7 +303,7 @@ class Recipe(Spec):
     router: Router = Router()
     experts: Experts = Experts()
     dropout: Dropout = Dropout()
-    adversarial: FreeLB | None = None
+    adversarial: Adversarial | None = None
 
     @property
     def labels(self) -> tuple[str, ...] | None:

@@ -8,7 +8,13 @@ from collections.abc import Iterator
 
 from stages.data.templates import TEMPLATES
 from stages.errors import BadInput
-from stages.finetune.recipe import AUXILIARY_WEIGHTS, MOE_ROLES, Recipe, for_dense
+from stages.finetune.recipe import (
+    AUXILIARY_WEIGHTS,
+    MOE_ROLES,
+    ImageAdversary,
+    Recipe,
+    for_dense,
+)
 from stages.models.families import FAMILIES
 from stages.models.sources import Facts
 
@@ -89,10 +95,17 @@ def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
         yield "dropout.residual", f"{facts.family} has no such dropout; remove it"
     if recipe.load_loss_weight and entry.is_moe and entry.modality == "text" and not entry.packs:
         yield "load_loss_weight", f"{facts.family} is trained on padded sequences; remove it"
-    if recipe.adversarial is not None and not entry.packs:
-        yield "adversarial", f"{facts.family} models cannot read packed sequences; remove it"
+    if recipe.adversarial is not None:
+        images = isinstance(recipe.adversarial, ImageAdversary)
+        if images != (entry.modality == "image"):
+            kinds = "pgd or trades" if entry.modality == "image" else "freelb"
+            yield "adversarial", f"{facts.family} reads {entry.modality}s; use {kinds}"
+        elif not images and not entry.packs:
+            yield "adversarial", f"{facts.family} models cannot read packed sequences; remove it"
     if recipe.head == "classification" and entry.encoder_decoder:
         yield "head", f"{facts.family} models write their answers; remove it"
+    if recipe.head == "classification" and entry.modality == "image":
+        yield "head", f"{facts.family} models have one; remove it"
     if facts.architecture == "dense":
         return
     for field in ("train", "freeze", "lora.roles"):

@@ -19,18 +19,29 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
 from torch import nn
 
+from stages.attack.image_geometry import sizes
 from stages.errors import StageFailed
 from stages.finetune import freelb
-from stages.finetune.batches import Example, global_batch, micro_batch, micro_batches
+from stages.finetune.adversary import divergence, perturbed
+from stages.finetune.batches import (
+    Example,
+    ImageExample,
+    MicroBatch,
+    global_batch,
+    micro_batch,
+    micro_batches,
+)
 from stages.finetune.config import micro_batch_size
 from stages.finetune.evidence import Evidence
 from stages.finetune.knobs import Knobs
 from stages.finetune.parameters import Turns, trained_roles
+from stages.finetune.recipe import ImageAdversary, Trades
 from stages.finetune.router_losses import load_balancing_loss, z_loss
 from stages.finetune.spec import FinetuneSpec
 from stages.finetune.telemetry import RoutingTelemetry, model_flops_utilisation
 from stages.models.balance import gshard_loss, importance_loss, load_loss
 from stages.models.families import family
+from stages.models.images import Classifier
 
 AUXILIARY = {
     "auxiliary_loss_weight": ("auxiliary_loss", load_balancing_loss),
@@ -140,8 +151,13 @@ class Training:
     ) -> torch.Tensor:
         """Forward and backward of one micro-batch; its share of the step's losses."""
         engine, adversarial = self.engine, self.spec.adversarial
+        trades = adversarial if isinstance(adversarial, Trades) else None
         part = micro_batch(examples, engine.module.config, engine.device)
         arguments = part.arguments
+        if isinstance(adversarial, ImageAdversary):
+            torch.manual_seed(seed)
+            arguments["pixel_values"] = self._attacked(examples, part, adversarial)
+            adversarial = None  # what follows is FreeLB's
         sums = torch.zeros(1 + len(self.weighed), dtype=torch.float64, device=engine.device)
         ascents = adversarial.steps if adversarial else 1
         if adversarial:
@@ -161,8 +177,14 @@ class Training:
                 out = engine(**arguments, use_cache=False, **self.own_argument)
             routings = part.without_padding(routings)
             logits = out.logits[part.answers].float()
+            if trades:
+                logits, attacked = logits.chunk(2)
             nll = F.cross_entropy(logits, part.targets, reduction="sum") / answers
             losses, loss = [nll], nll
+            if trades:
+                moved = divergence(logits, attacked) / answers
+                loss = loss + trades.beta * moved
+                self.evidence.mean("adversarial", "divergence", moved * answers / len(examples))
             for knob, (_, of) in self.weighed.items():
                 own = self.own_argument and of is load_balancing_loss
                 # The load is a probability over the noise, so its loss must know it.
@@ -186,6 +208,22 @@ class Training:
                 self.evidence.mean("adversarial", f"norm_in_ascent_{ascent + 1}", norm)
                 delta = freelb.climb(delta, sequences, adversarial)
         return sums
+
+    def _attacked(
+        self, examples: list[ImageExample], part: MicroBatch, recipe: ImageAdversary
+    ) -> torch.Tensor:
+        """What the model reads instead of the images: attacked ones, behind the clean ones where
+        both count."""
+        processor = examples[0].processor
+        clean = processor.decode([e.image for e in examples]).to(self.engine.device)
+        classifier = Classifier(self.engine.module, processor)
+        images = perturbed(classifier, clean, part.targets, recipe)
+        size = sizes(images - clean, recipe.norm)
+        self.evidence.mean("adversarial", "size_of_the_perturbation", size)
+        pixels = processor.normalised(images)
+        if not isinstance(recipe, Trades):
+            return pixels
+        return torch.cat([part.arguments["pixel_values"], pixels])
 
     def _own(self, out) -> torch.Tensor:
         """The load-balancing loss as the family computed it."""

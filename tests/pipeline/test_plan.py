@@ -19,6 +19,7 @@ from stages.errors import BadInput
 from stages.evaluate.spec import EvaluateSpec, JudgeSpec
 from stages.finetune.spec import FinetuneSpec
 from stages.models.spec import EveryNth, SourceSpec, UpcycleSpec, WidenSpec
+from stages.models.vision_spec import VisionSpec
 
 SMOKE = Path(__file__).parents[2] / "sweeps" / "smoke.yaml"
 
@@ -31,6 +32,10 @@ FIELDS = {
     UpcycleSpec: (
         {"experts", "top_k", "layers", "experts_from", "drop", "noise", "rescale", "router",
          "seed"}, set()),
+    VisionSpec: (
+        {"size", "hidden", "depth", "neurons", "heads", "patch", "image_size", "channels",
+         "labels", "experts", "top_k", "layers", "capacity_factor", "eval_capacity_factor",
+         "group_size", "batch_prioritized", "shared_start", "seed"}, set()),
     WidenSpec: ({"top_k", "parts", "layers", "drop", "noise", "seed"}, set()),
     FinetuneSpec: (
         {"data", "steps", "batch_size", "max_length", "learning_rate", "schedule", "warmup_steps",

@@ -62,7 +62,7 @@ EVALUATIONS = {
 }  # fmt: skip
 
 # Tasks of lm-evaluation-harness bring their own data: test_harness.py.
-OURS = [kind for kind in KINDS if kind != "lm_eval"]
+OURS = [kind for kind in KINDS if kind != "lm_eval" and not kind.startswith("image_")]
 
 
 def spec(kind, **fields):

@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 from transformers import get_linear_schedule_with_warmup
 
+from stages.attack.image_geometry import sizes
 from stages.attack.image_spec import APGD, PGD, PaperPGD, Square, Transfer
 from stages.data import stage as data_stage
 from stages.data.spec import Corruption, DataSpec
@@ -15,13 +16,14 @@ from stages.errors import StageFailed
 from stages.evaluate import stage as evaluate_stage
 from stages.evaluate.spec import EvaluateSpec
 from stages.evaluate.vision import ImageAttacks, ImageClassification
+from stages.finetune.adversary import divergence, perturbed
 from stages.finetune.batches import global_batch, load_examples, micro_batch
-from stages.finetune.recipe import Router
+from stages.finetune.recipe import AdversarialPGD, FreeLB, Router, Trades
 from stages.finetune.refusals import contradictions, inapplicable
 from stages.finetune.spec import FinetuneSpec, TrainSet
 from stages.models import stage as model_stage
 from stages.models.families import family
-from stages.models.images import load_processor
+from stages.models.images import Classifier, load_processor
 from stages.models.load import load
 from stages.models.sources import Facts, describe
 from stages.models.vision_spec import VisionSpec
@@ -84,6 +86,8 @@ def runs(folders, tmp_path_factory):
     plan("noisy", "sparse", NOISY)
     plan("killed", "sparse", NOISY, stop_after=2, checkpoints=kept)
     plan("resumed", "sparse", NOISY, checkpoints=kept)
+    plan("pgd", "dense", {"adversarial": AdversarialPGD(budget=0.1, steps=3)})
+    plan("trades", "dense", {"adversarial": Trades(budget=0.1, steps=3, norm="l2")})
     launch(2, planned, tmp_path_factory.mktemp("store") / "store")
     return folder
 
@@ -155,6 +159,44 @@ def test_noise_of_one_over_the_experts_and_all_losses_act_and_resume(runs):
         assert knobs[knob]["measured"]["router_gradient_norm"] > 1e-3
     for name, value in weights(runs / "noisy").items():
         torch.testing.assert_close(value, weights(runs / "resumed")[name], rtol=0, atol=1e-6)
+
+
+def test_adversarial_training_sees_worse_images(runs):
+    """On the first batch, before anything is learnt: PGD's loss is higher than that of the clean
+    images, TRADES keeps theirs and adds the divergence."""
+    clean = curve(runs / "dense")["loss"][0]
+    assert curve(runs / "pgd")["loss"][0] > 1.02 * clean
+    trades = curve(runs / "trades")
+    assert trades["loss"][0] == pytest.approx(clean, rel=1e-5)
+    assert trades["gradient_norm"][0] != pytest.approx(curve(runs / "dense")["gradient_norm"][0])
+    for name in ("pgd", "trades"):
+        knobs = json.loads((runs / name / "recipe_evidence.json").read_text())["knobs"]
+        found = knobs["adversarial"]["measured"]
+        assert 0.05 < found["size_of_the_perturbation"] <= 0.1 + 1e-6
+        assert name == "pgd" or found["divergence"] > 1e-4
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("kind", [AdversarialPGD, Trades])
+def test_an_adversary_stays_in_its_ball_and_climbs(folders, kind, norm):
+    classifier = Classifier(load(folders["dense"]), load_processor(folders["dense"]))
+    rows = pd.read_parquet(folders["digits"] / "test.parquet")
+    clean = classifier.processor.decode(rows["image"])
+    labels = torch.tensor(rows["label"].astype(int).to_numpy())
+    torch.manual_seed(0)
+    images = perturbed(classifier, clean, labels, kind(budget=0.2, steps=5, norm=norm))
+    assert sizes(images - clean, norm).max() <= 0.2 + 1e-6
+    assert images.min() >= 0 and images.max() <= 1 and not images.requires_grad
+    assert all(p.grad is None for p in classifier.parameters())
+    before, after = classifier(clean), classifier(images)
+    if kind is Trades:
+        p, q = before.softmax(-1), after.softmax(-1)
+        torch.testing.assert_close(divergence(before, after), (p * (p / q).log()).sum())
+        random = classifier((clean + 1e-3 * torch.randn_like(clean)).clamp(0, 1))
+        assert divergence(before, after) > 10 * divergence(before, random)
+    else:
+        cross = torch.nn.functional.cross_entropy
+        assert cross(after, labels) > cross(before, labels) + 0.01
 
 
 def score(folder, evaluation, folders, output):
@@ -231,6 +273,12 @@ def test_recipes_that_cannot_act_are_refused(folders):
     assert problems(load_loss_weight=0.1, router=Router(noise=0.5)) == set()
     assert problems(describe(DENSE), gshard_loss_weight=0.1) == {"gshard_loss_weight"}
     assert problems(describe(SPARSE), gshard_loss_weight=0.1) == set()
+    assert problems(describe(DENSE), adversarial=FreeLB()) == {"adversarial"}
+    assert problems(describe(DENSE), adversarial=Trades()) == set()
+    assert problems(Facts("dense", "llama"), adversarial=AdversarialPGD()) == {"adversarial"}
+    assert FinetuneSpec.model_validate_json(
+        SPEC.model_copy(update={"adversarial": FreeLB(steps=2)}).model_dump_json()
+    ).adversarial == FreeLB(steps=2)
     jamba = Facts("moe", "switch_transformers", experts=4, top_k=1)
     noisy = {"load_loss_weight": 0.1, "router": Router(noise=0.5)}
     assert "load_loss_weight" in problems(jamba, **noisy)
