@@ -238,7 +238,7 @@ def test_attacks_as_an_evaluation(runs, folders, tmp_path, model):
     assert len(scores) == 12 and evaluation.primary == evaluation.metrics()[0].name
     shown = ["25.5", "76.5"]
     for budget in shown:
-        columns = [f"robust/{name}/{budget}" for name in attacks]
+        columns = [f"robust/{name}/{budget}" for name in attacks if name != "paper"]
         assert (scores[f"worst/{budget}"] == scores[columns].min(axis=1)).all()
         assert scores[f"worst/{budget}"].le(scores["correct"]).all()
         value = summary[f"robust_accuracy_{budget}"]["value"]
@@ -254,6 +254,7 @@ def test_attacks_as_an_evaluation(runs, folders, tmp_path, model):
     ("fields", "reason"),
     [
         ({"attacks": {"a": PGD(), "b": PGD(norm="l2")}}, "differ in norm"),
+        ({"attacks": {"a": PaperPGD()}}, "paper alone"),
         ({"attacks": {"a": Transfer()}}, "transfer needs a second model"),
         ({"budgets": (0.2, 0.1)}, "smallest first"),
     ],
