@@ -331,6 +331,10 @@ class _Checks:
             for judge in evaluation.judge_models().values():
                 yield from self.judge(judge, f"{field}.judges.{judge.name}")
 
+        if self.sweep.pairs and all(e.of_experts for e in self.sweep.evaluations.values()):
+            yield ("evaluations: all are about experts alone, of which a dense partner has none; "
+                   "add one that compares the two, such as text_attacks")
+
     def experts(self, evaluation: Evaluation, field: str) -> Iterator[str]:
         """Problems of an evaluation that is about experts alone."""
         if self.sweep.recipes and not self.sweep.untuned:

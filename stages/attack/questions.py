@@ -7,13 +7,14 @@ Shape letters: B inputs, n tokens of the prompt, D hidden size, P different begi
 answers' words, S = n + the longest of them, C answers, E experts, K chosen experts.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from stages.models.families import family
 from stages.models.routes import Policy, routed
@@ -64,8 +65,23 @@ class Victim:
             numbers = torch.arange(embedding.num_embeddings, device=self.model.device)
             return embedding(numbers)
 
-    def logprobs(self, embedded: torch.Tensor, question: Question) -> torch.Tensor:
-        """Log-probabilities (B, C) of the answers after prompts (B, n, D)."""
+    @torch.no_grad()
+    def read(self, embedded: torch.Tensor) -> Cache | None:
+        """What the model keeps of a beginning (k, D) that many prompts share, for ``logprobs``.
+
+        None where it is more than keys and values, or where tokens compete for a capacity: prompts
+        are read whole then.
+        """
+        entry = family(self.model)
+        if entry.capacity or entry.recurrent or not len(embedded):
+            return None
+        return self.model(inputs_embeds=embedded[None], use_cache=True).past_key_values
+
+    def logprobs(
+        self, embedded: torch.Tensor, question: Question, beginning: Cache | None = None
+    ) -> torch.Tensor:
+        """Log-probabilities (B, C) of the answers after prompts (B, n, D), or after a ``beginning``
+        that was read before and the rest of the prompts."""
         self.queries += len(embedded)
         beginnings = question.beginnings
         longest = max(map(len, beginnings))
@@ -81,7 +97,11 @@ class Victim:
         extra = {"logits_to_keep": longest + 1} if self.keeps else {}
         if hasattr(self.model.config, "output_router_logits"):
             extra["output_router_logits"] = False
-        logits = self.model(inputs_embeds=rows, use_cache=False, **extra).logits
+        if beginning is not None:
+            extra["past_key_values"] = copy.deepcopy(beginning)  # a pass adds to it
+            extra["past_key_values"].batch_repeat_interleave(len(rows))
+        cached = beginning is not None
+        logits = self.model(inputs_embeds=rows, use_cache=cached, **extra).logits
         logits = logits[:, -longest - 1 :].unflatten(0, (len(embedded), len(beginnings)))
         found = logits.float().log_softmax(-1)
         sums = []

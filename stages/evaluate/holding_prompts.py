@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.attack import gcg
@@ -60,22 +60,29 @@ class SuffixSearch(_Prompts):
     def _row(self, row: dict) -> dict:
         spec, victim = self.spec, Victim(self.model)
         question, places = self._question(row, f" {spec.suffix}")
-        table, width = victim.table, len(question.tokens) + len(question.words[0])
-        at_once = max(1, TOKENS_AT_ONCE[self.model.device.type] // width)
-        length = len(question.words[0])
+        table, length = victim.table, len(question.words[0])
+        aimed = bool(spec.routing_weight and victim.moe)
+        # What stands before the suffix is read once; routers must be seen on all tokens.
+        start = 0 if aimed else int(places.min())
+        beginning = victim.read(table[question.tokens[:start]])
+        start = 0 if beginning is None else start
+        at_once = max(1, TOKENS_AT_ONCE[self.model.device.type] // (
+            len(question.tokens) - start + length))
         with torch.no_grad():
             first_routes = victim.routes(table[question.tokens][None], question)[1]
 
-        def worth(embedded: torch.Tensor) -> torch.Tensor:
-            if not (spec.routing_weight and victim.moe):
-                return victim.logprobs(embedded, question)[:, 0] / length
+        def worth(embedded: torch.Tensor, beginning: Cache | None = None) -> torch.Tensor:
+            if not aimed:
+                return victim.logprobs(embedded, question, beginning)[:, 0] / length
             logprobs, now = victim.routes(embedded, question)
             leaning = routing_loss(first_routes, now, len(embedded), embedded.shape[1])
             return logprobs[:, 0] / length + spec.routing_weight * leaning
 
         @torch.no_grad()
         def value(tokens: torch.Tensor) -> torch.Tensor:
-            return torch.cat([worth(table[part]) for part in tokens.split(at_once)])
+            return torch.cat(
+                [worth(table[part[:, start:]], beginning) for part in tokens.split(at_once)]
+            )
 
         def gradient(tokens: torch.Tensor) -> torch.Tensor:
             embedded = table[tokens][None].requires_grad_()

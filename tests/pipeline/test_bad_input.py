@@ -356,6 +356,10 @@ WRONG = {
             "kind": "router_geometry", "dataset": "reviews", "template": "sentiment"}},
         "evaluations.more: router_geometry is compared with the same model before the recipe",
         "set untuned to true"),
+    "nothing that both models of a pair have": (
+        {"evaluations": {"geometry": {
+            "kind": "router_geometry", "dataset": "reviews", "template": "sentiment"}}},
+        "evaluations: all are about experts alone", "add one that compares the two"),
     "more experts pruned than there are": (
         {"evaluations.more": {
             "kind": "expert_interventions", "dataset": "reviews", "template": "sentiment",

@@ -55,6 +55,24 @@ def test_margins_of_texts_of_several_lengths_and_their_count(victim):
         assert value.item() == pytest.approx(margin(alone, question).item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v2", "qwen3_next"])
+def test_a_beginning_is_read_once_for_many_prompts(name):
+    victim = Victim(tiny_model(name, TOKENIZER, seed=0).requires_grad_(False))
+    question = question_of()
+    rows = question.tokens.repeat(3, 1)
+    rows[1, 9], rows[2, 11] = 70, 80
+    with torch.no_grad():
+        whole = victim.logprobs(victim.table[rows], question)
+        beginning = victim.read(victim.table[question.tokens[:9]])
+        if name == "qwen3_next":  # carries a state from token to token
+            assert beginning is None
+            return
+        for _ in range(2):  # and it can be used again
+            parts = victim.logprobs(victim.table[rows[:, 9:]], question, beginning)
+            torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+    assert victim.read(victim.table[:0]) is None
+
+
 def test_routing_loss_by_hand():
     logits = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 4.0]])
     clean = Routing("x", logits, torch.tensor([[0], [2]]), torch.ones(2, 1))
