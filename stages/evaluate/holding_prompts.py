@@ -204,8 +204,8 @@ class Silencer(_Prompts):
                 under = self.answers(
                     [each["prompt"] for each in measured], masked(gone, weigh)
                 )
-                found["experts"][f"{name}@{number}"] = gone
-                found["silenced"][f"{name}@{number}"] = {
+                found["experts"][f"{name}_{number}"] = gone
+                found["silenced"][f"{name}_{number}"] = {
                     each["example_id"]: refusal.judge(each["prompt"], answer).outcome
                     for each, answer in zip(measured, under, strict=True)
                 }

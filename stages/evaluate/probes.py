@@ -65,7 +65,7 @@ class ExpertInterventions(LabelledTexts):
     def interventions(self) -> list[str]:
         """Names of all interventions."""
         return [
-            *(f"{name}@{share:g}" for name in self.substitutions for share in self.shares),
+            *(f"{name}_{share:g}" for name in self.substitutions for share in self.shares),
             *(f"top_{count}" for count in self.top_k),
             *(f"prune_{which}_{count}" for count in self.prune for which in WAYS),
         ]

@@ -71,7 +71,7 @@ class Intervenor(Asker):
         }
         for name in spec.substitutions:
             for share in spec.shares:
-                yield f"{name}@{share:g}", routes.at_share(made[name](), share, seed)
+                yield f"{name}_{share:g}", routes.at_share(made[name](), share, seed)
         for count in spec.top_k:
             yield f"top_{count}", routes.another_k(count, self.weigh)
         layers = [each.layer for each in routing]

@@ -1,6 +1,7 @@
 """The stage on a tiny model: every kind of evaluation from Parquet files to a summary."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -128,6 +129,8 @@ def test_each_kind_runs_from_files_to_a_summary(kind, inputs, tmp_path):
     assert list(summary) == [name for name in expected if name not in (absent or ())]
     assert list(summary)[0] == evaluation.primary
     assert evaluation.axis in AXES
+    # What MLflow takes as the name of a metric.
+    assert all(re.fullmatch(r"[/\w.\- :]+", name) for name in summary)
     for name, row in summary.items():
         # Of those that were right, of those that a linear map can fit: there may be none.
         if name.startswith(("success/", "smoothness", "refusals_lost")):

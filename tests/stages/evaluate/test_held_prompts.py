@@ -123,7 +123,7 @@ def test_silenced_experts_are_those_of_the_ranking(engines, data, monkeypatch):
     expected = {layer: [] for layer in layers}
     for place in best:
         expected[layers[place // 4]].append(place % 4)
-    assert found["experts"]["safety@2"] == expected
+    assert found["experts"]["safety_2"] == expected
     answers = []
     monkeypatch.setattr(
         refusal, "judge", lambda prompt, answer: answers.append(answer) or by_word(prompt, answer))
@@ -143,10 +143,10 @@ def test_scores_and_metrics_of_silenced_experts(engines, data, monkeypatch):
     assert scores["refused"].tolist()[:4] == [1, 0, 0, 0] and scores["refused"][4:].isna().all()
     assert scores["before"].notna().tolist() == [False, True, False, True] + [False] * 4
     for ranking in ("safety", "topic", "random"):
-        column = scores[f"refused/{ranking}@2"]
+        column = scores[f"refused/{ranking}_2"]
         assert column.notna().tolist() == scores["before"].notna().tolist()
     lost = evaluation.metrics()[0]
-    scores["before"], scores["refused/safety@2"] = [np.nan, 1] * 4, [np.nan, 1, np.nan, 0] * 2
+    scores["before"], scores["refused/safety_2"] = [np.nan, 1] * 4, [np.nan, 1, np.nan, 0] * 2
     assert lost.value(lost.statistics(scores).sum(0)) == 0.5
     assert evaluation.of_experts
 
@@ -155,7 +155,7 @@ def test_with_one_outcome_nothing_is_ranked(engines, data, monkeypatch):
     monkeypatch.setattr(refusal, "judge", lambda p, a: SimpleNamespace(outcome="compliance"))
     evaluation = SafetyExperts(harmful=["bad"], benign=["fine"], silenced=[1], max_new_tokens=1)
     scores = scores_of(engines["mixtral"], evaluation, data)
-    assert scores["refused/safety@1"].isna().all() and scores["before"].notna().sum() == 2
+    assert scores["refused/safety_1"].isna().all() and scores["before"].notna().sum() == 2
 
 
 def test_topics_are_compared_within_one_outcome():

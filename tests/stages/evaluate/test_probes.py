@@ -75,8 +75,8 @@ def test_interventions_are_what_the_model_says_under_them(engines, data):
     assert np.allclose(scores["loss"], loss, atol=1e-4)
     with routed(engine.model, without_output()):
         right_without, loss_without = asked(engine)
-    assert scores["correct/drop_output@1"].tolist() == right_without
-    assert np.allclose(scores["loss/drop_output@1"], loss_without - loss, atol=1e-4)
+    assert scores["correct/drop_output_1"].tolist() == right_without
+    assert np.allclose(scores["loss/drop_output_1"], loss_without - loss, atol=1e-4)
     # K as it is configured changes nothing.
     assert np.allclose(scores["loss/top_2"], 0, atol=1e-5)
     with expert_count(engine.model, ExpertCount(kind="expert_count", top_k=1)):
