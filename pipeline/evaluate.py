@@ -5,6 +5,7 @@ loads the model once and writes each shard's responses as soon as it has them, s
 killed repeats at most the shards in flight, and its scores equal those of an uninterrupted one.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -59,18 +60,20 @@ class Responder:
 def run_pass(jobs: list[Job]) -> dict[str, Outcome]:
     """Answer the missing shards of all jobs (evaluations of one checkpoint), then score each."""
     store = Store(jobs[0].store)
-    shards: dict[str, list[Shard]] = {}
+    planned: dict[str, list[Shard]] = {}
     outcomes: dict[str, Outcome] = {}
     for job in jobs:
         try:
-            shards[job.node.key] = _prepare(job, store)
+            planned[job.node.key] = _prepare(job, store)
         except Exception as error:
             outcomes[job.node.key] = Outcome("failed", explain(error, job, store))
     jobs = [job for job in jobs if job.node.key not in outcomes]
     try:
-        _respond(jobs, shards, store, jobs[0].inputs["checkpoint"] if jobs else "")
+        _respond(jobs, planned, store, jobs[0].inputs["checkpoint"] if jobs else "")
     except Exception as error:
         return outcomes | {j.node.key: Outcome("failed", explain(error, j, store)) for j in jobs}
+    shards = {key: [shard.id for shard in found] for key, found in planned.items()}
+    planned.clear()  # the requests; what is left of a large evaluation are the names of its shards
     outcomes |= _judge(jobs, shards, store)
     for job in jobs:
         if job.node.key not in outcomes:
@@ -78,7 +81,7 @@ def run_pass(jobs: list[Job]) -> dict[str, Outcome]:
     return outcomes
 
 
-def _judge(jobs: list[Job], shards: dict[str, list[Shard]], store: Store) -> dict[str, Outcome]:
+def _judge(jobs: list[Job], shards: dict[str, list[str]], store: Store) -> dict[str, Outcome]:
     """Have the judges that are models read the stored responses, one pass for each judge.
 
     Adds their shards to those of the nodes; returns the outcomes of nodes that failed.
@@ -103,7 +106,7 @@ def _judge(jobs: list[Job], shards: dict[str, list[Shard]], store: Store) -> dic
         except Exception as error:
             failed |= {j.node.key: Outcome("failed", explain(error, j, store)) for j in asking}
         for key, added in planned.items():
-            shards[key] = [*shards[key], *added]
+            shards[key] = [*shards[key], *(shard.id for shard in added)]
     return failed
 
 
@@ -120,12 +123,11 @@ def _inputs(job: Job, store: Store) -> dict[str, Path]:
             if role.startswith("data/")}
 
 
-def _responses(job: Job, shards: list[Shard], store: Store) -> list[Response]:
-    """The stored responses of a node."""
-    return [
-        response for shard in shards for response in responses_from_table(_unpacked(
-            store.read_bytes(f"{job.node.folder}/{RESPONSES}/{shard.id}.parquet")))
-    ]
+def _responses(job: Job, shards: list[str], store: Store) -> Iterator[Response]:
+    """The stored responses of a node's shards."""
+    for shard in shards:
+        file = store.read_bytes(f"{job.node.folder}/{RESPONSES}/{shard}.parquet")
+        yield from responses_from_table(_unpacked(file))
 
 
 def _respond(
@@ -170,7 +172,7 @@ def _respond(
         report_progress(store, job.node, total - waiting[job.node.key], total, "shards")
 
 
-def _score(job: Job, shards: list[Shard], store: Store) -> Outcome:
+def _score(job: Job, shards: list[str], store: Store) -> Outcome:
     """Score one evaluation from its stored responses and commit it."""
 
     def work() -> str:

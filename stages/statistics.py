@@ -8,7 +8,7 @@ Rows of one document (snippets of one review, questions on one passage) are not 
 Documents, not rows, are therefore what is resampled and what is swapped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +21,8 @@ from stages.evaluate.base import Metric
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+CELLS = 2**22
+"""Resamples times documents that are in memory at once."""
 POWER = 0.80
 MDD_FACTOR = float(stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER))
 """Smallest detectable difference in standard errors, 2.80 (Bloom 1995, Evaluation Review 19:547:
@@ -201,19 +203,41 @@ def _part(data: _Sums, start: int, stop: int) -> _Sums:
     return _Sums(data.sums[start:stop], data.rows[start:stop], data.document)
 
 
-@lru_cache(maxsize=2)
-def _weights(documents: int, resamples: int, seed: int) -> np.ndarray:
+def _weights(documents: int, resamples: int, seed: int) -> Iterable[np.ndarray]:
     """How often each document is drawn: (resamples, documents), rows summing to documents - 1.
+
+    In blocks of some resamples, so that memory does not grow with the documents; a small table is
+    kept, because every metric asks for it.
 
     Drawing one fewer than there are makes the bootstrap variance of a mean the unbiased one
     (McCarthy and Snowden 1985), which matters for two or three seeds. Single precision holds the
     counts exactly and halves the memory.
     """
+    if documents * resamples <= CELLS:
+        return _kept_weights(documents, resamples, seed)
+    return _drawn_weights(documents, resamples, seed)
+
+
+@lru_cache(maxsize=2)
+def _kept_weights(documents: int, resamples: int, seed: int) -> tuple[np.ndarray, ...]:
+    return tuple(_drawn_weights(documents, resamples, seed))
+
+
+def _drawn_weights(documents: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng([seed, documents])
-    drawn = rng.integers(documents, size=(resamples, documents - 1))
-    drawn += np.arange(resamples)[:, None] * documents
-    counts = np.bincount(drawn.ravel(), minlength=resamples * documents)
-    return counts.reshape(resamples, documents).astype(np.float32)
+    for rows in _blocks(documents, resamples):
+        drawn = rng.integers(documents, size=(rows, documents - 1))
+        drawn += np.arange(rows)[:, None] * documents
+        counts = np.bincount(drawn.ravel(), minlength=rows * documents)
+        yield counts.reshape(rows, documents).astype(np.float32)
+
+
+def _blocks(documents: int, resamples: int) -> Iterator[int]:
+    """How many resamples are worked on at once: a multiple of four, so that random numbers, which
+    are drawn in words of up to four, are the same in one block and in many."""
+    most = max(4, CELLS // documents // 4 * 4)
+    for start in range(0, resamples, most):
+        yield min(most, resamples - start)
 
 
 def _bootstrap(data: _Sums, metric: Metric, resamples: int, seed: int) -> np.ndarray:
@@ -222,7 +246,8 @@ def _bootstrap(data: _Sums, metric: Metric, resamples: int, seed: int) -> np.nda
     if documents < 2:
         return np.full((resamples, runs), np.nan)
     flat = data.sums.transpose(1, 0, 2).reshape(documents, runs * k).astype(np.float32)
-    totals = _weights(documents, resamples, seed) @ flat
+    blocks = _weights(documents, resamples, seed)
+    totals = np.concatenate([weights @ flat for weights in blocks])
     return metric.value(totals.reshape(resamples, runs, k).astype(float))
 
 
@@ -306,7 +331,8 @@ def _swap_test(
         return (MCNEMAR if singletons else EXACT_SWAP), _exact_swap_p(totals)
     first, second = both.sums
     change = second - first
-    moved = _swaps(both.documents, resamples, seed) @ change  # (resamples, k)
+    blocks = _swaps(both.documents, resamples, seed)
+    moved = np.concatenate([swaps @ change for swaps in blocks])  # (resamples, k)
     null = metric.value(first.sum(axis=0) + moved) - metric.value(second.sum(axis=0) - moved)
     observed = float(metric.value(first.sum(axis=0)) - metric.value(second.sum(axis=0)))
     if np.isnan(observed):
@@ -316,11 +342,12 @@ def _swap_test(
     return SWAP, float((1 + extreme) / (1 + resamples))
 
 
-@lru_cache(maxsize=1)
-def _swaps(documents: int, resamples: int, seed: int) -> np.ndarray:
-    """1 where a document's two answers change places: (resamples, documents)."""
-    drawn = np.random.default_rng([seed, 2]).integers(2, size=(resamples, documents), dtype=np.int8)
-    return drawn.astype(float)
+def _swaps(documents: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """1 where a document's two answers change places: (resamples, documents), in blocks of some
+    resamples."""
+    rng = np.random.default_rng([seed, 2])
+    for rows in _blocks(documents, resamples):
+        yield rng.integers(2, size=(rows, documents), dtype=np.int8).astype(float)
 
 
 def _exact_swap_p(totals: np.ndarray) -> float:

@@ -34,7 +34,7 @@ AXES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Request:
     """One question to a model, of one of five kinds: the first of these that applies.
 
@@ -77,7 +77,7 @@ class Request:
         return not (self.procedure or self.head or self.window or self.choices)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Response:
     """What the model answered to the request of the same id."""
 

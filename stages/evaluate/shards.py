@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 
 import pyarrow as pa
 
@@ -95,9 +96,17 @@ def _length(request: Request) -> int:
     )
 
 
+def _table(items: Iterable[Request] | Iterable[Response], schema: pa.Schema) -> pa.Table:
+    """Some thousands at a time: as Python objects they take many times the memory of the table."""
+    rows, batches = iter(items), []
+    while part := [asdict(item) for item in islice(rows, 4096)]:
+        batches.append(pa.RecordBatch.from_pylist(part, schema))
+    return pa.Table.from_batches(batches, schema)
+
+
 def requests_to_table(requests: Iterable[Request]) -> pa.Table:
     """One row per request, in order (``REQUEST_SCHEMA``)."""
-    return pa.Table.from_pylist([asdict(request) for request in requests], REQUEST_SCHEMA)
+    return _table(requests, REQUEST_SCHEMA)
 
 
 def requests_from_table(table: pa.Table) -> list[Request]:
@@ -107,7 +116,7 @@ def requests_from_table(table: pa.Table) -> list[Request]:
 
 def responses_to_table(responses: Iterable[Response]) -> pa.Table:
     """One row per response, in order (``RESPONSE_SCHEMA``)."""
-    return pa.Table.from_pylist([asdict(response) for response in responses], RESPONSE_SCHEMA)
+    return _table(responses, RESPONSE_SCHEMA)
 
 
 def responses_from_table(table: pa.Table) -> list[Response]:

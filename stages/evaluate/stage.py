@@ -88,8 +88,7 @@ def score_node(
     them, ``curves.parquet`` holds the same of metrics by layer and budget, and ``hygiene.parquet``
     the checks of the attack. Raises StageFailed when responses are missing.
     """
-    data = _read(evaluation, inputs)
-    scores = evaluation.score(data, _collected(evaluation, data, responses))
+    scores = _scored(evaluation, inputs, responses)
     scores.to_parquet(output / "scores.parquet", index=False)
     metrics = [m for m in complete(evaluation) if not (m.of_experts and _absent(m, scores))]
     summary = summarise(scores, metrics)
@@ -104,6 +103,14 @@ def score_node(
 def _absent(metric: Metric, scores: pd.DataFrame) -> bool:
     """Whether no example has the score that a metric on experts is the mean of."""
     return metric.column is not None and scores[metric.column].isna().all()
+
+
+def _scored(
+    evaluation: Evaluation, inputs: dict[str, Path], responses: Iterable[Response]
+) -> pd.DataFrame:
+    """The score rows; data and responses are let go of before anything is summed up."""
+    data = _read(evaluation, inputs)
+    return evaluation.score(data, _collected(evaluation, data, responses))
 
 
 def _collected(

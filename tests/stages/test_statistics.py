@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from stages import statistics
 from stages.errors import StageFailed
 from stages.evaluate.base import Metric, mean_of
 from stages.statistics import (
@@ -210,3 +211,15 @@ def test_holm_by_hand():
     got = holm([0.01, 0.04, np.nan, 0.03, 0.005])
     assert got == pytest.approx([0.03, 0.06, np.nan, 0.06, 0.02], nan_ok=True)
     assert holm([0.6, 0.7]) == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize("cells", [37 * 4, 37 * 100, 1])
+def test_resamples_in_blocks_are_those_of_one_block(monkeypatch, cells):
+    drawn = np.random.default_rng([3, 37]).integers(37, size=(90, 36))
+    counts = np.stack([np.bincount(row, minlength=37) for row in drawn])
+    moved = np.random.default_rng([3, 2]).integers(2, size=(90, 37), dtype=np.int8)
+    monkeypatch.setattr(statistics, "CELLS", cells)
+    weights, swaps = list(statistics._weights(37, 90, 3)), list(statistics._swaps(37, 90, 3))
+    assert np.array_equal(np.concatenate(weights), counts)
+    assert np.array_equal(np.concatenate(swaps), moved)
+    assert max(map(len, swaps)) <= max(4, cells // 37)

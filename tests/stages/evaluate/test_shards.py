@@ -62,3 +62,11 @@ def test_tables_give_back_what_was_put_in(tmp_path):
 def test_planning_imports_no_torch():
     code = "import sys, stages.evaluate.shards; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_table_of_many_requests_is_made_in_parts():
+    requests = [Request(str(n), f"text {n}", ("a", "b")) for n in range(9000)]
+    table = requests_to_table(requests)
+    assert table.column("id").num_chunks == 3
+    assert requests_from_table(table) == requests
+    assert requests_to_table([]).num_rows == 0
