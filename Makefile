@@ -31,6 +31,7 @@ benchmark: .venv/installed-benchmark
 	.venv/bin/python benchmarks/routes.py $(MOE)
 	.venv/bin/python benchmarks/budgets.py
 	.venv/bin/python benchmarks/search.py
+	.venv/bin/python benchmarks/image_attacks.py
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: needs Python 3.11 or 3.12; make PYTHON=/path/to/it"; exit 2; }

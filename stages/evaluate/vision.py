@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from stages.models.images import Classifier, ImageProcessor
+    from stages.models.routing import Routing
 
 
 class OnImages(Evaluation):
@@ -223,9 +224,10 @@ class ImageAttacks(OnImages):
 
         from stages.attack import images
         from stages.models.families import family
+        from stages.models.routes import routed
 
         classifier, pixels, labels = _loaded(model, tokenizer, rows)
-        with torch.no_grad():
+        with torch.no_grad(), routed(model) as routes:
             clean = classifier(pixels)
         ids = [row["id"] for row in rows]
         found = {id: [] for id in ids}
@@ -236,10 +238,10 @@ class ImageAttacks(OnImages):
             seeds = [(self.seed, zlib.crc32(name.encode()), zlib.crc32(id.encode())) for id in ids]
             for budget in self.budgets:
                 outcome = images.attack_images(classifier, attack, pixels, labels, budget, seeds)
-                for row in images.rows(
-                    name, attack, budget, outcome, pixels, clean, labels, ids
-                ):
-                    found[row.pop("id")].append(row)
+                changes = _routing_changes(classifier, outcome.images, routes)
+                made = images.rows(name, attack, budget, outcome, pixels, clean, labels, ids)
+                for row, change in zip(made, changes, strict=True):
+                    found[row.pop("id")].append(row | {"routing_change": change})
         predictions = clean.argmax(1).tolist()
         return [
             {"prediction": tokenizer.labels[prediction], "attacks": found[id]}
@@ -247,17 +249,23 @@ class ImageAttacks(OnImages):
         ]
 
     def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
-        """One row per image: ``correct``; ``robust/…`` and ``changed/…`` of each attack at each
-        budget, ``worst/…`` of each budget, and ``robust``, the mean of those."""
+        """One row per image: ``correct``; of each attack at each budget ``robust/…``,
+        ``prediction_change/…``, ``routing_change/…`` (1 - IoU of the chosen experts, mean over
+        tokens and layers; NaN for a dense model) and ``zero_gradient/…``; ``worst/…`` of each
+        budget, and ``robust``, the mean of those."""
         found = results(self.rows(data)["example_id"], responses)
         columns: dict[str, list[float]] = {}
         for result in found:
             worst = dict.fromkeys(self.budgets, 1.0)
             for row in result["attacks"]:
                 where = f"{row['attack']}/{_shown(row['budget'])}"
-                columns.setdefault(f"robust/{where}", []).append(row["robust"])
-                columns.setdefault(f"changed/{where}", []).append(row["prediction_changed"])
-                columns.setdefault(f"zero_gradient/{where}", []).append(row["zero_gradient"])
+                for column, value in (
+                    ("robust", row["robust"]),
+                    ("prediction_change", row["prediction_changed"]),
+                    ("routing_change", row["routing_change"]),
+                    ("zero_gradient", row["zero_gradient"]),
+                ):
+                    columns.setdefault(f"{column}/{where}", []).append(value)
                 if row["kind"] != "paper":
                     worst[row["budget"]] = min(worst[row["budget"]], row["robust"])
             for budget, robust in worst.items():
@@ -284,7 +292,38 @@ class ImageAttacks(OnImages):
                         label=f"accuracy under {name}, {b}/255", datasets=of)
                 for name in self.attacks for b in budgets
             ),
+            *(
+                mean_of(f"prediction_change/{name}/{b}", higher_is_better=False, datasets=of,
+                        label=f"predictions changed by {name}, {b}/255")
+                for name in self.attacks for b in budgets
+            ),
+            *(
+                mean_of(f"routing_change/{name}/{b}", higher_is_better=False, datasets=of,
+                        of_experts=True, label=f"routing change by {name}, {b}/255")
+                for name in self.attacks for b in budgets
+            ),
         )  # fmt: skip
+
+
+def _routing_changes(
+    classifier: "Classifier", images: "torch.Tensor", before: "list[Routing]"
+) -> list[float]:
+    """1 - IoU of the experts chosen for images and in the routes before, per image: the mean over
+    its tokens and the layers; NaN for a dense model."""
+    import torch
+
+    from stages.models.routes import routed, selected
+    from stages.probe.change import overlap
+
+    with torch.no_grad(), routed(classifier.model) as after:
+        classifier(images)
+    if not before:
+        return [float("nan")] * len(images)
+    layers = [
+        overlap(selected(one), selected(other)).view(len(images), -1).nanmean(1)
+        for one, other in zip(before, after, strict=True)
+    ]
+    return (1 - torch.stack(layers).nanmean(0)).tolist()
 
 
 _PLAIN = {"routing": "as_is", "importance_loss_weight": 0.0, "gshard_loss_weight": 0.0}

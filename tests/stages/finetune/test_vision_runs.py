@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,7 +16,7 @@ from stages.data.spec import Corruption, DataSpec
 from stages.errors import StageFailed
 from stages.evaluate import stage as evaluate_stage
 from stages.evaluate.spec import EvaluateSpec
-from stages.evaluate.vision import ImageAttacks, ImageClassification
+from stages.evaluate.vision import ImageAttacks, ImageClassification, _routing_changes
 from stages.finetune.adversary import divergence, perturbed
 from stages.finetune.batches import global_batch, load_examples, micro_batch
 from stages.finetune.recipe import AdversarialPGD, FreeLB, Router, Trades
@@ -25,6 +26,7 @@ from stages.models import stage as model_stage
 from stages.models.families import family
 from stages.models.images import Classifier, load_processor
 from stages.models.load import load
+from stages.models.routes import routed
 from stages.models.sources import Facts, describe
 from stages.models.vision_spec import VisionSpec
 from tests.stages.finetune.reference import curve, plain, weights
@@ -83,9 +85,8 @@ def runs(folders, tmp_path_factory):
     kept = tmp_path_factory.mktemp("checkpoints")
     plan("dense", "dense", {})
     plan("spread", "sparse", BALANCED | {"expert_parallel": 2})
-    plan("noisy", "sparse", NOISY)
-    plan("killed", "sparse", NOISY, stop_after=2, checkpoints=kept)
-    plan("resumed", "sparse", NOISY, checkpoints=kept)
+    plan("noisy", "sparse", NOISY, checkpoints=kept)
+    plan("resumed", "sparse", NOISY, checkpoints=kept)  # from the checkpoint of step 2
     plan("pgd", "dense", {"adversarial": AdversarialPGD(budget=0.1, steps=3)})
     plan("trades", "dense", {"adversarial": Trades(budget=0.1, steps=3, norm="l2")})
     launch(2, planned, tmp_path_factory.mktemp("store") / "store")
@@ -245,9 +246,34 @@ def test_attacks_as_an_evaluation(runs, folders, tmp_path, model):
         assert value == pytest.approx(scores[f"worst/{budget}"].mean())
     mean = scores[[f"worst/{budget}" for budget in shown]].mean(axis=1)
     assert scores["robust"].tolist() == pytest.approx(mean.tolist())
+    changes = scores[[f"routing_change/{name}/76.5" for name in attacks]].to_numpy()
+    if model == "dense":
+        assert np.isnan(changes).all()
+    else:
+        assert (changes >= 0).all() and (changes > 0).any() and (changes <= 1).all()
     if model == "dense":  # what acts on experts runs without that there, as often
         again, _ = score(runs / model, evaluation, folders, tmp_path / "again")
         pd.testing.assert_frame_equal(scores, again)
+
+
+@torch.no_grad()
+def test_routing_change_by_hand(runs, folders):
+    """Two of four experts a token: sets that share one of them have an IoU of 1/3."""
+    classifier = Classifier(load(runs / "spread"), load_processor(runs / "spread"))
+    generator = torch.Generator().manual_seed(0)
+    images, others = torch.rand(2, 3, 1, 8, 8, generator=generator)
+
+    def chosen(pixels):
+        with routed(classifier.model) as routes:
+            classifier(pixels)
+        return routes, [set(row) for row in routes[0].experts.tolist()]
+
+    before, first = chosen(images)
+    _, second = chosen(others)
+    each = [1 - len(a & b) / len(a | b) for a, b in zip(first, second, strict=True)]
+    expected = [sum(each[5 * i : 5 * i + 5]) / 5 for i in range(3)]
+    assert _routing_changes(classifier, others, before) == pytest.approx(expected)
+    assert 0 < sum(expected) and _routing_changes(classifier, images, before) == [0.0] * 3
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""The study of vision models plans, and what cannot be is refused with its field."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.checks import check, check_plan
+from pipeline.plan import build
+from pipeline.sweep import load
+from stages.errors import BadInput
+
+FILE = Path(__file__).parents[2] / "sweeps/adversarial_moe/vision_cpu.yaml"
+
+
+def planned(*overrides):
+    sweep = load(FILE, list(overrides))
+    plan = build(sweep, check(sweep, FILE))
+    check_plan(plan, FILE)
+    return plan
+
+
+def test_the_study_as_it_is_written():
+    nodes = planned().nodes.values()
+    stages = [node.stage for node in nodes]
+    assert (stages.count("finetune"), stages.count("evaluate"), stages.count("data")) == (15, 30, 8)
+    models = {node.name: node.spec for node in nodes if node.stage == "model"}
+    assert [models[f"vmoe-{e}"].experts for e in (4, 8, 16)] == [4, 8, 16]
+    # One expert, as wide as the dense block: only the routers are computed in addition.
+    dense = models["vit"].counts()[2]
+    for experts in (4, 8, 16):
+        assert models[f"vmoe-{experts}"].counts()[2] - dense == 2 * 2 * experts * 64
+    trained = {node.name: node.spec for node in nodes if node.stage == "finetune"}
+    assert trained["vmoe-8-scratch-seed1"].router.noise == "1/E"
+    assert trained["vit-scratch-seed1"].router.noise == 0
+    left_out = {"importance_loss_weight": 0.005, "load_loss_weight": 0.005, "router.noise": "1/E"}
+    assert trained["vit-scratch-seed1"].dropped == left_out
+    attacks = next(n for n in nodes if n.name == "vmoe-8-scratch-seed0-attacks").spec.evaluation
+    assert attacks.attacks["square"].queries == 500 and attacks.budgets == (0.02, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("datasets.noise1.task=prompts", "datasets.noise1.corruption: task prompts has no images"),
+        ("recipes.scratch.data.0.template=sentiment", "template: images need none; remove it"),
+        ("models.vit.vision.patch=5", "patch: 5 does not divide image_size 28"),
+        ("models.vit={source: 'tiny:llama'}", "mnist is of task images, vit reads texts"),
+        ("recipes.scratch.router.noise=0", "scratch.load_loss_weight: is a probability"),
+        ("recipes.scratch.head=classification", "head"),
+        ("recipes.scratch.adversarial={kind: freelb}", "adversarial: vmoe-4: vit_moe reads images"),
+        ("evaluations.attacks.attacks.pgd.norm=l2", "attacks: differ in norm"),
+        ("models.vit.source=tiny:llama", "exactly one of source, upcycle, widen, vision"),
+    ],
+)
+def test_what_cannot_be_is_refused(override, message):
+    with pytest.raises(BadInput) as error:
+        planned(override)
+    assert message in str(error.value)
