@@ -46,8 +46,7 @@ def axis_figure(comparison: pd.DataFrame, axis: str, file: Path) -> None:
     The difference is turned so that right is always better for the MoE.
     """
     rows = comparison[(comparison["axis"] == axis) & comparison["difference"].notna()]
-    # Scores are shares; a metric on another scale (counts, seconds) would flatten the others.
-    rows = rows[(rows["moe"].abs() <= 1) & (rows["dense"].abs() <= 1)]
+    rows = _of_one_scale(rows)
     if len(rows) > _MOST_ROWS:
         rows = rows[rows["primary"]]
     with matplotlib.rc_context(STYLE):
@@ -116,6 +115,16 @@ def axis_figure(comparison: pd.DataFrame, axis: str, file: Path) -> None:
             0.005, 1 - 0.1 / inches, AXIS_TITLES[axis], weight="bold", fontsize=12, va="top"
         )
         save(figure, file)
+
+
+def _of_one_scale(rows: pd.DataFrame) -> pd.DataFrame:
+    """The metrics whose levels fit beside the primary ones: a perplexity of 20 would flatten bits
+    per byte, and counts would flatten shares. All rows of a metric stay or go together."""
+    level = rows[["moe", "dense"]].abs().max(axis=1)
+    primary = level[rows["primary"]].max()
+    limit = 2 * primary if primary > 1 else 1
+    largest = level.groupby([rows["evaluation"], rows["metric"]]).transform("max")
+    return rows[(largest <= limit) | rows["primary"]]
 
 
 def _layout(rows: pd.DataFrame) -> tuple[list[tuple], list[tuple], list[float]]:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from stages.compare.figures import _of_one_scale
 from stages.compare.spec import CompareSpec, Pair
 from stages.compare.stage import run
 from stages.compare.table import render_text
@@ -342,3 +343,24 @@ def test_a_missing_data_set_leaves_gaps_and_no_mean_over_fewer(tmp_path, output)
     run(spec, inputs, tmp_path / "again", gaps=gaps)
     table = pd.read_parquet(tmp_path / "again" / "comparison.parquet")
     assert row(table, metric="ood_accuracy")["moe"] == 0.75
+
+
+def test_a_figure_shows_metrics_of_the_scale_of_its_primary_ones():
+    """Bits per byte a little above 1 stay, whatever the recipe; perplexities go."""
+    found = pd.DataFrame(
+        [
+            ("perplexity", "out_of_domain_bits_per_byte", True, 1.03, 1.02),
+            ("perplexity", "bits_per_byte/plots", False, 1.21, 0.99),
+            ("perplexity", "bits_per_byte/plots", False, 0.98, 0.99),
+            ("perplexity", "out_of_domain_perplexity", False, 21.0, 20.5),
+        ],
+        columns=["evaluation", "metric", "primary", "moe", "dense"],
+    )
+    assert _of_one_scale(found).index.tolist() == [0, 1, 2]
+    # Shares beside points of 100: both rows of a metric go, though one is small.
+    shares = found.assign(
+        metric=["accuracy", "difference", "difference", "rate"],
+        moe=[0.5, 12.0, 0.4, 0.9],
+        dense=[0.6, 0.3, 0.2, 1.0],
+    )
+    assert _of_one_scale(shares).index.tolist() == [0, 3]
