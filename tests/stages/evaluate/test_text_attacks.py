@@ -114,8 +114,10 @@ def test_a_dense_model_has_no_numbers_on_routes(engines, data):
 
 
 def test_neither_shards_nor_neighbours_change_a_row(scores, engines, data):
-    again = scores_of(engines["mixtral"], spec(), data, size=16)
-    pd.testing.assert_frame_equal(again, scores, check_exact=True)
+    two = {"shop": data["shop"].tail(2).reset_index(drop=True)}
+    again = scores_of(engines["mixtral"], spec(), two, size=16)
+    pd.testing.assert_frame_equal(
+        again, scores.tail(2).reset_index(drop=True), check_exact=True)
     last = {"shop": data["shop"].tail(1).reset_index(drop=True)}
     alone = scores_of(engines["mixtral"], spec(), last)
     expected = scores.tail(1).reset_index(drop=True)
@@ -123,7 +125,7 @@ def test_neither_shards_nor_neighbours_change_a_row(scores, engines, data):
 
 
 def test_the_checks_of_an_attack_are_attacks(engines, data):
-    brief = [attack | {"steps": 2} if "steps" in attack else attack for attack in ATTACKS[:4]]
+    brief = [*(attack | {"steps": 2} for attack in ATTACKS[:3]), ATTACKS[4]]
     evaluation = spec(attacks=brief, checked=2)
     three = {"shop": data["shop"].head(3)}
     scores = scores_of(engines["mixtral"], evaluation, three)
@@ -132,8 +134,8 @@ def test_the_checks_of_an_attack_are_attacks(engines, data):
     assert {("embedding_pgd", c) for c in (
         "twice the steps", "twice the restarts", "monotone", "unbounded", "gradients",
         "not weaker than routes", "not weaker than random edits of the same size")} <= found
-    assert {("gcg", "twice the steps"), ("deep_word_bug", "monotone")} <= found
-    assert ("deep_word_bug", "gradients") not in found
+    assert {("gcg", "twice the steps"), ("homoglyphs", "monotone")} <= found
+    assert ("homoglyphs", "gradients") not in found
     assert set(report.loc[report["check"] == "unbounded", "n"]) == {2}
     assert set(report.loc[report["check"] == "gradients", "n"]) == {3}
     curves = summarise(scores, evaluation.curves(scores))
