@@ -7,15 +7,16 @@ import pytest
 from pipeline.checks import check, check_plan
 from pipeline.plan import build
 from pipeline.sweep import load
+from stages.attack.image_spec import PAPER_BUDGETS
 from stages.errors import BadInput
 
 FILE = Path(__file__).parents[2] / "sweeps/adversarial_moe/vision_cpu.yaml"
 
 
-def planned(*overrides):
-    sweep = load(FILE, list(overrides))
-    plan = build(sweep, check(sweep, FILE))
-    check_plan(plan, FILE)
+def planned(*overrides, file=FILE):
+    sweep = load(file, list(overrides))
+    plan = build(sweep, check(sweep, file))
+    check_plan(plan, file)
     return plan
 
 
@@ -36,6 +37,16 @@ def test_the_study_as_it_is_written():
     assert trained["vit-scratch-seed1"].dropped == left_out
     attacks = next(n for n in nodes if n.name == "vmoe-8-scratch-seed0-attacks").spec.evaluation
     assert attacks.attacks["square"].queries == 500 and attacks.budgets == (0.02, 0.05)
+
+
+def test_the_curve_is_of_the_same_models_at_the_papers_budgets():
+    curve = planned(file=FILE.with_name("vision_curve_cpu.yaml")).nodes
+    study = planned().nodes
+    tuned = {key for key, node in curve.items() if node.stage == "finetune"}
+    assert len(tuned) == 5
+    assert all(curve[key].fingerprint == study[key].fingerprint for key in tuned)
+    asked = next(n for n in curve.values() if n.stage == "evaluate").spec.evaluation
+    assert asked.budgets == pytest.approx(PAPER_BUDGETS, rel=1e-9)
 
 
 @pytest.mark.parametrize(
