@@ -263,6 +263,12 @@ _MOE = (
         auxiliary_loss=_AUX,
         no_export="it is a class of this project, which other programs lack",
     ),
+    _decoder(
+        "llama_moe",  # stages/models/llama_moe.py
+        top_k="num_selects",
+        scores="softmax of the chosen",
+        no_export="it is a class of this project, which other programs lack",
+    ),
     Family(
         "vit_moe",  # stages/models/vision_moe.py
         router="vit.layers.*.mlp.gate",

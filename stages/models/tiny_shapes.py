@@ -159,6 +159,8 @@ TINY: dict[str, dict] = {
         "num_dense_layers": 1,
         "layer_types": ["conv", "full_attention", "conv", "full_attention"],
     },
+    "llama_moe": _SHAPE
+    | {"num_experts": 4, "num_selects": 2, "score_scale_factor": 2.0, "tie_word_embeddings": False},
     "gpt_neox_moe": _MOE | {"num_experts": 4, "mlp_only_layers": [0, 2]},
     "jetmoe": {
         "hidden_size": 64,
