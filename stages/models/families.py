@@ -294,6 +294,24 @@ _MOE = (
         auxiliary_loss=_AUX,
     ),
     Family(
+        "moduleformer",  # stages/models/moduleformer.py
+        router="transformer.h.*.mlpf.gate transformer.h.*.attn.q_proj.gate",
+        experts=(
+            "transformer.h.*.mlpf.experts transformer.h.*.mlpf.output_experts "
+            "transformer.h.*.attn.q_proj.experts transformer.h.*.attn.q_proj.output_experts"
+        ),
+        num_experts="n_mlp_experts",
+        top_k="k_mlp",
+        layer_counts=("n_layer",),
+        sparse_layers=lambda config: tuple(range(config["n_layer"])),
+        normalised=False,
+        logits=4,
+        weights=None,
+        index=None,
+        masks_by_position=False,
+        no_export="it is a class of this project, which other programs lack",
+    ),
+    Family(
         "switch_transformers",
         router="*coder.block.*.layer.*.mlp.router",
         experts="*coder.block.*.layer.*.mlp.experts",

@@ -19,7 +19,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.initialization import no_init_weights
 
 from stages.errors import StageFailed
-from stages.models import gpt_neox_moe, llama_moe, vision_moe  # noqa: F401 - register themselves
+from stages.models import (  # noqa: F401 - register themselves
+    gpt_neox_moe,
+    llama_moe,
+    moduleformer,
+    vision_moe,
+)
 from stages.models.classifier import is_classifier, register
 from stages.models.families import FAMILIES, family
 from stages.models.images import ImageProcessor, load_processor

@@ -37,6 +37,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(name: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
     """The tiny model of a family, its weights drawn from the seed."""
     shape = TINY[name]
+    width = next(shape[field] for field in ("hidden_size", "d_model", "n_embd") if field in shape)
     config = AutoConfig.for_model(
         name,
         **shape,
@@ -46,7 +47,7 @@ def tiny_model(name: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreT
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
         # As wide as SmolLM2's for its size; smaller, and a model hardly depends on its layers.
-        initializer_range=(shape.get("hidden_size") or shape["d_model"]) ** -0.5,
+        initializer_range=width**-0.5,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -159,6 +159,16 @@ TINY: dict[str, dict] = {
         "num_dense_layers": 1,
         "layer_types": ["conv", "full_attention", "conv", "full_attention"],
     },
+    "moduleformer": {
+        "n_embd": 64,
+        "att_hidden": 32,
+        "ffd_hidden": 64,
+        "n_layer": 2,
+        "n_head": 2,
+        "gating_size": 16,
+        "n_att_experts": 4,
+        "n_mlp_experts": 4,
+    },
     "llama_moe": _SHAPE
     | {"num_experts": 4, "num_selects": 2, "score_scale_factor": 2.0, "tie_word_embeddings": False},
     "gpt_neox_moe": _MOE | {"num_experts": 4, "mlp_only_layers": [0, 2]},
