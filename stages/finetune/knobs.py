@@ -44,7 +44,7 @@ class Knobs:
         """Router logits before noise (T, E) of the last forward pass, by layer."""
         self.blocks: Blocks = {}
         self.experts: list[nn.Module] = []
-        self.sees_choice = False
+        self.sees_choice = self.knows_choice = False
         if self.attention:
             evidence.note("dropout.attention", modules=len(self.attention))
 
@@ -55,6 +55,7 @@ class Knobs:
             self.blocks = blocks(self.model)
             self.experts = list(entry.modules(self.model, "expert").values())
             self.sees_choice = entry.index is not None
+            self.knows_choice = self.sees_choice or entry.chooses_largest
             if self.noise == "1/E":
                 self.noise = 1 / getattr(self.model.config, entry.num_experts)
 
@@ -108,8 +109,10 @@ class Knobs:
                 logits = logits + noise
             if not self.sees_choice:
                 rows = logits.flatten(0, -2)
+                router = self.blocks[layer][0]
+                k = getattr(router, "base_layer", router).top_k if self.knows_choice else 0
                 none = rows.new_zeros(len(rows), 0)
-                routings.append(Routing(layer, rows, none.long(), none))
+                routings.append(Routing(layer, rows, rows.topk(k).indices, none))
             return logits
 
         return noisy

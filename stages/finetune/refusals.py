@@ -121,7 +121,7 @@ def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
         yield "router.capacity", f"{reason}; remove it"
     if entry.index is None:
         unseen = {"router.top_k", "router.assignment", "experts.drop"}
-        if not entry.auxiliary_loss or recipe.head == "classification":
+        if not (entry.auxiliary_loss or entry.chooses_largest):
             unseen.add("auxiliary_loss_weight")
         for field in moe_only(recipe):
             if field in unseen:

@@ -73,7 +73,7 @@ class Training:
         self.routers = [p for n, p in model.named_parameters() if role_of[n] == "router"]
         self.weighed = {n: AUXILIARY[n] for n in AUXILIARY if getattr(self.spec, n)}
         # A family whose choice cannot be seen computes the load-balancing loss itself.
-        self.own_loss = () if self.knobs.sees_choice else family(model).auxiliary_loss
+        self.own_loss = () if self.knobs.knows_choice else family(model).auxiliary_loss
         asks = self.own_loss and "auxiliary_loss_weight" in self.weighed
         self.own_argument = {"output_router_logits": True} if asks else {}
         # At stage 0 this class reduces the gradients itself, and clips them afterwards.

@@ -278,7 +278,7 @@ _MOE = (
         **_VISION,
     ),
     Family(
-        "jetmoe",
+        "jetmoe",  # its own auxiliary loss counts the routers of attention twice
         router="model.layers.*.mlp.router model.layers.*.self_attention.experts.router",
         experts=(
             "model.layers.*.mlp.input_linear model.layers.*.mlp.output_linear "
@@ -291,7 +291,6 @@ _MOE = (
         logits=4,
         weights=None,
         index=None,
-        auxiliary_loss=_AUX,
     ),
     Family(
         "moduleformer",  # stages/models/moduleformer.py

@@ -117,6 +117,12 @@ class Family:
         texts = self.modality == "text" and self.masks_by_position
         return texts and not (self.capacity or self.recurrent or self.encoder_decoder)
 
+    @property
+    def chooses_largest(self) -> bool:
+        """Whether a choice of experts that cannot be seen is known all the same: those with the
+        largest logits, with no capacity that drops some."""
+        return self.index is None and not self.capacity
+
     def modules(self, model: "PreTrainedModel", role: Role) -> dict[str, "nn.Module"]:
         """The modules of a role by their path, in the order of the layers.
 

@@ -5,9 +5,21 @@ import math
 import pytest
 import torch
 
+from stages.finetune.evidence import Evidence
+from stages.finetune.knobs import Knobs
+from stages.finetune.recipe import Recipe, TrainSet
 from stages.finetune.router_losses import load_balancing_loss, z_loss
+from stages.models.families import family
 from stages.models.routing import Routing, blocks, intercept
 from stages.models.tiny import tiny_model, tiny_tokenizer
+
+RECIPE = {
+    "data": (TrainSet(dataset="reviews", template="sentiment"),),
+    "steps": 1,
+    "batch_size": 1,
+    "learning_rate": 1e-3,
+    "auxiliary_loss_weight": 0.1,
+}
 
 
 def routing(logits, experts):
@@ -43,3 +55,25 @@ def test_families_whose_head_returns_none_have_the_gradient_all_the_same(name, l
     routers = [p for router, _ in blocks(model).values() for p in router.parameters()]
     gradients = torch.autograd.grad(loss(seen), routers)
     assert all(gradient.norm() > 1e-6 for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", ["jetmoe", "moduleformer"])
+def test_a_choice_that_cannot_be_seen_is_that_of_the_largest_logits(name):
+    """The experts are called with sorted tokens and their counts, which must be the same."""
+    model, counts = tiny_model(name, tiny_tokenizer(), seed=3), {}
+    for path, module in family(model).modules(model, "expert").items():
+        module.register_forward_pre_hook(lambda _, args, path=path: counts.update({path: args[1]}))
+    knobs = Knobs(model, Recipe(**RECIPE), Evidence())
+    knobs.attach()
+    tokens = torch.arange(3, 60)[None]
+    with knobs.forward() as seen:
+        out = model(input_ids=tokens, output_router_logits=True)
+    assert len(seen) == 4 == len(counts) // 2
+    chosen = sorted(torch.bincount(r.experts.flatten(), minlength=4).tolist() for r in seen)
+    assert chosen == sorted(list(counts.values())[::2])
+    loss = load_balancing_loss(seen)
+    if name == "jetmoe":  # transformers counts the routers of attention twice
+        twice = [*seen, *(r for r in seen if "self_attention" in r.layer)]
+        assert load_balancing_loss(twice).item() == pytest.approx(out.aux_loss.item(), rel=1e-6)
+    routers = [p for router, _ in blocks(model).values() for p in router.parameters()]
+    assert all(g.norm() > 1e-6 for g in torch.autograd.grad(loss, routers))
