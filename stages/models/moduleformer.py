@@ -106,7 +106,7 @@ class ModuleFormerRouter(nn.Module):
             inner = module(inner)
         logits_TE = F.linear(inner, last.weight)
         weights_TK, chosen_TK = logits_TE.softmax(dim=-1).topk(self.top_k)
-        chosen, order_N = chosen_TK.flatten().sort(stable=True)
+        chosen, order_N = chosen_TK.flatten().sort()
         sizes = torch.bincount(chosen, minlength=self.num_experts).tolist()
         return order_N, order_N // self.top_k, weights_TK.flatten()[order_N], sizes, logits_TE
 

@@ -54,14 +54,14 @@ def routed(model: PreTrainedModel, force: Policy | None = None) -> Iterator[list
         if entry.index is not None and entry.is_moe:
             undo.enter_context(intercept(blocks(model), choice=choice))
         elif entry.is_moe:
-            seam = {"jetmoe": _sorted, "switch_transformers": _one_hot}[entry.model_type]
+            seam = _sorted if entry.chooses_largest else _one_hot
             for path, router in entry.modules(model, "router").items():
                 undo.enter_context(seam(model, path, router, choice))
         yield routes
 
 
 def _sorted(model: PreTrainedModel, path: str, router: nn.Module, choice: Policy):
-    """JetMoE: its routers return the token-expert pairs sorted by expert."""
+    """JetMoE and MoLM: their routers return the token-expert pairs sorted by expert."""
 
     def hook(module: nn.Module, args: tuple, output: tuple) -> tuple | None:
         order, _, gates, sizes, logits = output
@@ -75,8 +75,8 @@ def _sorted(model: PreTrainedModel, path: str, router: nn.Module, choice: Policy
             return None
         if changed.experts.shape != routing.experts.shape:
             raise StageFailed(
-                "jetmoe: its attention is laid out for the configured number of experts per "
-                "token, and another cannot be forced"
+                f"{model.config.model_type}: its attention is laid out for the configured number of "
+                "experts per token, and another cannot be forced"
             )
         flat = changed.experts.flatten()
         order = flat.sort(0).indices  # as the router itself sorts
