@@ -75,8 +75,8 @@ def _sorted(model: PreTrainedModel, path: str, router: nn.Module, choice: Policy
             return None
         if changed.experts.shape != routing.experts.shape:
             raise StageFailed(
-                f"{model.config.model_type}: its attention is laid out for the configured number of "
-                "experts per token, and another cannot be forced"
+                f"{model.config.model_type}: its attention is laid out for the configured number "
+                "of experts per token, and another cannot be forced"
             )
         flat = changed.experts.flatten()
         order = flat.sort(0).indices  # as the router itself sorts
