@@ -27,6 +27,7 @@ benchmark: .venv/installed-benchmark
 	.venv/bin/python benchmarks/multiple_choice.py $(DENSE) $(MOE)
 	.venv/bin/python benchmarks/generation.py $(DENSE) $(MOE)
 	.venv/bin/python benchmarks/perplexity.py $(DENSE) $(MOE)
+	.venv/bin/python benchmarks/request_memory.py
 	.venv/bin/python benchmarks/training.py $(MOE)
 	.venv/bin/python benchmarks/routes.py $(MOE)
 	.venv/bin/python benchmarks/budgets.py
