@@ -3,24 +3,18 @@
 Imports no torch, Ray or DeepSpeed. All problems of a sweep are told at once, one line each.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.plan import Plan, recipe_evaluations, recipe_models
-from pipeline.sweep import Dataset, Model, Recipe, Sweep, model_spec, nearest
+from pipeline.evaluation_checks import EvaluationChecks
+from pipeline.plan import Plan, recipe_models
+from pipeline.sweep import Dataset, Model, Recipe, Sweep, model_spec
+from pipeline.sweep_file import located, nearest
 from stages.data import sources as data_sources
 from stages.data.spec import TEMPLATED, DataSpec
 from stages.data.templates import TEMPLATES
-from stages.errors import BadInput, StageFailed
-from stages.evaluate.base import Evaluation
-from stages.evaluate.harness import LmEval
-from stages.evaluate.held_prompts import HeldPrompts
-from stages.evaluate.judges import ModelJudge
-from stages.evaluate.labelled_texts import LabelledTexts
-from stages.evaluate.language_modelling import Perplexity
-from stages.evaluate.probes import ExpertInterventions
-from stages.evaluate.techniques import AnyTechnique, Contrastive, DoLa, ExpertCount, candidates
+from stages.errors import BadInput
 from stages.finetune.config import FOLDER as DEEPSPEED_CONFIGS
 from stages.finetune.config import deepspeed_config
 from stages.finetune.recipe import for_dense
@@ -28,7 +22,6 @@ from stages.finetune.refusals import contradictions, inapplicable, misplaced
 from stages.models import sources as model_sources
 from stages.models.families import FAMILIES
 from stages.models.sources import Facts
-from stages.models.spec import SourceSpec
 
 
 def check(sweep: Sweep, path: Path) -> dict[str, str]:
@@ -53,19 +46,7 @@ def check_plan(plan: Plan, path: Path) -> None:
                 raise BadInput(f"{path}: resources.finetune.deepspeed_config: {error}") from None
 
 
-def located(source: str, folder: Path) -> str:
-    """A ``file:`` source from the sweep's folder."""
-    scheme, _, rest = source.partition(":")
-    return f"file:{folder / rest}" if scheme == "file" and rest else source
-
-
-class _Checks:
-    def __init__(self, sweep: Sweep, folder: Path):
-        self.sweep, self.folder = sweep, folder
-        self.contents: dict[str, str] = {}
-        self.facts: dict[str, Facts] = {}
-        self.judges: dict[str, ModelJudge] = {}
-
+class _Checks(EvaluationChecks):
     def problems(self) -> Iterator[str]:
         for name, dataset in self.sweep.datasets.items():
             yield from self.dataset(name, dataset)
@@ -218,16 +199,6 @@ class _Checks:
         if not self.sweep.recipes and not self.sweep.untuned:
             yield "recipes: is empty while untuned is false; nothing would be evaluated"
 
-    def modality(self, models: Iterable[str], dataset: str, field: str) -> Iterator[str]:
-        """Models of texts on images, or of images on texts."""
-        data = self.sweep.datasets.get(dataset)
-        for model in dict.fromkeys(models):
-            entry = FAMILIES.get(getattr(self.facts.get(model), "family", None))
-            reads = entry and entry.modality
-            if data is not None and reads and (reads == "image") != (data.task == "images"):
-                yield (f"{field}: {dataset} is of task {data.task}, {model} reads {reads}s; "
-                       "name others")
-
     def knobs(self, name: str, recipe: Recipe) -> Iterator[str]:
         """Problems of what a recipe sets, by itself and for each model that it fine-tunes."""
         field = f"recipes.{name}"
@@ -292,134 +263,6 @@ class _Checks:
             yield (f"{field}: {recipe.after} ends with a head for {', '.join(first.labels)}; train "
                    "this one on the same labels")
 
-    def evaluations(self) -> Iterator[str]:
-        trained = {(t.dataset, t.split): name for name, recipe in self.sweep.recipes.items()
-                   for t in recipe.data}
-        for name, evaluation in self.sweep.evaluations.items():
-            field = f"evaluations.{name}"
-            for dataset, split in evaluation.sources().values():
-                yield from self.uses(dataset, split, field)
-            for dataset, split in evaluation.datasets().items():
-                if (dataset, split) in trained:
-                    yield (f"{field}: scores {dataset}/{split}, on which recipe "
-                           f"{trained[dataset, split]} trains; use another split")
-            for key, (dataset, split) in evaluation.sources().items():
-                scored = evaluation.datasets()
-                if key not in scored and scored.get(dataset) == split:
-                    yield (f"{field}: takes examples from {dataset}/{split}, which it scores; "
-                           "use another split for them")
-            members = [m for pair in self.sweep.pairs for m in (pair.moe, pair.dense)]
-            for dataset, task in evaluation.tasks().items():
-                yield from self.modality(members, dataset, field)
-                entry = self.sweep.datasets.get(dataset)
-                if entry is not None and entry.task != task:
-                    yield f"{field}: needs task {task}, {dataset} is of task {entry.task}"
-            yield from self.template(getattr(evaluation, "template", None), f"{field}.template")
-            if evaluation.declared:
-                yield f"{field}.declared: is filled in by a run; remove it"
-            if evaluation.asks_head:
-                yield from self.heads(name, f"{field}.method")
-            yield from self.technique(evaluation.technique, f"{field}.technique")
-            if isinstance(evaluation, Perplexity):
-                yield from self.decoders(f"{field}: perplexity")
-            if isinstance(evaluation, LmEval) and evaluation.reads_windows:
-                yield from self.decoders(f"{field}: the log-probability of whole texts")
-            if isinstance(evaluation, LabelledTexts | HeldPrompts):
-                yield from self.decoders(f"{field}: {evaluation.kind}")
-            if evaluation.of_experts:
-                yield from self.experts(evaluation, field)
-            for judge in evaluation.judge_models().values():
-                yield from self.judge(judge, f"{field}.judges.{judge.name}")
-
-        if self.sweep.pairs and all(e.of_experts for e in self.sweep.evaluations.values()):
-            yield ("evaluations: all are about experts alone, of which a dense partner has none; "
-                   "add one that compares the two, such as text_attacks")
-
-    def experts(self, evaluation: Evaluation, field: str) -> Iterator[str]:
-        """Problems of an evaluation that is about experts alone."""
-        if self.sweep.recipes and not self.sweep.untuned:
-            yield (f"{field}: {evaluation.kind} is compared with the same model before the recipe; "
-                   "set untuned to true")
-        moes = {pair.moe for pair in self.sweep.pairs}
-        for name in sorted(moes or self.sweep.models):
-            facts = self.facts.get(name, Facts())
-            if facts.architecture == "dense":
-                yield f"{field}: {name} is dense and has no experts; remove {evaluation.kind}"
-            elif isinstance(evaluation, ExpertInterventions) and facts.experts:
-                for count in evaluation.top_k:
-                    if count > facts.experts:
-                        yield (f"{field}.top_k: {count} is more than the {facts.experts} experts "
-                               f"of {name}; lower it")
-                for count in evaluation.prune:
-                    if count >= facts.experts:
-                        yield (f"{field}.prune: {count} leaves none of the {facts.experts} experts "
-                               f"of {name}; lower it")
-
-    def heads(self, name: str, field: str) -> Iterator[str]:
-        """Problems of an evaluation with the classification heads that recipes train."""
-        trained = {r: recipe.labels for r, recipe in self.sweep.recipes.items()
-                   if name in recipe_evaluations(self.sweep, r)}
-        wanted = TEMPLATES.get(self.sweep.evaluations[name].template)
-        if not trained:
-            yield (f"{field}: head needs a recipe with `head: classification`, and there is none "
-                   "that is scored on it; add one, or use label_words")
-        for recipe, labels in trained.items():
-            if labels is not None and wanted and labels != tuple(wanted.labels):
-                yield (f"{field}: the head of recipe {recipe} is for {', '.join(labels)}; use the "
-                       "template that it is trained with")
-
-    def judge(self, judge: ModelJudge, field: str) -> Iterator[str]:
-        """Problems of a judge that is a model."""
-        if self.judges.setdefault(judge.name, judge).source != judge.source:
-            yield (f"{field}.source: another evaluation has a judge of this name from "
-                   f"{self.judges[judge.name].source}; give one of them another name")
-        spec = SourceSpec(source=located(judge.source, self.folder))
-        problem = model_sources.check_files(spec.source)
-        if problem is not None:
-            yield f"{field}.source: {problem}"
-        elif spec.source.startswith("file:"):
-            self.contents[judge.source] = model_sources.content(spec)
-
-    def technique(self, technique: AnyTechnique | None, field: str) -> Iterator[str]:
-        """Problems of an inference technique with the models that are evaluated."""
-        if isinstance(technique, Contrastive) and technique.amateur not in self.sweep.models:
-            yield f"{field}.amateur: {self.unknown('model', technique.amateur)}"
-        members = {m for pair in self.sweep.pairs for m in (pair.moe, pair.dense)}
-        dense = {pair.dense for pair in self.sweep.pairs}
-        if technique is not None and not isinstance(technique, ExpertCount):
-            yield from self.decoders(f"{field}.kind: {technique.kind}")
-        for name in sorted(members or self.sweep.models):
-            facts = self.facts.get(name, Facts())
-            if isinstance(technique, ExpertCount) and name not in dense:
-                if facts.architecture == "dense":
-                    yield f"{field}.top_k: {name} is dense and has no experts; remove technique"
-                elif facts.experts and technique.top_k > facts.experts:
-                    yield (f"{field}.top_k: {technique.top_k} is more than the {facts.experts} "
-                           f"experts of {name}; lower it")
-            if isinstance(technique, DoLa) and facts.layers:
-                try:
-                    candidates(technique, facts.layers, tied=True)
-                except StageFailed as error:
-                    yield f"{field}.candidate_layers: {name}: {error}"
-
-    def decoders(self, what: str) -> Iterator[str]:
-        """Problems of what only decoders can do."""
-        for name, facts in self.facts.items():
-            entry = FAMILIES.get(facts.family)
-            if entry is not None and entry.encoder_decoder:
-                yield f"{what} is for decoders, {name} is an encoder-decoder; remove it"
-
-    def uses(self, dataset: str, split: str, field: str) -> Iterator[str]:
-        if dataset not in self.sweep.datasets:
-            yield f"{field}: {self.unknown('data set', dataset)}"
-        elif split not in self.sweep.datasets[dataset].splits:
-            splits = ", ".join(self.sweep.datasets[dataset].splits)
-            yield f"{field}: {dataset} has no split {split!r}; it has {splits}"
-
-    def template(self, name: str | None, field: str) -> Iterator[str]:
-        if name is not None and name not in TEMPLATES:
-            yield f"{field}: unknown template {name!r}{nearest(name, list(TEMPLATES))}"
-
     def resources(self) -> Iterator[str]:
         finetune = self.sweep.resources.finetune
         size, field = finetune.expert_parallel, "resources.finetune.expert_parallel"
@@ -440,7 +283,3 @@ class _Checks:
         if config is not None and not (DEEPSPEED_CONFIGS / config).is_file():
             known = sorted(p.name for p in DEEPSPEED_CONFIGS.glob("*.json"))
             yield f"resources.finetune.deepspeed_config: no file {config}{nearest(config, known)}"
-
-    def unknown(self, kind: str, name: str) -> str:
-        known = self.sweep.datasets if kind == "data set" else self.sweep.models
-        return f"unknown {kind} {name!r}{nearest(name, list(known))}"

@@ -115,8 +115,9 @@ def _read(options: argparse.Namespace):
     """Sweep, plan and store of a command, checked; refuses what cannot work."""
     from pipeline.checks import check, check_plan
     from pipeline.estimate import check_memory
-    from pipeline.plan import adopt, build
-    from pipeline.sweep import load
+    from pipeline.plan import build
+    from pipeline.survey import adopt
+    from pipeline.sweep_file import load
 
     sweep = load(options.sweep, options.set)
     plan = build(sweep, check(sweep, options.sweep))
@@ -153,7 +154,7 @@ def _tracking_uri(options: argparse.Namespace, store) -> str:
 
 def _plan(options: argparse.Namespace) -> int:
     from pipeline.display import plan_lines
-    from pipeline.plan import survey
+    from pipeline.survey import survey
 
     _, plan, store = _read(options)
     folder = options.sweep.resolve().parent
@@ -178,7 +179,7 @@ def _search(options: argparse.Namespace) -> int:
     from pipeline.record import record
     from pipeline.search import run
     from pipeline.search.checks import check_search
-    from pipeline.sweep import load
+    from pipeline.sweep_file import load
 
     sweep = load(options.sweep, options.set)
     contents = check_search(sweep, options.sweep)
@@ -245,7 +246,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _execute(plan, store, options: argparse.Namespace) -> dict:
     """Run what is missing of a plan; starts no Ray when nothing is."""
     from pipeline.display import Watcher
-    from pipeline.plan import survey
+    from pipeline.survey import survey
 
     store.check_writable()
     todo = {key for key, state in survey(plan, store).items() if state.status != "done"}
@@ -272,7 +273,7 @@ def _code(outcomes: dict) -> int:
 def _report(options: argparse.Namespace) -> int:
     from pipeline.display import finish_lines
     from pipeline.job import Job, run_stage
-    from pipeline.plan import leave_out_missing, survey
+    from pipeline.survey import leave_out_missing, survey
 
     _, plan, store = _read(options)
     leave_out_missing(plan, store)
@@ -295,7 +296,7 @@ def _ui(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     from pipeline.display import status_lines
-    from pipeline.plan import survey
+    from pipeline.survey import survey
 
     _, plan, store = _read(options)
     print("\n".join(status_lines(plan, survey(plan, store), store)))
@@ -303,8 +304,8 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from pipeline.plan import leave_out_missing
     from pipeline.show import examples
+    from pipeline.survey import leave_out_missing
 
     sweep, plan, store = _read(options)
     leave_out_missing(plan, store)
@@ -315,10 +316,11 @@ def _show(options: argparse.Namespace) -> int:
 def _gc(options: argparse.Namespace) -> int:
     from pipeline.checks import check
     from pipeline.gc import collect
-    from pipeline.plan import Plan, adopt, build, leave_out_missing
+    from pipeline.plan import Plan, build
     from pipeline.search.checks import check_search
     from pipeline.search.run import folders_of, model_searches
-    from pipeline.sweep import load
+    from pipeline.survey import adopt, leave_out_missing
+    from pipeline.sweep_file import load
 
     plans, searched, store = [], set(), _store(options)
     for path in options.sweeps:
@@ -338,7 +340,7 @@ def _gc(options: argparse.Namespace) -> int:
 
 def _data(options: argparse.Namespace) -> int:
     from pipeline.data import catalogue_lines, fetch_lines, sweep_lines
-    from pipeline.sweep import load
+    from pipeline.sweep_file import load
 
     if options.sweep is None:
         if options.action == "fetch":
@@ -363,7 +365,7 @@ def _export(options: argparse.Namespace) -> int:
     from pipeline.checks import check
     from pipeline.export import export, node_of_store, node_of_sweep
     from pipeline.plan import build
-    from pipeline.sweep import load
+    from pipeline.sweep_file import load
 
     store = _store(options)
     if options.checkpoint.suffix in (".yaml", ".yml"):

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.checks import located
 from pipeline.sweep import Sweep
+from pipeline.sweep_file import located
 from stages.data import downloads, packs
 from stages.data.catalogue import CATALOGUE
 from stages.data.sets import SETS

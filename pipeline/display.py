@@ -6,10 +6,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from pipeline.estimate import Estimator, summary_lines, work_text
+from pipeline.estimate import Estimator
+from pipeline.estimate_text import summary_lines, work_text
 from pipeline.job import Event, Outcome, report_folder
-from pipeline.plan import Node, Plan, State
+from pipeline.plan import Node, Plan
 from pipeline.store import PROGRESS, Store
+from pipeline.survey import State
 
 _MARKS = {"done": "✓", "stale": "~", "to run": "·"}
 _SHOWN = 60

@@ -9,9 +9,11 @@ import json
 import shutil
 from pathlib import Path
 
-from pipeline.plan import Plan, adopt, survey, sweep_recipes
+from pipeline.plan import Plan, sweep_recipes
 from pipeline.store import Store
-from pipeline.sweep import Sweep, nearest
+from pipeline.survey import adopt, survey
+from pipeline.sweep import Sweep
+from pipeline.sweep_file import nearest
 from stages.errors import BadInput, StageFailed
 from stages.finetune.spec import EVIDENCE_FILE
 from stages.models.card import ModelCard

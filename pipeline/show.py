@@ -4,9 +4,11 @@ import argparse
 
 import pandas as pd
 
-from pipeline.plan import Plan, survey, sweep_recipes
+from pipeline.plan import Plan, sweep_recipes
 from pipeline.store import Store
-from pipeline.sweep import Sweep, nearest
+from pipeline.survey import survey
+from pipeline.sweep import Sweep
+from pipeline.sweep_file import nearest
 from stages.errors import BadInput, StageFailed
 from stages.evaluate.base import Metric
 

@@ -4,7 +4,8 @@ import argparse
 import re
 from pathlib import Path
 
-from pipeline.sweep import Model, Sweep, load, nearest
+from pipeline.sweep import Model, Sweep
+from pipeline.sweep_file import load, nearest
 from stages.errors import BadInput
 from stages.evaluate.techniques import Contrastive
 

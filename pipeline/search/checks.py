@@ -20,7 +20,8 @@ from pipeline.search.spec import (
     Random,
     Search,
 )
-from pipeline.sweep import Sweep, nearest
+from pipeline.sweep import Sweep
+from pipeline.sweep_file import nearest
 from stages.errors import BadInput
 from stages.evaluate.base import Metric
 from stages.finetune.spec import Recipe

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.job import report_folder
-from pipeline.plan import Plan, adopt, build, survey
+from pipeline.plan import Plan, build
 from pipeline.search.checks import maximized
 from pipeline.search.ledger import Ledger, Trial
 from pipeline.search.plan import (
@@ -33,6 +33,7 @@ from pipeline.search.plan import (
 from pipeline.search.spec import Grid, Search
 from pipeline.search.tracking import record_trials
 from pipeline.store import Store
+from pipeline.survey import adopt, survey
 from pipeline.sweep import Sweep
 from stages.compare.search_report import REPORT_FILE, TRIALS_FILE, write
 from stages.compare.search_results import choose

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from pipeline.search.spec import Dimension
-from pipeline.sweep import nearest
+from pipeline.sweep_file import nearest
 from stages.errors import BadInput
 from stages.finetune.recipe import Recipe
 from stages.finetune.refusals import contradictions

@@ -14,68 +14,21 @@ from typing import TYPE_CHECKING
 
 from stages.errors import BadInput
 from stages.models.family import Family, Role
+from stages.models.sparse_layers import (
+    SWITCH_LAYERS,
+    after,
+    ernie_layers,
+    every_layer,
+    jamba_layers,
+    listed,
+    nllb_layers,
+    qwen2_moe_layers,
+    switch_layers,
+)
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
-
-
-def _every_layer(config: Mapping) -> tuple[int, ...]:
-    return tuple(range(config["num_hidden_layers"]))
-
-
-def _after(field: str, default: int) -> Callable[[Mapping], tuple[int, ...]]:
-    """All layers but the first ones, whose number is a field of the configuration."""
-    return lambda config: tuple(range(config.get(field, default), config["num_hidden_layers"]))
-
-
-def _listed(dense: int) -> Callable[[Mapping], tuple[int, ...]]:
-    """The layers that ``mlp_layer_types`` calls sparse; without it, all but the first ``dense``."""
-
-    def layers(config: Mapping) -> tuple[int, ...]:
-        count = config["num_hidden_layers"]
-        kinds = config.get("mlp_layer_types") or ["dense"] * dense + ["sparse"] * (count - dense)
-        return tuple(i for i in range(count) if kinds[i] == "sparse")
-
-    return layers
-
-
-def _qwen2_moe_layers(config: Mapping) -> tuple[int, ...]:
-    dense, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step", 1)
-    return tuple(
-        i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0
-    )
-
-
-def _jamba_layers(config: Mapping) -> tuple[int, ...]:
-    period, offset = config.get("expert_layer_period", 2), config.get("expert_layer_offset", 1)
-    return tuple(i for i in range(config["num_hidden_layers"]) if i % period == offset)
-
-
-def _ernie_layers(config: Mapping) -> tuple[int, ...]:
-    count, step = config["num_hidden_layers"], config.get("moe_layer_interval", 1)
-    last = config.get("moe_layer_end_index", -1) % count
-    first = config.get("moe_layer_start_index", 1)
-    return tuple(i for i in range(first, last + 1) if (i + 1) % step == 0)
-
-
-def _switch_layers(config: Mapping) -> tuple[int, ...]:
-    found, first = [], 0
-    for half, count in zip(("encoder", "decoder"), _SWITCH_LAYERS, strict=True):
-        layers, sparse = config[count], config.get(f"num_sparse_{half}_layers", 3)
-        step = layers // sparse if sparse else layers
-        found += [first + i for i in range(layers) if i % step == 1 or step == 1]
-        first += layers
-    return tuple(found)
-
-
-def _nllb_layers(config: Mapping) -> tuple[int, ...]:
-    found, first = [], 0
-    for half in ("encoder", "decoder"):
-        layers, step = config[f"{half}_layers"], config.get(f"{half}_sparse_step", 4)
-        found += [first + i for i in range(layers) if step and (i + 1) % step == 0]
-        first += layers
-    return tuple(found)
 
 
 def _decoder(
@@ -85,7 +38,7 @@ def _decoder(
     router: str = "gate",
     shared: str = "",
     shared_gate: str = "",
-    sparse_layers: Callable[[Mapping], tuple[int, ...]] = _every_layer,
+    sparse_layers: Callable[[Mapping], tuple[int, ...]] = every_layer,
     **fields,
 ) -> Family:
     """A decoder of transformers, whose sparse blocks hold a router and ``experts``."""
@@ -110,7 +63,6 @@ _UNEQUAL = (
     "ten steps differ from those of a plain loop by up to 2e-3 of the loss, which is not understood"
 )
 _AUX = ("aux_loss",)
-_SWITCH_LAYERS = ("num_layers", "num_decoder_layers")
 _LOCAL = {"num_experts": "num_local_experts"}
 _DEEPSEEK_V3 = {
     "shared": "mlp.shared_experts",
@@ -132,13 +84,13 @@ _MOE = (
         "qwen2_moe",
         shared="mlp.shared_expert",
         shared_gate="mlp.shared_expert_gate",
-        sparse_layers=_qwen2_moe_layers,
+        sparse_layers=qwen2_moe_layers,
         normalised="norm_topk_prob",
         auxiliary_loss=_AUX,
     ),
     _decoder(
         "qwen3_moe",
-        sparse_layers=_qwen2_moe_layers,
+        sparse_layers=qwen2_moe_layers,
         normalised="norm_topk_prob",
         auxiliary_loss=_AUX,
     ),
@@ -147,40 +99,40 @@ _MOE = (
     _decoder(
         "deepseek_v2",
         shared="mlp.shared_experts",
-        sparse_layers=_after("first_k_dense_replace", 0),
+        sparse_layers=after("first_k_dense_replace", 0),
         num_experts="n_routed_experts",
         normalised=False,
     ),
-    _decoder("deepseek_v3", sparse_layers=_after("first_k_dense_replace", 3), **_DEEPSEEK_V3),
-    _decoder("glm4_moe", sparse_layers=_after("first_k_dense_replace", 1), **_DEEPSEEK_V3),
-    _decoder("glm4_moe_lite", sparse_layers=_listed(1), **_DEEPSEEK_V3),
-    _decoder("dots1", sparse_layers=_after("first_k_dense_replace", 0), **_DEEPSEEK_V3),
+    _decoder("deepseek_v3", sparse_layers=after("first_k_dense_replace", 3), **_DEEPSEEK_V3),
+    _decoder("glm4_moe", sparse_layers=after("first_k_dense_replace", 1), **_DEEPSEEK_V3),
+    _decoder("glm4_moe_lite", sparse_layers=listed(1), **_DEEPSEEK_V3),
+    _decoder("dots1", sparse_layers=after("first_k_dense_replace", 0), **_DEEPSEEK_V3),
     _decoder("solar_open", **_DEEPSEEK_V3),
     _decoder(
         "exaone_moe",
-        sparse_layers=_listed(1),
+        sparse_layers=listed(1),
         **_DEEPSEEK_V3 | {"num_experts": "num_experts"},
     ),
-    _decoder("mimo_v2_flash", sparse_layers=_listed(1), **_DEEPSEEK_V3 | {"shared": ""}),
+    _decoder("mimo_v2_flash", sparse_layers=listed(1), **_DEEPSEEK_V3 | {"shared": ""}),
     _decoder(
         "afmoe",
         router="router",
         shared="mlp.shared_experts",
-        sparse_layers=_after("num_dense_layers", 1),
+        sparse_layers=after("num_dense_layers", 1),
         scores="sigmoid",
         masks_by_position=False,
     ),
     _decoder(
         "hy_v3",
         shared="mlp.shared_experts",
-        sparse_layers=_listed(1),
+        sparse_layers=listed(1),
         scores="sigmoid",
     ),
     _decoder("minimax_m2", scores="sigmoid", auxiliary_loss=_AUX, **_LOCAL),
     _decoder(
         "laguna",
         shared="mlp.shared_experts",
-        sparse_layers=_listed(1),
+        sparse_layers=listed(1),
         scores="sigmoid",
         auxiliary_loss=_AUX,
     ),
@@ -205,17 +157,17 @@ _MOE = (
     _decoder(
         "ernie4_5_moe",
         shared="mlp.shared_experts",
-        sparse_layers=_ernie_layers,
+        sparse_layers=ernie_layers,
         num_experts="moe_num_experts",
         top_k="moe_k",
         auxiliary_loss=_AUX,
     ),
     _decoder("hunyuan_v1_moe", shared="mlp.shared_mlp", top_k="moe_topk"),
-    _decoder("mellum", sparse_layers=_listed(0), normalised="norm_topk_prob", auxiliary_loss=_AUX),
+    _decoder("mellum", sparse_layers=listed(0), normalised="norm_topk_prob", auxiliary_loss=_AUX),
     _decoder(
         "cohere2_moe",
         shared="mlp.shared_experts",
-        sparse_layers=_listed(0),
+        sparse_layers=listed(0),
         scores="softmax of the chosen",
     ),
     _decoder("minimax", auxiliary_loss=_AUX, recurrent=True, **_LOCAL),
@@ -230,7 +182,7 @@ _MOE = (
         "qwen3_next",
         shared="mlp.shared_expert",
         shared_gate="mlp.shared_expert_gate",
-        sparse_layers=_qwen2_moe_layers,
+        sparse_layers=qwen2_moe_layers,
         normalised="norm_topk_prob",
         auxiliary_loss=_AUX,
         recurrent=True,
@@ -240,7 +192,7 @@ _MOE = (
         "jamba",
         block="feed_forward",
         router="router",
-        sparse_layers=_jamba_layers,
+        sparse_layers=jamba_layers,
         normalised=False,
         auxiliary_loss=_AUX,
         recurrent=True,
@@ -249,7 +201,7 @@ _MOE = (
     _decoder(
         "lfm2_moe",
         block="feed_forward",
-        sparse_layers=_after("num_dense_layers", 2),
+        sparse_layers=after("num_dense_layers", 2),
         scores="sigmoid",
         normalised="norm_topk_prob",
         recurrent=True,
@@ -258,7 +210,7 @@ _MOE = (
         "gpt_neox_moe",  # stages/models/gpt_neox_moe.py
         router="gpt_neox.layers.*.mlp.gate",
         experts="gpt_neox.layers.*.mlp.experts",
-        sparse_layers=_qwen2_moe_layers,
+        sparse_layers=qwen2_moe_layers,
         scores="softmax of the chosen",
         auxiliary_loss=_AUX,
         no_export="it is a class of this project, which other programs lack",
@@ -278,7 +230,7 @@ _MOE = (
         **_VISION,
     ),
     Family(
-        "jetmoe",  # its own auxiliary loss counts the routers of attention twice
+        "jetmoe",  # its own auxiliary loss counts the routers of attention twice, training once
         router="model.layers.*.mlp.router model.layers.*.self_attention.experts.router",
         experts=(
             "model.layers.*.mlp.input_linear model.layers.*.mlp.output_linear "
@@ -286,11 +238,12 @@ _MOE = (
             "model.layers.*.self_attention.experts.output_linear"
         ),
         num_experts="num_local_experts",
-        sparse_layers=_every_layer,
+        sparse_layers=every_layer,
         scores="softmax of the chosen",
         logits=4,
         weights=None,
         index=None,
+        auxiliary_loss=_AUX,
     ),
     Family(
         "moduleformer",  # stages/models/moduleformer.py
@@ -315,8 +268,8 @@ _MOE = (
         router="*coder.block.*.layer.*.mlp.router",
         experts="*coder.block.*.layer.*.mlp.experts",
         top_k=1,
-        layer_counts=_SWITCH_LAYERS,
-        sparse_layers=_switch_layers,
+        layer_counts=SWITCH_LAYERS,
+        sparse_layers=switch_layers,
         normalised=False,
         logits=2,
         weights=1,
@@ -331,7 +284,7 @@ _MOE = (
         experts="model.*coder.layers.*.ffn.experts",
         top_k=2,
         layer_counts=("encoder_layers", "decoder_layers"),
-        sparse_layers=_nllb_layers,
+        sparse_layers=nllb_layers,
         logits=2,
         weights=None,
         index=None,
@@ -347,7 +300,7 @@ _DENSE = (
     *("llama", "mistral", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3"),
     *("qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
 )
-_T5 = Family("t5", layer_counts=_SWITCH_LAYERS, encoder_decoder=True)
+_T5 = Family("t5", layer_counts=SWITCH_LAYERS, encoder_decoder=True)
 FAMILIES: dict[str, Family] = {
     entry.model_type: entry
     for entry in (*_MOE, *map(Family, _DENSE), _T5, Family("vit", **_VISION))

@@ -339,12 +339,6 @@ KNOWN: dict[str, Known] = {
 """Source without its revision to size."""
 
 WITHOUT_CLASS: dict[str, str] = {
-    "hub:ibm/MoLM-350M-4B": "moduleformer",
-    "hub:ibm/MoLM-700M-4B": "moduleformer",
-    "hub:ibm/MoLM-700M-8B": "moduleformer",
-    "hub:llama-moe/LLaMA-MoE-v1-3_0B-2_16": "llama_moe",
-    "hub:llama-moe/LLaMA-MoE-v1-3_5B-4_16": "llama_moe",
-    "hub:llama-moe/LLaMA-MoE-v1-3_5B-2_8": "llama_moe",
     "hub:deepseek-ai/deepseek-moe-16b-base": "deepseek",
 }
 """Source without its revision to the architecture that transformers lacks: these models come with

@@ -49,7 +49,9 @@ def families(names: list[str]):
 
 def spec(name: str) -> FinetuneSpec:
     entry = FAMILIES[name]
-    weight, size = (0.05 if entry.auxiliary_loss else 0.0), (2 if entry.is_moe else 1)
+    # JetMoE's own loss counts its routers in another way than training does.
+    weight = 0.05 if entry.auxiliary_loss and not entry.chooses_largest else 0.0
+    size = 2 if entry.is_moe else 1
     return SPEC.model_copy(update={"auxiliary_loss_weight": weight, "expert_parallel": size})
 
 

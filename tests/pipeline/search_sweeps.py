@@ -5,7 +5,8 @@ import json
 from smoke import SMOKE
 
 from pipeline.search.spec import Search
-from pipeline.sweep import Sweep, load
+from pipeline.sweep import Sweep
+from pipeline.sweep_file import load
 from stages.finetune.spec import Recipe
 
 BASE = Recipe(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.checks import check
 from pipeline.plan import Plan, build
-from pipeline.sweep import load
+from pipeline.sweep_file import load
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "sweeps" / "smoke.yaml"

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from pipeline.checks import check
-from pipeline.sweep import load
+from pipeline.sweep_file import load
 from stages.errors import BadInput
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"

@@ -13,7 +13,7 @@ from pipeline.cli import main
 from pipeline.job import Job, run_stage
 from pipeline.plan import build
 from pipeline.store import Store
-from pipeline.sweep import load
+from pipeline.sweep_file import load
 
 CONTENT = {
     "name": "out",

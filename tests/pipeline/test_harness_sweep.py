@@ -12,9 +12,10 @@ from pipeline.checks import check
 from pipeline.display import plan_lines
 from pipeline.estimate import Estimator
 from pipeline.execute import execute
-from pipeline.plan import build, survey
+from pipeline.plan import build
 from pipeline.store import Store
-from pipeline.sweep import load
+from pipeline.survey import survey
+from pipeline.sweep_file import load
 from stages.compare.results import compare
 from stages.errors import BadInput
 

@@ -6,7 +6,7 @@ from smoke import SMOKE
 from pipeline.checks import check
 from pipeline.plan import build
 from pipeline.search.checks import check_search
-from pipeline.sweep import load
+from pipeline.sweep_file import load
 from stages.errors import BadInput
 
 HEAD = (

@@ -6,8 +6,8 @@ import pandas as pd
 from smoke import SMOKE, planned
 
 from pipeline.execute import execute
-from pipeline.plan import survey
 from pipeline.store import Store
+from pipeline.survey import survey
 from stages.evaluate.engine import Engine
 from stages.evaluate.judges import Guard
 from stages.models.tiny import tiny_model, tiny_tokenizer

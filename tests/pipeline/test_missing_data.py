@@ -6,8 +6,8 @@ from smoke import planned
 
 from pipeline.execute import Unit, _gaps, _unblocked
 from pipeline.job import Outcome
-from pipeline.plan import leave_out_missing, survey
 from pipeline.store import Store
+from pipeline.survey import leave_out_missing, survey
 from stages.evaluate.partial import left_out
 
 OVERRIDES = (

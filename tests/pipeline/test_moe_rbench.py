@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.checks import check, check_plan
 from pipeline.plan import build
-from pipeline.sweep import load
+from pipeline.sweep_file import load
 
 FOLDER = Path(__file__).parents[2] / "sweeps" / "moe_rbench"
 SCRIPT_FILES = ("adv_nli", "boss_nli", "boss_sa", "boss_td", "snli_hard", "style_ood")

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.checks import check
-from pipeline.plan import build, build_evaluations, survey
+from pipeline.plan import build, build_evaluations
 from pipeline.single import single_model
 from pipeline.store import Store
-from pipeline.sweep import load, model_spec
+from pipeline.survey import survey
+from pipeline.sweep import model_spec
+from pipeline.sweep_file import load
 from stages.compare.spec import CompareSpec
 from stages.data.spec import DataSpec
 from stages.errors import BadInput

@@ -4,8 +4,8 @@ import pandas as pd
 from smoke import SMOKE, planned
 
 from pipeline.execute import execute
-from pipeline.plan import survey
 from pipeline.store import Store
+from pipeline.survey import survey
 
 KEY = "evaluate/tiny-moe-none-attacked"
 ATTACKED = (

@@ -15,8 +15,8 @@ import pytest
 from smoke import ROOT, SECRET, SMOKE, command, planned
 
 from pipeline.execute import _check_shared, check_cluster, execute
-from pipeline.plan import survey
 from pipeline.store import Store
+from pipeline.survey import survey
 from stages.errors import BadInput
 
 

@@ -11,7 +11,7 @@ from smoke import ROOT, SMOKE
 from pipeline.plan import build
 from pipeline.search.checks import check_search
 from pipeline.search.plan import final_sweep, members, reserve, selecting, trial_plan
-from pipeline.sweep import load
+from pipeline.sweep_file import load
 from stages.data.spec import DataSpec
 from stages.data.stage import run as prepare
 from stages.errors import BadInput

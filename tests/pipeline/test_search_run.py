@@ -14,12 +14,13 @@ from search_sweeps import searching
 from smoke import ROOT, SMOKE, command
 
 from pipeline.gc import collect
-from pipeline.plan import adopt, build, survey
+from pipeline.plan import build
 from pipeline.search import run
 from pipeline.search.checks import check_search
 from pipeline.search.ledger import Ledger
 from pipeline.search.plan import selecting
 from pipeline.store import Store
+from pipeline.survey import adopt, survey
 
 FIELDS = {"algorithm": {"kind": "asha", "reduction_factor": 2, "rungs": 1}, "trials": 2}
 # Two workers evaluate, all that the cluster has, so one trial runs after the other.

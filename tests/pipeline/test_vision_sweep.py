@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.checks import check, check_plan
 from pipeline.plan import build
-from pipeline.sweep import load
+from pipeline.sweep_file import load
 from stages.attack.image_spec import PAPER_BUDGETS
 from stages.errors import BadInput
 

@@ -1,0 +1,104 @@
+"""What ``plan`` prints of the estimate: a line per node, and the lines below them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.estimate import Estimator, Work, parameters
+from pipeline.plan import Plan
+from pipeline.survey import State
+from pipeline.sweep_file import located
+from stages.data import downloads
+from stages.data.sources import CatalogueSet, parse
+from stages.models.known import WITHOUT_CLASS
+
+
+def work_text(work: Work) -> str:
+    """One node's estimate in a line; nothing where it takes nothing."""
+    parts = [
+        _said(work.tokens, "", "tokens", "tokens"),
+        _said(work.flops, "", "FLOP", "FLOP"),
+        _said(work.gpu_hours, "", "GPU-hours", "GPU-hours"),
+        _said(work.disk, "B", "", "disk"),
+        _said(work.scratch, "B", "while it trains", "scratch"),
+    ]
+    text = ", ".join(part for part in parts if part)
+    return text and f"{'about' if work.whole else 'at least'} {text}"
+
+
+def _said(value: float | None, unit: str, what: str, name: str) -> str:
+    if value is None:
+        return f"{name} unknown"
+    return f"{scaled(value)}{unit} {what}".strip() if value else ""
+
+
+def scaled(value: float) -> str:
+    """A number of three digits with the prefix of its thousands, ready for a unit."""
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+def summary_lines(
+    plan: Plan, states: dict[str, State], estimator: Estimator, works: dict[str, Work]
+) -> Iterator[str]:
+    """Totals of what is to run, the pairs' sizes, what cannot be had, and what was assumed."""
+    todo = {key: works[key] for key, state in states.items() if state.status != "done"}
+    if not todo:
+        return
+    yield ""
+    yield "estimate of what is to run (totals are over what is known)"
+    for stage in dict.fromkeys(plan.nodes[key].stage for key in todo):
+        these = [work for key, work in todo.items() if plan.nodes[key].stage == stage]
+        sums = (sum(getattr(work, name) or 0 for work in these)
+                for name in ("tokens", "flops", "gpu_hours", "disk"))
+        unknown = sum(None in (w.tokens, w.flops, w.gpu_hours, w.disk) or not w.whole
+                      for w in these)
+        text = [f"{len(these)} node{'s' * (len(these) > 1)}", work_text(Work(*sums)),
+                f"unknown in part: {unknown}" if unknown else ""]
+        yield f"  {stage:<9} {', '.join(filter(None, text))}"
+    yield from _pairs(plan, estimator)
+    yield from _not_to_be_had(plan, estimator.folder)
+    a = plan.sweep.assumptions
+    yield (f"  assumed   {a.characters_per_token:g} characters a token; answers as long as they "
+           f"may be; one GPU sustains {a.training_tflops:g} TFLOP/s training, "
+           f"{a.scoring_tflops:g} reading, {a.decoding_tflops:g} writing "
+           "(`assumptions` of the sweep)")
+    yield ("  left out  attention scores, padding, loading, judges that are models, the layers "
+           "that DoLa reads out")
+
+
+def _pairs(plan: Plan, estimator: Estimator) -> Iterator[str]:
+    for pair in plan.sweep.pairs:
+        moe, dense = (estimator.size(f"model/{name}") for name in (pair.moe, pair.dense))
+        if moe is None or dense is None:
+            unknown = [name for name, size in ((pair.moe, moe), (pair.dense, dense)) if not size]
+            yield f"  pair      {pair.name}: size of {' and '.join(unknown)} unknown"
+            continue
+        yield (f"  pair      {pair.name}: active {parameters(moe.active)} of "
+               f"{parameters(moe.total)}, dense {parameters(dense.total)}; active / dense "
+               f"{moe.active / dense.total:.2f}, operations per token "
+               f"{moe.flops_per_token / dense.flops_per_token:.2f}")
+
+
+
+def _not_to_be_had(plan: Plan, folder: Path) -> Iterator[str]:
+    """Data that must be asked for or brought, and models that cannot be run."""
+    for node in plan.nodes.values():
+        if node.stage == "model":
+            kind = WITHOUT_CLASS.get(getattr(node.spec, "source", "").partition("@")[0])
+            if kind:
+                yield (f"  cannot run {node.name}: transformers has no {kind!r}, and a model's own "
+                       "code is never run; its nodes will be gaps")
+        if node.stage != "data":
+            continue
+        source = parse(located(node.spec.source, folder), format=node.spec.format)
+        if not isinstance(source, CatalogueSet):
+            continue
+        published, split = source.published, source.split
+        here = source.path.exists() if source.path else downloads.present(published, split)
+        if published.gated and not here:
+            yield f"  gated     {node.name}: {published.gated}"
+        elif published.pinned(split) is None and not here:
+            yield (f"  to bring  {node.name}: {published.files} (source: file:PATH, "
+                   f"format: {source.name})")
