@@ -1,4 +1,4 @@
-"""Changes that make the smoke sweep wrong, with the place, the reason and the remedy that are told."""
+"""Changes that make the smoke sweep wrong, with the place, reason and remedy that are told."""
 
 GONE = object()
 """Stands for a field that is taken out."""
