@@ -167,7 +167,9 @@ TINY: dict[str, dict] = {
         "n_head": 2,
         "gating_size": 16,
         "n_att_experts": 4,
+        "k_att": 2,
         "n_mlp_experts": 4,
+        "k_mlp": 2,
     },
     "llama_moe": _SHAPE
     | {"num_experts": 4, "num_selects": 2, "score_scale_factor": 2.0, "tie_word_embeddings": False},

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from stages.errors import StageFailed
 from stages.models.card import ModelCard
 from stages.models.dense import DENSE
-from stages.models.families import roles
+from stages.models.families import FAMILIES, roles
 from stages.models.spec import EveryNth, LastN, UpcycleSpec
 from stages.models.stage import run
 from stages.models.tiny import CHAT_TEMPLATE
@@ -19,6 +19,7 @@ CASES = [
     ("mistral", SOME),
     ("olmo2", ALL),
 ]
+TEXT = [name for name in DENSE if FAMILIES[name].modality == "text"]
 BECOMES = {
     ("llama", SOME): "qwen2_moe",
     ("llama", ALL): "mixtral",
@@ -30,7 +31,7 @@ BECOMES = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("dense")
-    return {name: dense_folder(root / name, name) for name in DENSE}
+    return {name: dense_folder(root / name, name) for name in TEXT}
 
 
 def upcycled(dense, folder, **fields):
@@ -103,7 +104,7 @@ def test_roles_find_routers_and_experts(folders, tmp_path, name, layers):
     assert len(experts) == per_layer * len(sparse)
 
 
-@pytest.mark.parametrize("name", sorted(DENSE))
+@pytest.mark.parametrize("name", sorted(TEXT))
 def test_what_is_not_weights_is_carried_over(tmp_path, name):
     dense = dense_folder(
         tmp_path / "dense", name, bos_token_id=7, eos_token_id=8, pad_token_id=9
