@@ -141,11 +141,11 @@ def _crowded(name: str, parallel, folder: Path, tokens: torch.Tensor) -> float:
     from stages.models.load import load
 
     gradients = []
+    if FAMILIES[name].chooses_largest:
+        return 0.0  # JetMoE and MoLM sort their tokens themselves
     for model in (load(folder), parallel):
         paths = FAMILIES[name].modules(model, "expert")
-        path = next((p for p in paths if p.endswith("experts")), None)
-        if path is None:
-            return 0.0  # JetMoE sorts its tokens itself
+        path = next(p for p in paths if p.endswith("experts"))
         module = model.get_submodule(path)
         generator = torch.Generator().manual_seed(tokens.shape[1])
         hidden = torch.randn(tokens.shape[1], 64, generator=generator).requires_grad_()
