@@ -2,14 +2,18 @@
 
 from stages.models.dense import DENSE
 from stages.models.families import FAMILIES
-from stages.models.family import Family
 from stages.models.tiny_shapes import TINY
 
-_COLUMNS = ("family", "evaluate", "train", "experts spread", "balancing loss", "upcycled", "tiny:")
+_COLUMNS = (
+    *("family", "evaluate", "train", "experts spread", "own balancing loss", "upcycled", "tiny:"),
+)
 
 
 def model_lines() -> list[str]:
-    """A table of the architectures, Mixture-of-Experts first, and why what is refused is."""
+    """A table of the architectures, Mixture-of-Experts first, and why what is refused is.
+
+    A recipe can train with a balancing loss in every family, also where the model has none.
+    """
     twins = {name for d in DENSE.values() for name in (d.sparse, d.mixed) if name}
     rows, reasons = [_COLUMNS], []
     moe = sorted(name for name, entry in FAMILIES.items() if entry.is_moe)
@@ -28,7 +32,7 @@ def model_lines() -> list[str]:
             _mark(not entry.no_evaluation),
             _mark(not entry.no_training),
             _mark(not entry.no_expert_parallel) if entry.is_moe else "",
-            _loss(entry),
+            _mark(bool(entry.auxiliary_loss)) if entry.is_moe else "",
             "into one" if name in twins else "from it" if name in DENSE else "",
             _mark(name in TINY),
         ))
@@ -40,9 +44,3 @@ def model_lines() -> list[str]:
 
 def _mark(supported: bool) -> str:
     return "✓" if supported else "·"
-
-
-def _loss(entry: Family) -> str:
-    if not entry.is_moe:
-        return ""
-    return "the model's" if entry.auxiliary_loss else "·"
