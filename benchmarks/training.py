@@ -1,6 +1,9 @@
-"""Training at EP=2: our loop, transformers' Trainer and one plain process, in one run.
+"""Training with experts spread and whole, beside DDP, transformers' Trainer and one plain process.
 
     python benchmarks/training.py [FOLDER] [--steps 6] [--rounds 1]
+
+`EP=2` is our loop with the experts shared by two ranks, `EP=1` the same with whole experts on both,
+`DDP` a plain loop over PyTorch's DistributedDataParallel.
 
 8 sequences of 64 tokens per step over all ranks, fp32, gradient norm clipped at 1, fused AdamW,
 every side on the same model, batches and schedule. Without a folder a random Mixtral of the size
@@ -17,6 +20,7 @@ import socket
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +28,7 @@ import torch
 
 TOKENS, BATCH = 64, 8
 RATE, CLIP = 1e-4, 1.0
-WORKERS = {"ours": 2, "Trainer": 2, "one process": 1}
+WORKERS = {"EP=2": 2, "EP=1": 2, "DDP": 2, "Trainer": 2, "one process": 1}
 
 
 def batches(vocabulary: int, steps: int) -> np.ndarray:
@@ -32,8 +36,8 @@ def batches(vocabulary: int, steps: int) -> np.ndarray:
     return np.random.default_rng(0).integers(10, vocabulary, (steps, BATCH, TOKENS))
 
 
-def ours(folder: Path, ids: np.ndarray) -> tuple[list[float], list[float]]:
-    """Losses and seconds of the steps of our loop with expert parallelism over two ranks."""
+def ours(folder: Path, ids: np.ndarray, expert_parallel: int) -> tuple[list[float], list[float]]:
+    """Losses and seconds of the steps of our loop over two ranks."""
     from stages.finetune import loop, training
     from stages.finetune.batches import Example
     from stages.finetune.spec import FinetuneSpec, TrainSet
@@ -41,7 +45,7 @@ def ours(folder: Path, ids: np.ndarray) -> tuple[list[float], list[float]]:
     torch.distributed.init_process_group("gloo")
     spec = FinetuneSpec(
         data=(TrainSet(dataset="random"),), steps=len(ids), batch_size=BATCH, learning_rate=RATE,
-        schedule="constant", gradient_clipping=CLIP, workers=2, expert_parallel=2,
+        schedule="constant", gradient_clipping=CLIP, workers=2, expert_parallel=expert_parallel,
     )  # fmt: skip
     loop.start_distributed()
     examples = [Example(tuple(row), TOKENS - 1) for row in ids.reshape(-1, TOKENS).tolist()]
@@ -88,26 +92,40 @@ def with_trainer(folder: Path, ids: np.ndarray) -> tuple[list[float], list[float
     return [log["loss"] for log in trainer.state.log_history if "loss" in log], Clock.seconds
 
 
-def one_process(folder: Path, ids: np.ndarray) -> tuple[list[float], list[float]]:
-    """The same of a plain PyTorch loop in one process with two threads."""
+def plain(folder: Path, ids: np.ndarray, workers: int) -> tuple[list[float], list[float]]:
+    """The same of a plain PyTorch loop, data-parallel where there are several workers."""
     from stages.models.load import load
 
-    model = load(folder).train()
+    model, rank = load(folder).train(), 0
+    if workers > 1:
+        torch.distributed.init_process_group("gloo")
+        rank = torch.distributed.get_rank()
+        model = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
     losses, seconds = [], []
     for batch in torch.from_numpy(ids):
         start = time.perf_counter()
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        share = batch.chunk(workers)[rank]
+        loss = model(input_ids=share, labels=share, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        total = loss.detach() / workers
+        if workers > 1:
+            torch.distributed.all_reduce(total)
+        losses.append(total.item())
         seconds.append(time.perf_counter() - start)
     return losses, seconds
 
 
-SIDES = {"ours": ours, "Trainer": with_trainer, "one process": one_process}
+SIDES = {
+    "EP=2": partial(ours, expert_parallel=2),
+    "EP=1": partial(ours, expert_parallel=1),
+    "DDP": partial(plain, workers=2),
+    "Trainer": with_trainer,
+    "one process": partial(plain, workers=1),
+}
 
 
 def worker(rank: int, side: str, port: int, folder: Path, steps: int, results: Path) -> None:
@@ -174,7 +192,7 @@ def main() -> None:
                     figures[side] = losses, step, memory
     for side, (losses, step, memory) in figures.items():
         print(
-            f"{side:12} {step:6.2f} s/step {BATCH * TOKENS / step:7.1f} tokens/s "
+            f"{side:11} {step:6.2f} s/step {BATCH * TOKENS / step:7.1f} tokens/s "
             f"{memory:5.2f} GiB per rank, losses {' '.join(f'{loss:.4f}' for loss in losses)}"
         )
     if len(figures) == len(SIDES):
@@ -183,14 +201,16 @@ def main() -> None:
 
 def judge(figures: dict[str, tuple[list[float], float, float]]) -> list[bool]:
     """Print each budget with what was measured; which of them are kept."""
-    mine, peer, plain = (figures[side] for side in SIDES)
+    mine, peer, alone = (figures[side] for side in ("EP=2", "Trainer", "one process"))
     difference = max(
-        abs(a - b) / b for side in (peer, plain) for a, b in zip(mine[0], side[0], strict=True)
+        abs(a - b) / b
+        for losses, *_ in figures.values()
+        for a, b in zip(losses, alone[0], strict=True)
     )
     budgets = [
-        ("tokens/s against Trainer", peer[1] / mine[1], 0.9, True),
-        ("s/step against one process", mine[1] / plain[1], 1.3, False),
-        ("memory per rank against Trainer", mine[2] / peer[2], 0.75, False),
+        ("tokens/s of EP=2 against Trainer", peer[1] / mine[1], 0.9, True),
+        ("s/step of EP=2 against one process", mine[1] / alone[1], 1.3, False),
+        ("memory per rank of EP=2 against Trainer", mine[2] / peer[2], 0.75, False),
         ("largest relative difference of a loss", difference, 1e-4, False),
     ]
     kept = []
