@@ -273,6 +273,7 @@ def micro_batch(
             "input_ids": ids,
             "attention_mask": mask,
             "decoder_input_ids": torch.cat([start, labels[:, :-1]], dim=1),
+            "decoder_attention_mask": told,  # padding takes no place at an expert
         }
         real = {"encoder": mask.flatten().bool(), "decoder": told.flatten().bool()}
         return MicroBatch(arguments, told.bool().nonzero(as_tuple=True), targets, real)

@@ -151,8 +151,8 @@ class Router(Spec):
     top_k: Annotated[int, Field(ge=1)] | None = None
     """Experts per token in training; the model's own when absent."""
     capacity: Annotated[int, Field(ge=1)] | None = None
-    """Tokens of one sequence that an expert takes in training, in families that have such a limit
-    (Switch); the model's own when absent."""
+    """Tokens that an expert takes in training, in families that have such a limit; the model's own
+    when absent. Of one sequence in Switch, of a micro-batch's sequences together in NLLB-MoE."""
     assignment: Literal["top_k", "random", "balanced"] = "top_k"
     """``random`` draws the experts of each token evenly; ``balanced`` gives every expert the same
     number of a micro-batch's tokens and maximises the sum of their logits (BASE layers, arXiv
@@ -334,10 +334,11 @@ class Recipe(Spec):
     @property
     def depends_on_micro_batch(self) -> bool:
         """Whether the size of the micro-batches changes more than rounding: the auxiliary losses
-        are means over a micro-batch, and random numbers are drawn for each one."""
+        are means over a micro-batch, random numbers are drawn for each one, and a capacity may be
+        one of all its tokens."""
         return bool(
             any(getattr(self, name) for name in AUXILIARY_WEIGHTS) or self.random
-            or self.router.assignment == "balanced"
+            or self.router.assignment == "balanced" or self.router.capacity
         )  # fmt: skip
 
 

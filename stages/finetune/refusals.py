@@ -18,7 +18,7 @@ from stages.finetune.recipe import (
 from stages.models.families import FAMILIES
 from stages.models.sources import Facts
 
-CAPACITY = {"switch_transformers": "expert_capacity"}
+CAPACITY = {"switch_transformers": "expert_capacity", "nllb-moe": "expert_capacity"}
 """Architectures with a capacity, and the attribute of their router that holds it."""
 Problem = tuple[str, str]
 """A field of the recipe, and ``reason; remedy``."""
@@ -117,7 +117,7 @@ def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
     elif top_k is not None and top_k == facts.top_k:
         yield "router.top_k", f"{top_k} is the model's own; remove it"
     if recipe.router.capacity is not None and entry.model_type not in CAPACITY:
-        reason = f"{facts.family} has no capacity that can be set ({', '.join(CAPACITY)} has)"
+        reason = f"{facts.family} has no capacity that can be set ({', '.join(CAPACITY)} have)"
         yield "router.capacity", f"{reason}; remove it"
     if entry.index is None:
         unseen = {"router.top_k", "router.assignment", "experts.drop"}

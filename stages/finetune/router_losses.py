@@ -10,12 +10,20 @@ from stages.models.routing import Routing
 
 
 def load_balancing_loss(routings: list[Routing]) -> torch.Tensor:
-    """E · Σ_e f_e · P_e over the tokens of all sparse layers together, a scalar.
+    """E · Σ_e f_e · P_e over the tokens of all sparse layers together, a scalar; of an
+    encoder-decoder, that of the encoder plus that of the decoder, as transformers adds them.
 
     f_e is the number of times expert e was chosen per token (so Σ f_e = K), P_e the mean of the
     softmax of the router logits (Switch Transformers, arXiv 2101.03961, equations 4 to 6; pooled
     over the layers as transformers' ``load_balancing_loss_func`` does). Gradients flow through P_e.
     """
+    stacks: dict[bool, list[Routing]] = {}
+    for routing in routings:
+        stacks.setdefault("decoder" in routing.layer.split("."), []).append(routing)
+    return sum(map(_balance, stacks.values()))
+
+
+def _balance(routings: list[Routing]) -> torch.Tensor:
     experts = routings[0].logits.shape[-1]
     chosen = torch.cat([routing.experts.flatten() for routing in routings])
     tokens = sum(len(routing.logits) for routing in routings)

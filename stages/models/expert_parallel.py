@@ -29,6 +29,7 @@ from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 
 from stages.errors import StageFailed
 from stages.models.families import family
+from stages.models.nllb_moe import Experts as NllbMoeExperts
 
 # Shape letters: T tokens of this rank, K experts per token, D hidden size, N token-expert pairs.
 
@@ -118,11 +119,21 @@ class ExpertParallelModules(ExpertParallel):
         expert and nowhere 1 for a token beyond the capacity, ``weights`` (T, 1).
         """
         token, _, chosen = selected_experts.nonzero(as_tuple=True)
-        order = torch.argsort(chosen, stable=True)
-        token = token[order]
-        pairs_ND = self._exchange(hidden_states[token], chosen[order]) * weights[token]
+        return self._sum(hidden_states, token, chosen, weights[token])
+
+    def _sum(
+        self,
+        hidden_states: torch.Tensor,
+        token_N: torch.Tensor,
+        chosen_N: torch.Tensor,
+        weights_N1: torch.Tensor,
+    ) -> torch.Tensor:
+        """The weighted sum (T, D) over N pairs of a token and an expert in any order."""
+        order = torch.argsort(chosen_N, stable=True)
+        token_N = token_N[order]
+        pairs_ND = self._exchange(hidden_states[token_N], chosen_N[order]) * weights_N1[order]
         return torch.zeros_like(hidden_states).index_add(
-            0, token, pairs_ND.to(hidden_states.dtype)
+            0, token_N, pairs_ND.to(hidden_states.dtype)
         )
 
     def _compute(self, tokens_ND: torch.Tensor, local_N: torch.Tensor) -> torch.Tensor:
@@ -150,6 +161,24 @@ class ExpertParallelModules(ExpertParallel):
         return {f"expert_{first + rank * local}.{name}": t for rank, t in enumerate(parts)}
 
 
+class ExpertParallelNumbered(ExpertParallelModules):
+    """The same for experts that are modules and called with their numbers (NLLB-MoE)."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As of fused experts; what has the weight 0 is sent to no rank."""
+        weights = self.masked(top_k_weights)
+        token, place = weights.nonzero(as_tuple=True)
+        chosen = top_k_index[token, place]
+        return self._sum(hidden_states, token, chosen, weights[token, place, None])
+
+    def _compute(self, tokens_ND: torch.Tensor, local_N: torch.Tensor) -> torch.Tensor:
+        first = self.ep_rank * (self.all_experts // self.ep_size)
+        ones = tokens_ND.new_ones(len(tokens_ND), 1)
+        return self.weighted_sum(tokens_ND, first + local_N[:, None], ones)
+
+
 class ExpertParallelSorted(ExpertParallel):
     """The same for one matrix of each expert, applied to tokens that the caller has sorted
     (JetMoE, whose sparse layers call two of them one after the other)."""
@@ -175,6 +204,8 @@ def _parallel_class(kind: type[nn.Module]) -> type[ExpertParallel]:
     mixin = ExpertParallelModules if issubclass(kind, nn.ModuleDict) else ExpertParallel
     if kind is JetMoeParallelExperts:
         mixin = ExpertParallelSorted
+    elif kind is NllbMoeExperts:
+        mixin = ExpertParallelNumbered
     return type(f"ExpertParallel{kind.__name__}", (mixin, kind), {})
 
 

@@ -54,11 +54,6 @@ def _decoder(
     )
 
 
-# One-hot of a one-hot: its experts are asked for "0" and "1" instead of for the chosen ones.
-_NLLB = (
-    "NllbMoeExperts of the installed transformers sends every token to experts 0 and 1, whatever "
-    "the router says"
-)
 _UNEQUAL = (
     "ten steps differ from those of a plain loop by up to 2e-3 of the loss, which is not understood"
 )
@@ -279,20 +274,19 @@ _MOE = (
         encoder_decoder=True,
     ),
     Family(
-        "nllb-moe",
+        "nllb-moe",  # stages/models/nllb_moe.py
         router="model.*coder.layers.*.ffn.router",
         experts="model.*coder.layers.*.ffn.experts",
         top_k=2,
         layer_counts=("encoder_layers", "decoder_layers"),
         sparse_layers=nllb_layers,
         logits=2,
-        weights=None,
-        index=None,
+        weights=0,
+        index=1,
+        auxiliary_loss=("encoder_aux_loss", "decoder_aux_loss"),
         capacity=True,
         encoder_decoder=True,
-        no_evaluation=_NLLB,
-        no_training=_NLLB,
-        no_expert_parallel=_NLLB,
+        no_export="other programs send its tokens to experts 0 and 1, as transformers does",
     ),
 )
 _DENSE = (

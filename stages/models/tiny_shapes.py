@@ -194,6 +194,23 @@ TINY: dict[str, dict] = {
         "expert_capacity": 8,
         "router_jitter_noise": 0.0,
     },
+    # Experts whose capacity some tokens of a micro-batch exceed in training.
+    "nllb-moe": {
+        "d_model": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 128,
+        "decoder_ffn_dim": 128,
+        "encoder_sparse_step": 2,
+        "decoder_sparse_step": 2,
+        "num_experts": 4,
+        "expert_capacity": 16,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "moe_token_dropout": 0.0,
+    },
     "minimax": _SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
 }
 """Configuration of each ``tiny:`` family, by its ``model_type``."""

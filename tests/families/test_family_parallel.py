@@ -151,7 +151,7 @@ def _crowded(name: str, parallel, folder: Path, tokens: torch.Tensor) -> float:
         hidden = torch.randn(tokens.shape[1], 64, generator=generator).requires_grad_()
         chosen = torch.zeros(tokens.shape[1], 2, dtype=torch.long)
         weights = torch.full((tokens.shape[1], 2), 0.5)
-        if isinstance(module, torch.nn.ModuleDict):
+        if FAMILIES[name].index is None:  # Switch takes a mask
             chosen = torch.nn.functional.one_hot(chosen[:, :1], module.num_experts)
             weights = weights[:, :1]
         module(hidden, chosen, weights).square().sum().backward()

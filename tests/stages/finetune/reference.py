@@ -114,7 +114,9 @@ def _seq2seq(model, micro, balance):
     ids = _filled(rows, model.config.pad_token_id)
     mask = _filled([[1] * len(row) for row in rows], 0)
     labels = _filled([e.input_ids[-e.answer :] for e in micro], -100)
-    out = model(input_ids=ids, attention_mask=mask, labels=labels, **balance)
+    told = (labels != -100).long()
+    given = {"attention_mask": mask, "decoder_attention_mask": told}
+    out = model(input_ids=ids, labels=labels, **given, **balance)
     return out.logits, labels, out
 
 

@@ -3,7 +3,7 @@
 What several ranks compute is compared family by family in tests/families.
 """
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from stages.errors import StageFailed
 from stages.finetune.loop import start_distributed
 from stages.models.expert_parallel import check_blocks, convert, observe_blocks
+from stages.models.families import FAMILIES
 from stages.models.tiny import tiny_model, tiny_tokenizer
 
 PATH = "model.layers.2.mlp.experts"
@@ -59,7 +60,8 @@ def test_a_size_that_does_not_divide_the_experts_is_refused(model):
         convert(model, 3, grouped_mm=True)
 
 
-def test_a_refused_family_is_told_with_the_reason():
-    refused = SimpleNamespace(config=SimpleNamespace(model_type="nllb-moe"))
-    with pytest.raises(StageFailed, match="refused for nllb-moe: NllbMoeExperts of the installed"):
-        convert(refused, 2, grouped_mm=True)
+def test_a_refused_family_is_told_with_the_reason(model, monkeypatch):
+    refused = replace(FAMILIES["mixtral"], no_expert_parallel="it is not exact")
+    monkeypatch.setitem(FAMILIES, "mixtral", refused)
+    with pytest.raises(StageFailed, match="refused for mixtral: it is not exact; set expert_par"):
+        convert(model, 2, grouped_mm=True)

@@ -25,7 +25,8 @@ def mixtral():
 
 def logits_of(model):
     with torch.no_grad():
-        return model(input_ids=TOKENS, use_cache=False).logits
+        asked = {"labels": TOKENS} if model.config.is_encoder_decoder else {}
+        return model(input_ids=TOKENS, **asked, use_cache=False).logits
 
 
 def test_watching_changes_nothing_and_leaves_no_trace(mixtral):

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from transformers import ViTConfig, ViTForImageClassification
 
 from stages.errors import StageFailed
+from stages.models.capacity import within_capacity
 from stages.models.card import ModelCard
 from stages.models.families import family, roles
 from stages.models.images import Classifier, ImageProcessor, load_processor
@@ -16,7 +17,6 @@ from stages.models.routing import blocks, intercept, weighing
 from stages.models.spec import EveryNth, SourceSpec, UpcycleSpec
 from stages.models.stage import run
 from stages.models.vision import from_scratch
-from stages.models.vision_moe import within_capacity
 from stages.models.vision_spec import SIZES, VisionSpec
 
 IMAGES = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
