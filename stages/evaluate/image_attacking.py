@@ -183,8 +183,8 @@ class Attacker(Shown):
         """Attack those again with twice the effort that the attack has not broken; the others count
         as broken."""
         left = self.checked & (outcome.logits.argmax(1) == self.labels)
-        for key, harder in variants(attack).items():
-            self._check(name, harder, budget, left, f"{name}/{shown(budget)}/{key}", found)
+        for key, (named, harder) in variants(name, attack).items():
+            self._check(named, harder, budget, left, f"{name}/{shown(budget)}/{key}", found)
 
     def _check_without_bound(self, found: list[dict]) -> None:
         for name, attack in self.spec.attacks.items():
@@ -215,16 +215,18 @@ class Attacker(Shown):
                 result["checks"][key] = success
 
 
-def variants(attack: AnyImageAttack) -> dict[str, AnyImageAttack]:
-    """The same attack with twice the effort, by the name of the check that it serves.
+def variants(name: str, attack: AnyImageAttack) -> dict[str, tuple[str, AnyImageAttack]]:
+    """The same attack with twice the effort, by the name of the check that it serves, and the name
+    that its random numbers come from.
 
     None of a transfer, which more steps on the other model need not make stronger.
     """
     if isinstance(attack, Square):
-        return {"queries": attack.model_copy(update={"queries": 2 * attack.queries})}
+        return {"queries": (name, attack.model_copy(update={"queries": 2 * attack.queries}))}
     if not isinstance(attack, PGD | APGD):
         return {}
-    found = {"steps": attack.model_copy(update={"steps": 2 * attack.steps})}
+    found = {"steps": (name, attack.model_copy(update={"steps": 2 * attack.steps}))}
     if getattr(attack, "random_start", True):
-        found["restarts"] = attack.model_copy(update={"restarts": 2 * attack.restarts})
+        # What it has not broken meets as many starts again.
+        found["restarts"] = f"{name}/again", attack
     return found
