@@ -31,7 +31,7 @@ from stages.evaluate.shards import (
     responses_from_table,
     responses_to_table,
 )
-from stages.evaluate.spec import AMATEUR, JUDGE
+from stages.evaluate.spec import AMATEUR, JUDGE, SURROGATE
 from stages.evaluate.stage import judgements_for, requests_for, score_node
 
 RESPONSES = "responses"
@@ -41,12 +41,13 @@ class Responder:
     """An actor that holds the model and answers whole shards."""
 
     def __init__(self, store: str, checkpoint: str, dtype: str, cpus: float, gpus: float,
-                 amateurs: dict[str, str]):
+                 amateurs: dict[str, str], surrogates: dict[str, str]):
         self.store = Store(store)
         self.engine = Engine(
             self.store.fetch(checkpoint), dtype=dtype, device=device_of(gpus),
             threads=None if gpus else max(1, int(cpus)),
             amateurs={name: self.store.fetch(folder) for name, folder in amateurs.items()},
+            surrogates={name: self.store.fetch(folder) for name, folder in surrogates.items()},
         )
 
     def __call__(self, batch: dict) -> dict:
@@ -160,8 +161,7 @@ def _respond(
         fn_constructor_kwargs={
             "store": store.uri, "checkpoint": checkpoint, "dtype": spec.dtype,
             "cpus": resources.cpus, "gpus": resources.gpus,
-            "amateurs": {role.removeprefix(AMATEUR): folder for job in jobs
-                         for role, folder in job.inputs.items() if role.startswith(AMATEUR)},
+            "amateurs": _named(jobs, AMATEUR), "surrogates": _named(jobs, SURROGATE),
         },
     )
     by_key = {job.node.key: job for job in jobs}
@@ -170,6 +170,12 @@ def _respond(
         waiting[job.node.key] -= 1
         total = len(shards[job.node.key])
         report_progress(store, job.node, total - waiting[job.node.key], total, "shards")
+
+
+def _named(jobs: list[Job], role: str) -> dict[str, str]:
+    """The inputs of some nodes whose role begins so, by the rest of it."""
+    return {key.removeprefix(role): folder for job in jobs
+            for key, folder in job.inputs.items() if key.startswith(role)}
 
 
 def _score(job: Job, shards: list[str], store: Store) -> Outcome:

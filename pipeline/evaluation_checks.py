@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pipeline.plan import recipe_evaluations
-from pipeline.sweep import Sweep
+from pipeline.plan import recipe_evaluations, recipe_models, surrogate, sweep_recipes
+from pipeline.sweep import UNTUNED, Sweep
 from pipeline.sweep_file import located, nearest
 from stages.data.templates import TEMPLATES
 from stages.errors import StageFailed
@@ -14,7 +14,7 @@ from stages.evaluate.held_prompts import HeldPrompts
 from stages.evaluate.judges import ModelJudge
 from stages.evaluate.labelled_texts import LabelledTexts
 from stages.evaluate.language_modelling import Perplexity
-from stages.evaluate.probes import ExpertInterventions
+from stages.evaluate.probes import Interventions
 from stages.evaluate.techniques import AnyTechnique, Contrastive, DoLa, ExpertCount, candidates
 from stages.models import sources as model_sources
 from stages.models.families import FAMILIES
@@ -68,6 +68,7 @@ class EvaluationChecks:
                 yield from self.decoders(f"{field}: {evaluation.kind}")
             if evaluation.of_experts:
                 yield from self.experts(evaluation, field)
+            yield from self.surrogates(name, f"{field}.attacks")
             for judge in evaluation.judge_models().values():
                 yield from self.judge(judge, f"{field}.judges.{judge.name}")
 
@@ -77,15 +78,17 @@ class EvaluationChecks:
 
     def experts(self, evaluation: Evaluation, field: str) -> Iterator[str]:
         """Problems of an evaluation that is about experts alone."""
-        if self.sweep.recipes and not self.sweep.untuned:
+        moes = {pair.moe for pair in self.sweep.pairs}
+        # Experts that were trained from scratch do not start alike: their numbers stand alone.
+        scratch = all(self.sweep.models[m].vision for m in moes if m in self.sweep.models)
+        if self.sweep.recipes and not (self.sweep.untuned or scratch):
             yield (f"{field}: {evaluation.kind} is compared with the same model before the recipe; "
                    "set untuned to true")
-        moes = {pair.moe for pair in self.sweep.pairs}
         for name in sorted(moes or self.sweep.models):
             facts = self.facts.get(name, Facts())
             if facts.architecture == "dense":
                 yield f"{field}: {name} is dense and has no experts; remove {evaluation.kind}"
-            elif isinstance(evaluation, ExpertInterventions) and facts.experts:
+            elif isinstance(evaluation, Interventions) and facts.experts:
                 for count in evaluation.top_k:
                     if count > facts.experts:
                         yield (f"{field}.top_k: {count} is more than the {facts.experts} experts "
@@ -94,6 +97,22 @@ class EvaluationChecks:
                     if count >= facts.experts:
                         yield (f"{field}.prune: {count} leaves none of the {facts.experts} experts "
                                f"of {name}; lower it")
+
+    def surrogates(self, name: str, field: str) -> Iterator[str]:
+        """Problems of the other models that an evaluation holds: each needs a checkpoint of every
+        recipe that is scored on it."""
+        for named in self.sweep.evaluations[name].surrogates():
+            if named is not None and named not in self.sweep.models:
+                yield f"{field}: from: {self.unknown('model', named)}"
+                continue
+            for recipe in sweep_recipes(self.sweep):
+                trained = recipe_models(self.sweep, recipe)
+                if recipe == UNTUNED or name not in recipe_evaluations(self.sweep, recipe):
+                    continue
+                for other in sorted({surrogate(self.sweep, m, named) for m in trained}):
+                    if other not in trained:
+                        yield (f"{field}: transfer from {other}, which recipe {recipe} does not "
+                               "train; name a model of the pairs that it trains")
 
     def heads(self, name: str, field: str) -> Iterator[str]:
         """Problems of an evaluation with the classification heads that recipes train."""

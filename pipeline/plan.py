@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pipeline.sweep import UNTUNED, Resources, Sweep, model_spec
 from stages.compare.spec import CompareSpec, Pair
 from stages.data.spec import DataSpec
+from stages.errors import BadInput
 from stages.evaluate.judges import ModelJudge
 from stages.evaluate.partial import without
-from stages.evaluate.spec import AMATEUR, JUDGE, EvaluateSpec, JudgeSpec
+from stages.evaluate.spec import AMATEUR, JUDGE, SURROGATE, EvaluateSpec, JudgeSpec
 from stages.evaluate.techniques import Contrastive, ExpertCount
 from stages.finetune.recipe import Recipe, for_dense
 from stages.finetune.spec import FinetuneSpec
@@ -199,6 +200,18 @@ def recipe_evaluations(sweep: Sweep, name: str) -> tuple[str, ...]:
     return tuple(e for e, each in sweep.evaluations.items() if each.asks_head == headed)
 
 
+def surrogate(sweep: Sweep, model: str, named: str | None) -> str | None:
+    """The model that a transfer attack on a model is made on.
+
+    The named one; where there is none or it is the model itself, its partner in the first pair that
+    names it, if any does.
+    """
+    if named not in (None, model):
+        return named
+    return next((pair.dense if model == pair.moe else pair.moe for pair in sweep.pairs
+                 if model in (pair.moe, pair.dense)), None)
+
+
 class Builder:
     """Adds nodes on demand, so that only what a pair needs enters the plan."""
 
@@ -249,7 +262,7 @@ class Builder:
             of_experts = self.sweep.evaluations[name].of_experts
             if of_experts and model in {pair.dense for pair in self.sweep.pairs}:
                 continue
-            key = self.scores(label, checkpoint, model, name)
+            key = self.scores(label, checkpoint, model, name, recipe, seed)
             roles[f"scores/{model}/{recipe}/{seed}/{name}"] = key
         return roles
 
@@ -307,13 +320,35 @@ class Builder:
             self.datasets_used.append(train.dataset)
         return self.plan.add("finetune", label, spec, inputs, resources)
 
-    def scores(self, label: str, checkpoint: str, model: str, evaluation_name: str) -> str:
-        """One evaluation of a checkpoint."""
+    def scores(
+        self,
+        label: str,
+        checkpoint: str,
+        model: str,
+        evaluation_name: str,
+        recipe: str | None = None,
+        seed: int = 0,
+    ) -> str:
+        """One evaluation of a checkpoint, of a recipe and seed; a trial of a search has neither.
+
+        Raises BadInput for an evaluation that needs checkpoints that a trial does not have.
+        """
         evaluation = self.sweep.evaluations[evaluation_name]
         technique = evaluation.technique
         if isinstance(technique, ExpertCount) and model in {p.dense for p in self.sweep.pairs}:
             # A dense partner has no experts to count; it is compared as it is.
             evaluation = evaluation.model_copy(update={"technique": None})
+        others = {named: surrogate(self.sweep, model, named) for named in evaluation.surrogates()}
+        if others:
+            if recipe is None:
+                raise BadInput(
+                    f"search: {evaluation_name} attacks another checkpoint than a trial's own; "
+                    "name an evaluation without transfer")
+            if None in others.values():
+                raise BadInput(
+                    f"evaluations.{evaluation_name}: transfer to {model} has no other model to "
+                    "attack; name one of the sweep with from")
+            evaluation = evaluation.with_surrogates(others)
         resources = self.sweep.resources.evaluate
         spec = EvaluateSpec(
             evaluation=evaluation,
@@ -329,6 +364,8 @@ class Builder:
             self.datasets_used.append(name)
         if isinstance(technique, Contrastive):
             inputs[f"{AMATEUR}{technique.amateur}"] = self.model(technique.amateur)
+        for name in others.values():
+            inputs[f"{SURROGATE}{name}"] = self.checkpoint(name, recipe, seed)
         for name, judge in evaluation.judge_models().items():
             inputs[f"{JUDGE}{name}"] = self.judge(judge)
         return self.plan.add("evaluate", f"{label}-{evaluation_name}", spec, inputs, resources)

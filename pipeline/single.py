@@ -20,9 +20,10 @@ def single_model(options: argparse.Namespace) -> tuple[Sweep, str]:
             raise BadInput(f"--evaluations {name}: not in {options.sweep}"
                            f"{nearest(name, list(sweep.evaluations))}")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", options.model.rstrip("/").split("/")[-1]).strip("-.")
-    # An amateur, or what it is made of, may be any model of the sweep.
+    # An amateur or a surrogate, or what it is made of, may be any model of the sweep.
     others = sweep.models if any(
-        isinstance(sweep.evaluations[n].technique, Contrastive) for n in wanted) else {}
+        isinstance(sweep.evaluations[n].technique, Contrastive) or sweep.evaluations[n].surrogates()
+        for n in wanted) else {}
     cut = sweep.model_copy(update={
         "name": name,
         "models": others | {name: Model(source=_source(options.model))},

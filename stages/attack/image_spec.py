@@ -5,7 +5,7 @@ Budgets are in units of images whose pixels lie in [0, 1]: 8/255 is eight steps 
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from stages.spec import Spec
 
@@ -116,7 +116,12 @@ class Noise(ImageAttack):
 class Transfer(GradientAttack):
     """Auto-PGD on another model, whose adversarial images are shown to this one."""
 
+    model_config = ConfigDict(populate_by_name=True)
+
     kind: Literal["transfer"] = "transfer"
+    model: Annotated[str | None, Field(alias="from")] = None
+    """The other model, of the same sweep, recipe and seed; the partner of the attacked one in the
+    first pair that names it, where nothing or the attacked model itself is given."""
     steps: Annotated[int, Field(ge=2)] = 100
 
 

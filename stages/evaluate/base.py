@@ -224,6 +224,11 @@ class Evaluation(Spec):
         """
         raise NotImplementedError
 
+    def surrogates(self) -> tuple[str | None, ...]:
+        """Other models of the sweep that ``procedure`` is handed as well, by name: checkpoints of
+        the same recipe and seed. None stands for the partner of the checkpoint."""
+        return ()
+
     def judge_models(self) -> "dict[str, ModelJudge]":
         """The judges that are models, by name."""
         return {}

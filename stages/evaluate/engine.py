@@ -46,7 +46,8 @@ class Engine:
     ``dtype`` names a torch type, ``device`` a torch device or ``auto``, which with ``max_memory``
     and ``offload`` is as for ``load``; ``threads`` is the number of CPU threads of this process
     from now on (``None`` leaves it as it is). ``amateurs`` are the folders of the models that
-    ``contrastive`` decodes against, by name; each is loaded when first needed.
+    ``contrastive`` decodes against, ``surrogates`` those of the other models that procedures hold,
+    by name; each is loaded when first needed.
     Raises StageFailed for a folder that cannot be loaded.
     """
 
@@ -58,6 +59,7 @@ class Engine:
         device: str = "cpu",
         threads: int | None = None,
         amateurs: Mapping[str, Path] | None = None,
+        surrogates: Mapping[str, Path] | None = None,
         max_memory: Mapping[int | str, int] | None = None,
         offload: Path | None = None,
     ):
@@ -68,6 +70,8 @@ class Engine:
             "dtype": dtype, "device": device, "max_memory": max_memory, "offload": offload
         }
         self.amateurs = dict(amateurs or {})
+        self.surrogates = dict(surrogates or {})
+        self.held: dict[str, tuple] = {}
         self.predictors: dict[AnyTechnique, Predictor] = {}
         self.tokenizer = load_input(folder)
         one = "cuda" if device == "auto" else device
@@ -107,11 +111,21 @@ class Engine:
         evaluation = json.loads(procedure)
         evaluation = KINDS[evaluation["kind"]].model_validate(evaluation)
         rows = [json.loads(request.row) for request in requests]
-        results = evaluation.procedure(self.model, self.tokenizer, rows)
+        others = {name: self._surrogate(name) for name in evaluation.surrogates()}
+        extra = {"surrogates": others} if others else {}
+        results = evaluation.procedure(self.model, self.tokenizer, rows, **extra)
         return [
             Response(request.id, result=json.dumps(result))
             for request, result in zip(requests, results, strict=True)
         ]
+
+    def _surrogate(self, name: str) -> tuple:
+        """Another model, and its tokenizer or image processor."""
+        if name not in self.held:
+            folder = self.surrogates[name]
+            model = load(folder, **self.place).requires_grad_(False)
+            self.held[name] = model, load_input(folder)
+        return self.held[name]
 
     def _under(self, technique: AnyTechnique | None, requests: list[Request]) -> list[Response]:
         """Responses to requests of one technique."""

@@ -4,7 +4,7 @@ After the checklist of arXiv 1902.06705. A check that fails does not remove a nu
 because a model that looks robust under an attack that does not work is not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -70,8 +70,14 @@ def gradients(attack: str, zero: np.ndarray) -> dict[str, object]:
     share = float(zero.mean())
     return check(
         attack, "gradients", share, share <= SLACK, len(zero),
-        "share of token gradients that are exactly zero",
+        "share of gradients that are exactly zero",
     )  # fmt: skip
+
+
+def at_worst(checks: Iterable[dict]) -> dict[str, object]:
+    """Of one check at several budgets, the row with the largest value: where most examples
+    contradict it."""
+    return max(checks, key=lambda row: row["value"])
 
 
 def cautions(checks: Sequence[dict]) -> list[str]:

@@ -1,7 +1,8 @@
 """Probes of the experts: what a model's answers owe to which expert takes which token.
 
-Each holds the model while it answers labelled texts, and leaves one score row per example. What is
-about experts alone is compared between a model before and after a recipe.
+Each holds the model while it answers labelled texts (or images, ``image_probes.py``), and leaves
+one score row per example. What is about experts alone is compared between a model before and after
+a recipe.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, model_validator
 
-from stages.evaluate.base import Metric, Request, Response, mean_of
+from stages.evaluate.base import Evaluation, Metric, Request, Response, mean_of
 from stages.evaluate.examples import difference, results
 from stages.evaluate.labelled_texts import LabelledTexts
 
@@ -23,7 +24,7 @@ Prune = Literal["least_used", "most_used", "random"]
 WAYS: tuple[Prune, ...] = ("least_used", "most_used", "random")
 
 
-class ExpertInterventions(LabelledTexts):
+class Interventions(Evaluation):
     """Accuracy with other experts than those that the router chose.
 
     ``next_ranked``: ranks K + 1 to 2K; ``random``: K drawn ones; ``drop_first``: the best adds
@@ -31,7 +32,6 @@ class ExpertInterventions(LabelledTexts):
     ``permuted``: the experts of each layer change places.
     """
 
-    kind: Literal["expert_interventions"] = "expert_interventions"
     substitutions: tuple[Substitution, ...] = (
         "next_ranked", "random", "drop_first", "drop_output", "permuted"
     )  # fmt: skip
@@ -80,24 +80,14 @@ class ExpertInterventions(LabelledTexts):
         return f"{self.dataset}#{self.calibration_split}"
 
     def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:
-        """One per example, with the texts that usage is counted on."""
-        texts = {}
+        """One per example, with the examples that usage is counted on."""
+        others = {}
         if self.prune:
-            texts = {"calibration": self.rows(data[self._usage].head(self.calibration_rows))}
+            others = {"calibration": self.rows(data[self._usage].head(self.calibration_rows))}
         return [
-            self.procedure_request(row["id"], row | texts) for row in self.rows(data[self.dataset])
+            self.procedure_request(row["id"], row | others)
+            for row in self.rows(data[self.dataset])
         ]
-
-    def procedure(
-        self,
-        model: "PreTrainedModel",
-        tokenizer: "PreTrainedTokenizerBase",
-        rows: Sequence[dict],
-    ) -> Iterable[dict]:
-        """The answers under each intervention (``probing.py``)."""
-        from stages.evaluate.probing import Intervenor
-
-        return Intervenor(self, model, tokenizer).run(rows)
 
     def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
         """One row per example: ``correct`` and ``loss`` as the model is; for each intervention I
@@ -142,6 +132,23 @@ class ExpertInterventions(LabelledTexts):
         return tuple(mean_of(c) for c in scores if c.startswith("criticality/"))
 
 
+class ExpertInterventions(Interventions, LabelledTexts):
+    """Interventions while texts are classified."""
+
+    kind: Literal["expert_interventions"] = "expert_interventions"
+
+    def procedure(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        rows: Sequence[dict],
+    ) -> Iterable[dict]:
+        """The answers under each intervention (``probing.py``)."""
+        from stages.evaluate.probing import Intervenor
+
+        return Intervenor(self, model, tokenizer).run(rows)
+
+
 GEOMETRY = {
     "disagreement": "disagreement of the two best experts",
     "disagreement_next": "disagreement of ranks K and K + 1",
@@ -156,35 +163,22 @@ GEOMETRY = {
     "routing_term": "routing term",
     "smoothness": "dense over expert Lipschitz, minimum-norm fits",
     "smoothness_random": "the same, tokens dealt out at random",
+    "smoothness_gain": "the same, the router's groups minus random ones",
+    "smoothness_frobenius": "dense over expert Frobenius norm, minimum-norm fits",
+    "smoothness_bound": "its lower bound",
+    "overlap": "overlap of the experts' inputs",
 }
 
 
-class RouterGeometry(LabelledTexts):
+class Geometry(Evaluation):
     """Margins and certified radii of routers, disagreement of experts, and what they explain.
 
-    Means over the tokens of the prompt, averaged over layers. Radii are in units of the router's
-    own input and certify one layer, not the model.
+    Means over the tokens of an input, averaged over layers. Radii are in units of the router's own
+    input and certify one layer, not the model.
     """
-
-    kind: Literal["router_geometry"] = "router_geometry"
-    epsilon: Annotated[float, Field(gt=0)] = 0.1
-    """Radius of an attack on the embeddings (``embedding_pgd``) whose loss rise the routing term is
-    correlated with."""
-    steps: Annotated[int, Field(ge=1)] = 5
 
     axis: ClassVar[str] = "adversarial"
     primary: ClassVar[str] = "disagreement"
-
-    def procedure(
-        self,
-        model: "PreTrainedModel",
-        tokenizer: "PreTrainedTokenizerBase",
-        rows: Sequence[dict],
-    ) -> Iterable[dict]:
-        """Means by layer (``probing.py``)."""
-        from stages.evaluate.probing import Surveyor
-
-        return Surveyor(self, model, tokenizer).run(rows)
 
     def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
         """One row per example: each quantity Q of ``GEOMETRY``, ``Q/LAYER`` by layer, and
@@ -202,7 +196,7 @@ class RouterGeometry(LabelledTexts):
 
     def metrics(self) -> tuple[Metric, ...]:
         """The mean of every quantity, and the correlation of the routing term with the loss."""
-        lower = {"disagreement", "disagreement_next", "jump", "routing_term"}
+        lower = {"disagreement", "disagreement_next", "jump", "routing_term", "overlap"}
         return (
             *(
                 mean_of(name, label=label, higher_is_better=name not in lower, of_experts=True)
@@ -216,23 +210,16 @@ class RouterGeometry(LabelledTexts):
         return tuple(mean_of(c) for c in scores if c.split("/")[0] in GEOMETRY and "/" in c)
 
 
-class LocalLipschitz(LabelledTexts):
-    """How steeply the answers change with the embeddings, with routes free and frozen.
+class RouterGeometry(Geometry, LabelledTexts):
+    """Geometry at the tokens of prompts."""
 
-    Lower bounds of the Lipschitz constant around each text, of the log-probabilities of the
-    answers; l2 norms.
-    """
+    VERSION: ClassVar[int] = 2
 
-    kind: Literal["local_lipschitz"] = "local_lipschitz"
-    radius: Annotated[float, Field(gt=0)] = 0.1
-    """Of each token's ball, in median norms of a token's embedding."""
-    steps: Annotated[int, Field(ge=1)] = 10
-    restarts: Annotated[int, Field(ge=1)] = 2
-    samples: Annotated[int, Field(ge=1)] = 16
-    """Random directions."""
-
-    axis: ClassVar[str] = "adversarial"
-    primary: ClassVar[str] = "lipschitz"
+    kind: Literal["router_geometry"] = "router_geometry"
+    epsilon: Annotated[float, Field(gt=0)] = 0.1
+    """Radius of an attack on the embeddings (``embedding_pgd``) whose loss rise the routing term is
+    correlated with."""
+    steps: Annotated[int, Field(ge=1)] = 5
 
     def procedure(
         self,
@@ -240,10 +227,25 @@ class LocalLipschitz(LabelledTexts):
         tokenizer: "PreTrainedTokenizerBase",
         rows: Sequence[dict],
     ) -> Iterable[dict]:
-        """Slopes around each text (``probing.py``)."""
-        from stages.evaluate.probing import Climber
+        """Means by layer (``probing.py``)."""
+        from stages.evaluate.probing import Surveyor
 
-        return Climber(self, model, tokenizer).run(rows)
+        return Surveyor(self, model, tokenizer).run(rows)
+
+
+class Lipschitz(Evaluation):
+    """How steeply the outputs change with the inputs, with routes free and frozen.
+
+    Lower bounds of the Lipschitz constant around each example; l2 norms.
+    """
+
+    steps: Annotated[int, Field(ge=1)] = 10
+    restarts: Annotated[int, Field(ge=1)] = 2
+    samples: Annotated[int, Field(ge=1)] = 16
+    """Random directions."""
+
+    axis: ClassVar[str] = "adversarial"
+    primary: ClassVar[str] = "lipschitz"
 
     def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
         """One row per example: ``lipschitz`` found by ascent, ``lipschitz_random``, ``jacobian``;
@@ -267,6 +269,25 @@ class LocalLipschitz(LabelledTexts):
             mean_of("routing_share", label="found, free over frozen", **experts),
             mean_of("jacobian_frozen", label="norm of the Jacobian, routes frozen", **experts),
         )
+
+
+class LocalLipschitz(Lipschitz, LabelledTexts):
+    """Slopes of the log-probabilities of the answers over the embeddings of a text's tokens."""
+
+    kind: Literal["local_lipschitz"] = "local_lipschitz"
+    radius: Annotated[float, Field(gt=0)] = 0.1
+    """Of each token's ball, in median norms of a token's embedding."""
+
+    def procedure(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        rows: Sequence[dict],
+    ) -> Iterable[dict]:
+        """Slopes around each text (``probing.py``)."""
+        from stages.evaluate.probing import Climber
+
+        return Climber(self, model, tokenizer).run(rows)
 
 
 def correlation(one: str, other: str, label: str) -> Metric:

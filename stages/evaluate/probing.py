@@ -1,7 +1,6 @@
 """Probes of the experts, run on a loaded model: the procedures of ``probes.py``."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 
 import torch
 
@@ -9,44 +8,43 @@ from stages.attack.embeddings import ascend, scale
 from stages.attack.objectives import Objective, repeated
 from stages.attack.questions import Question, cross_entropy, tokens_of
 from stages.attack.text_spec import EmbeddingPGD
-from stages.errors import StageFailed
 from stages.evaluate.asking import Asker
+from stages.evaluate.intervening import Intervening
 from stages.models import routes
 from stages.models.routes import Policy, hash_of, imposed
 from stages.models.routing import Routing, weighing
-from stages.probe.geometry import differences, margins, radii, watched
+from stages.probe.geometry import Watched, measured, watched
 from stages.probe.lipschitz import jacobian_norm, random_slope, steepest
-from stages.probe.smoothness import smoothness
-from stages.probe.usage import pruned, usage
+from stages.probe.usage import usage
 
 
-class Intervenor(Asker):
+class Intervenor(Intervening, Asker):
     """Puts other experts in the place of those that were chosen."""
 
     counted: torch.Tensor | None = None
 
     def run(self, rows: Sequence[dict]) -> Iterator[dict]:
         """Answers under each intervention, row by row."""
-        if not self.victim.moe:
-            raise StageFailed(
-                f"expert_interventions: {self.model.config.model_type} has no experts; name a "
-                "Mixture-of-Experts model"
-            )
+        self.refuse_dense()
         for row in rows:
             question = self.question(row, row["text"])
             plain, routing = self._answer(question)
+            layers = [each.layer for each in routing]
+            used = self._usage(row) if self.spec.prune else None
             yield plain | {
                 "interventions": {
                     name: self._answer(question, policy)[0]
-                    for name, policy in self._policies(row, routing)
+                    for name, policy in self.policies(row["id"], layers, used)
                 },
-                "criticality": self._criticality(row, question, plain["loss"], routing),
+                # By layer, the largest rise of the loss over random masks of half its experts.
+                "criticality": {
+                    layer: max(
+                        self._answer(question, policy)[0]["loss"] - plain["loss"]
+                        for policy in policies
+                    )
+                    for layer, policies in self.masks(routing)
+                },
             }
-
-    @cached_property
-    def weigh(self) -> routes.Weigh:
-        """The family's rule from logits to weights."""
-        return weighing(self.model)
 
     @torch.no_grad()
     def _answer(self, question: Question, force: Policy | None = None) -> tuple[dict, list]:
@@ -58,28 +56,6 @@ class Intervenor(Asker):
         }
         return answer, found
 
-    def _policies(self, row: dict, routing: list[Routing]) -> Iterator[tuple[str, Policy]]:
-        spec = self.spec
-        seed = hash_of(f"{spec.seed}/{row['id']}")
-        weigh = self.weigh if spec.weights == "by_logits" else None
-        made: dict[str, Callable[[], Policy]] = {
-            "next_ranked": lambda: routes.next_ranked(weigh),
-            "random": lambda: routes.at_random(seed, weigh),
-            "drop_first": routes.without_first,
-            "drop_output": routes.without_output,
-            "permuted": lambda: routes.permuted(spec.seed),
-        }
-        for name in spec.substitutions:
-            for share in spec.shares:
-                yield f"{name}_{share:g}", routes.at_share(made[name](), share, seed)
-        for count in spec.top_k:
-            yield f"top_{count}", routes.another_k(count, self.weigh)
-        layers = [each.layer for each in routing]
-        for count in spec.prune:
-            for which in ("least_used", "most_used", "random"):
-                gone = pruned(self._usage(row), layers, count, which, spec.seed)
-                yield f"prune_{which}_{count}", routes.masked(gone, self.weigh)
-
     def _usage(self, row: dict) -> torch.Tensor:
         """How often each expert is chosen in the calibration texts, (L, E); they are the same for
         every row, so it is computed once."""
@@ -90,24 +66,6 @@ class Intervenor(Asker):
                 found.append(usage(self._answer(question)[1]))
             self.counted = torch.stack(found).mean(0)
         return self.counted
-
-    def _criticality(
-        self, row: dict, question: Question, loss: float, routing: list[Routing]
-    ) -> dict[str, float]:
-        """By layer, the largest rise of the loss over random masks of half its experts."""
-        found = {}
-        for each in routing if self.spec.random_masks else ():
-            experts = each.logits.shape[1]
-            rises = []
-            for number in range(self.spec.random_masks):
-                generator = torch.Generator().manual_seed(
-                    hash_of(f"{self.spec.seed}/{each.layer}/{number}")
-                )
-                gone = torch.randperm(experts, generator=generator)[: experts // 2].tolist()
-                answer, _ = self._answer(question, routes.masked({each.layer: gone}, self.weigh))
-                rises.append(answer["loss"] - loss)
-            found[each.layer] = max(rises)
-        return found
 
 
 class Surveyor(Asker):
@@ -141,31 +99,11 @@ class Surveyor(Asker):
                 "layers": layers,
             }
 
-    def _measured(self, each, length: int, row: dict) -> dict[str, float]:
-        generator = torch.Generator().manual_seed(hash_of(f"{self.spec.seed}/{row['id']}"))
+    def _measured(self, each: Watched, length: int, row: dict) -> dict[str, float]:
         each.routing = tokens_of(each.routing, 1, length)
         each.hidden = each.hidden[:length]
-        values = margins(each.routing) | differences(each, generator)
-        if each.scorers is not None:
-            values |= radii(each.routing, each.scorers)
-        found = {name: value.nanmean().item() for name, value in values.items()}
-        return found | self._smoothness(each, generator)
-
-    def _smoothness(self, each, generator: torch.Generator) -> dict[str, float]:
-        """Tokens grouped by their best expert, and the same sizes dealt out at random."""
-        hidden, experts = each.hidden, each.routing.logits.argmax(-1)
-        if len(hidden) > hidden.shape[1]:
-            return {}  # no linear map goes through more points than dimensions
-        target = each.expert(hidden, experts)
-        shuffled = experts[torch.randperm(len(experts), generator=generator)]
-        found = {}
-        for name, groups in (("smoothness", experts), ("smoothness_random", shuffled)):
-            numbers = groups.unique().tolist()
-            parts = [groups == number for number in numbers]
-            fits = smoothness([hidden[p] for p in parts], [target[p] for p in parts])
-            # Equal tokens with different targets, or nearly dependent ones, have no common map.
-            found[name] = fits.ratio if fits.residual < 1e-3 else float("nan")
-        return found
+        seed = hash_of(f"{self.spec.seed}/{row['id']}")
+        return measured(each, torch.Generator().manual_seed(seed))
 
 
 class Climber(Asker):

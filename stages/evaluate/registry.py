@@ -12,6 +12,8 @@ from stages.evaluate.adversarial import CharacterEdits
 from stages.evaluate.base import Evaluation
 from stages.evaluate.harness import LmEval
 from stages.evaluate.held_prompts import SafetyExperts, TargetAttack
+from stages.evaluate.image_attacks import ImageAttacks
+from stages.evaluate.image_probes import ImageGeometry, ImageInterventions, ImageLipschitz
 from stages.evaluate.language_modelling import Perplexity
 from stages.evaluate.open_questions import FalsePremises, OpenQuestion
 from stages.evaluate.out_of_distribution import AdversarialSets, OutOfDistribution
@@ -20,7 +22,7 @@ from stages.evaluate.safety import Refusal
 from stages.evaluate.text_attacks import TextAttacks
 from stages.evaluate.truthfulness import MultipleChoice
 from stages.evaluate.truthfulqa import TruthfulQA, TruthfulQAGeneration
-from stages.evaluate.vision import ImageAttacks, ImageClassification
+from stages.evaluate.vision import ImageClassification
 
 AnyEvaluation = Annotated[
     Refusal
@@ -41,7 +43,10 @@ AnyEvaluation = Annotated[
     | SafetyExperts
     | LmEval
     | ImageClassification
-    | ImageAttacks,
+    | ImageAttacks
+    | ImageInterventions
+    | ImageGeometry
+    | ImageLipschitz,
     Field(discriminator="kind"),
 ]
 

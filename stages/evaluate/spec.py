@@ -10,6 +10,9 @@ from stages.spec import RUN_TIME, Spec
 AMATEUR = "amateur/"
 """Input role of the model that a contrastive technique decodes against, before its name."""
 
+SURROGATE = "surrogate/"
+"""Input role of another checkpoint that a procedure holds, before its model's name."""
+
 JUDGE = "judge/"
 """Input role of a judge that is a model, before its name."""
 
@@ -26,8 +29,8 @@ class JudgeSpec(Spec):
 
 class EvaluateSpec(Spec):
     """Input roles: ``checkpoint`` (a Hugging Face folder), ``data/<dataset>`` for each data set of
-    the evaluation, ``amateur/<model>`` for contrastive decoding, ``judge/<name>`` for each judge
-    that is a model."""
+    the evaluation, ``amateur/<model>`` for contrastive decoding, ``surrogate/<model>`` for each
+    other model of an attack, ``judge/<name>`` for each judge that is a model."""
 
     VERSION: ClassVar[int] = 2
 

@@ -16,7 +16,7 @@ from stages.errors import StageFailed
 from stages.evaluate.base import Evaluation, Metric, Request, Response
 from stages.evaluate.partial import complete
 from stages.evaluate.shards import plan_shards, requests_to_table, responses_to_table
-from stages.evaluate.spec import AMATEUR, JUDGE, EvaluateSpec
+from stages.evaluate.spec import AMATEUR, JUDGE, SURROGATE, EvaluateSpec
 from stages.evaluate.techniques import SelfConsistency, applied, collected
 from stages.statistics import summarise
 
@@ -42,7 +42,12 @@ def run(spec: EvaluateSpec, inputs: dict[str, Path], output: Path) -> None:
             responses += found
         return responses
 
-    responses = answered(inputs["checkpoint"], requests, amateurs=named(inputs, AMATEUR))
+    responses = answered(
+        inputs["checkpoint"],
+        requests,
+        amateurs=named(inputs, AMATEUR),
+        surrogates=named(inputs, SURROGATE),
+    )
     judges = named(inputs, JUDGE)
     for judge, asked in judgements_for(spec.evaluation, inputs, responses).items():
         responses += answered(judges[judge], asked)

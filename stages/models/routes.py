@@ -10,7 +10,7 @@ logits bit for bit. Nothing is installed outside the context and nothing is comp
 but what the model computes anyway. Where experts are spread over ranks, each rank records and
 forces the routes of its own tokens; numbers of experts are those of all ranks.
 
-Policies (``imposed`` to ``at_share``) are functions of a ``Routing`` that return the one to use in
+Policies (``imposed`` to ``per_input``) are functions of a ``Routing`` that return the one to use in
 its place, or None to leave it. They are for one forward pass over whole sequences, without a cache.
 """
 
@@ -259,6 +259,23 @@ def at_share(policy: Policy, share: float, seed: int) -> Policy:
         )
 
     return partly
+
+
+def per_input(policies: Sequence[Policy]) -> Policy:
+    """A policy for each of the inputs of a batch, whose tokens follow each other in equal number:
+    what is done to one does not depend on the others."""
+
+    def policy(routing: Routing) -> Routing:
+        changed = [
+            each(part) or part
+            for each, part in zip(policies, routing.split(len(policies)), strict=True)
+        ]
+        return routing.change(
+            experts=torch.cat([part.experts for part in changed]),
+            weights=torch.cat([part.weights for part in changed]),
+        )
+
+    return policy
 
 
 @contextmanager

@@ -39,6 +39,11 @@ class Routing:
         return replace(self, logits=self.logits[tokens], experts=self.experts[tokens],
                        weights=self.weights[tokens])
 
+    def split(self, inputs: int) -> "list[Routing]":
+        """The same for each of the inputs of a batch, whose tokens follow each other."""
+        parts = (t.chunk(inputs) for t in (self.logits, self.experts, self.weights))
+        return [Routing(self.layer, *part) for part in zip(*parts, strict=True)]
+
     def change(self, **fields: torch.Tensor) -> "Routing":
         """A copy with other ``experts`` or ``weights``."""
         return replace(self, **fields)

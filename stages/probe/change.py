@@ -42,6 +42,18 @@ def routing_change(
     return found
 
 
+def routing_changes(
+    before: Sequence[Routing], after: Sequence[Routing], inputs: int
+) -> list[dict[str, float]]:
+    """The same for each of the inputs of a batch, whose tokens follow each other."""
+    found: list[dict[str, float]] = [{} for _ in range(inputs)]
+    for one, other in zip(before, after, strict=True):
+        same = overlap(selected(one), selected(other)).view(inputs, -1).nanmean(1)
+        for changes, value in zip(found, (1 - same).tolist(), strict=True):
+            changes[one.layer] = value
+    return found
+
+
 def chance(experts: int, chosen: int) -> float:
     """The routing change between two independent, even choices of K of E experts."""
     expected = sum(

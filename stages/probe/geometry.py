@@ -5,7 +5,7 @@ Shape letters: T tokens, D hidden size, E experts, K chosen experts.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from stages.errors import StageFailed
 from stages.models.families import family
 from stages.models.routes import routed, selected
 from stages.models.routing import Routing, blocks
+from stages.probe.smoothness import Smoothness, smoothness
 
 Expert = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """The output (T, D) of one expert (T,) for each hidden state (T, D), unweighted."""
@@ -31,6 +32,11 @@ class Watched:
     """Rows of the router's matrix (E, D), where its logits are their products with the inputs but
     for a constant each; else None."""
     expert: Expert
+
+    def split(self, inputs: int) -> "list[Watched]":
+        """The same for each of the inputs of a batch, whose tokens follow each other."""
+        parts = zip(self.routing.split(inputs), self.hidden.chunk(inputs), strict=True)
+        return [replace(self, routing=routing, hidden=hidden) for routing, hidden in parts]
 
 
 @contextmanager
@@ -81,6 +87,49 @@ def _scorers(router: nn.Module, hidden: torch.Tensor, routing: Routing) -> torch
             if (rest - rest[:1]).abs().max() <= 1e-3 * routing.logits.abs().max():
                 return parameter.detach().float()
     return None
+
+
+def measured(block: Watched, generator: torch.Generator) -> dict[str, float]:
+    """Means over the tokens of one input of all that this module tells about them, and the fits of
+    ``groups``."""
+    values = margins(block.routing) | differences(block, generator)
+    if block.scorers is not None:
+        values |= radii(block.routing, block.scorers)
+    return {name: value.nanmean().item() for name, value in values.items()} | groups(
+        block, generator
+    )
+
+
+def groups(block: Watched, generator: torch.Generator) -> dict[str, float]:
+    """How much smoother minimum-norm fits of each expert's tokens are than one of all tokens, and
+    the same for groups of the same sizes that are dealt out at random (``smoothness.py``).
+
+    ``smoothness`` is the ratio of the Lipschitz constants, ``smoothness_gain`` what it has over
+    ``smoothness_random``; ``smoothness_frobenius`` the ratio of Frobenius norms, which is at least
+    ``smoothness_bound``; ``overlap`` of the experts' inputs. NaN where no linear map fits all
+    tokens; nothing where there are more tokens than dimensions.
+    """
+    hidden, experts = block.hidden, block.routing.logits.argmax(-1)
+    if len(hidden) > hidden.shape[1]:
+        return {}
+    target = block.expert(hidden, experts)
+    shuffled = experts[torch.randperm(len(experts), generator=generator).to(experts.device)]
+
+    def fits(of: torch.Tensor) -> Smoothness:
+        parts = [of == number for number in of.unique()]
+        return smoothness([hidden[part] for part in parts], [target[part] for part in parts])
+
+    learned, random = fits(experts), fits(shuffled)
+    found = {
+        "smoothness": learned.ratio,
+        "smoothness_random": random.ratio,
+        "smoothness_gain": learned.ratio - random.ratio,
+        "smoothness_frobenius": learned.frobenius,
+        "smoothness_bound": learned.bound,
+        "overlap": learned.overlap,
+    }
+    # Equal tokens with different targets, or nearly dependent ones, have no common map.
+    return found if learned.residual < 1e-3 else dict.fromkeys(found, float("nan"))
 
 
 def margins(routing: Routing) -> dict[str, torch.Tensor]:

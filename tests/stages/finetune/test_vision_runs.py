@@ -10,13 +10,14 @@ from pydantic import ValidationError
 from transformers import get_linear_schedule_with_warmup
 
 from stages.attack.image_geometry import sizes
-from stages.attack.image_spec import APGD, PGD, PaperPGD, Square, Transfer
+from stages.attack.image_spec import APGD, PGD, PaperPGD, Square
 from stages.data import stage as data_stage
 from stages.data.spec import Corruption, DataSpec
 from stages.errors import StageFailed
 from stages.evaluate import stage as evaluate_stage
+from stages.evaluate.image_attacks import ImageAttacks
 from stages.evaluate.spec import EvaluateSpec
-from stages.evaluate.vision import ImageAttacks, ImageClassification, _routing_changes
+from stages.evaluate.vision import ImageClassification
 from stages.finetune.adversary import divergence, perturbed
 from stages.finetune.batches import global_batch, load_examples, micro_batch
 from stages.finetune.recipe import AdversarialPGD, FreeLB, Router, Trades
@@ -29,6 +30,7 @@ from stages.models.load import load
 from stages.models.routes import routed
 from stages.models.sources import Facts, describe
 from stages.models.vision_spec import VisionSpec
+from stages.probe.change import routing_changes
 from tests.stages.finetune.reference import curve, plain, weights
 from tests.stages.finetune.runs import Run, launch
 
@@ -269,11 +271,13 @@ def test_routing_change_by_hand(runs, folders):
         return routes, [set(row) for row in routes[0].experts.tolist()]
 
     before, first = chosen(images)
-    _, second = chosen(others)
+    after, second = chosen(others)
     each = [1 - len(a & b) / len(a | b) for a, b in zip(first, second, strict=True)]
     expected = [sum(each[5 * i : 5 * i + 5]) / 5 for i in range(3)]
-    assert _routing_changes(classifier, others, before) == pytest.approx(expected)
-    assert 0 < sum(expected) and _routing_changes(classifier, images, before) == [0.0] * 3
+    found = routing_changes(before, after, 3)
+    assert [list(of) for of in found] == [["vit.layers.1.mlp"]] * 3
+    assert [of["vit.layers.1.mlp"] for of in found] == pytest.approx(expected)
+    assert 0 < sum(expected) and sum(routing_changes(before, before, 3)[1].values()) == 0
 
 
 @pytest.mark.parametrize(
@@ -281,7 +285,6 @@ def test_routing_change_by_hand(runs, folders):
     [
         ({"attacks": {"a": PGD(), "b": PGD(norm="l2")}}, "differ in norm"),
         ({"attacks": {"a": PaperPGD()}}, "paper alone"),
-        ({"attacks": {"a": Transfer()}}, "transfer needs a second model"),
         ({"budgets": (0.2, 0.1)}, "smallest first"),
     ],
 )

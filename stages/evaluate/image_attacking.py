@@ -1,0 +1,232 @@
+"""Attacks on images, run on a loaded classifier: the procedure of ``image_attacks``."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedModel
+
+from stages.attack import images
+from stages.attack.image_objective import Best, Value
+from stages.attack.image_spec import (
+    APGD,
+    PGD,
+    AnyImageAttack,
+    Noise,
+    PaperPGD,
+    Square,
+    Transfer,
+)
+from stages.attack.images import Outcome, attack_images
+from stages.errors import StageFailed
+from stages.evaluate.image_attacks import SWAPS, ImageAttacks, shown
+from stages.evaluate.showing import Shown
+from stages.models.families import family
+from stages.models.images import Classifier, ImageProcessor
+from stages.models.routes import Policy, Weigh, imposed
+from stages.models.routing import Routing, weighing
+from stages.probe.change import chance, routing_changes
+
+UNBOUNDED = 0.5
+"""Largest change of a pixel that makes every image the same grey one."""
+_PLAIN = {"routing": "as_is", "importance_loss_weight": 0.0, "gshard_loss_weight": 0.0}
+
+
+class Attacker(Shown):
+    """A classifier and some images under all attacks of an evaluation.
+
+    ``surrogates`` are the models that ``transfer`` attacks, by name. Raises StageFailed for one
+    that reads other images or labels than the classifier.
+    """
+
+    def __init__(
+        self,
+        spec: ImageAttacks,
+        model: PreTrainedModel,
+        processor: ImageProcessor,
+        rows: Sequence[dict],
+        surrogates: Mapping[str, tuple[PreTrainedModel, ImageProcessor]],
+    ):
+        super().__init__(spec, model, processor, rows)
+        self.surrogates = {}
+        for name, (other, reads) in surrogates.items():
+            if (reads.size, reads.channels, reads.labels) != (
+                processor.size, processor.channels, processor.labels
+            ):  # fmt: skip
+                raise StageFailed(
+                    f"transfer: {name} has other labels or another size of image than the attacked "
+                    "model; name one that is trained on the same data"
+                )
+            self.surrogates[name] = Classifier(other, reads)
+        self.clean, self.routes = self.seen(self.pixels)
+        checked = torch.tensor([row["checked"] for row in rows], device=self.labels.device)
+        self.checked = checked & (self.clean.argmax(1) == self.labels)
+        """Images that attacks are checked on and have something to break."""
+
+    def run(self) -> list[dict]:
+        """What every attack did to each image at each budget."""
+        found = [
+            {"prediction": prediction, "noise": noise, "chance": self.chance, "attacks": [],
+             "budgets": {}, "checks": {}}
+            for prediction, noise in zip(self.predictions(self.clean), self._noise(), strict=True)
+        ]  # fmt: skip
+        for budget in self.spec.budgets:
+            worst = Best(self.pixels)
+            for name, attack in self.spec.attacks.items():
+                outcome = self._attack(name, attack, budget)
+                if not isinstance(attack, PaperPGD):
+                    value = Value(self.losses(outcome.logits), outcome.logits)
+                    worst.update(outcome.images, value, self.labels)
+                for result, row in zip(found, self._rows(name, attack, budget, outcome),
+                                       strict=True):  # fmt: skip
+                    result["attacks"].append(row)
+                self._check_effort(name, attack, budget, outcome, found)
+            for result, row in zip(found, self._exchanged(worst.images, budget), strict=True):
+                result["budgets"][shown(budget)] = row
+        self._check_without_bound(found)
+        return found
+
+    @property
+    def chance(self) -> float:
+        """The routing change of two even random choices; NaN for a dense model."""
+        if not self.routes:
+            return float("nan")
+        return chance(self.routes[0].logits.shape[-1], self.routes[0].experts.shape[-1])
+
+    @cached_property
+    def weigh(self) -> Weigh | None:
+        """The family's rule from logits to weights, where it is known."""
+        try:
+            return weighing(self.model)
+        except StageFailed:
+            return None
+
+    def _attack(
+        self,
+        name: str,
+        attack: AnyImageAttack,
+        budget: float,
+        among: torch.Tensor | None = None,
+    ) -> Outcome:
+        """One attack on all images, or on those that the mask (B,) names."""
+        partner = None
+        if isinstance(attack, Transfer):
+            partner = self.surrogates[attack.model]
+        if not family((partner or self.classifier).model).is_moe:
+            given = {f: v for f, v in _PLAIN.items() if f in type(attack).model_fields}
+            attack = attack.model_copy(update=given)
+        pixels, labels, seeds = self.pixels, self.labels, self.seeds(name)
+        if among is not None:
+            pixels, labels = pixels[among], labels[among]
+            seeds = [seeds[i] for i in among.nonzero().flatten().tolist()]
+        return attack_images(self.classifier, attack, pixels, labels, budget, seeds, partner)
+
+    def _rows(
+        self, name: str, attack: AnyImageAttack, budget: float, outcome: Outcome
+    ) -> Iterator[dict]:
+        """What one attack did at one budget."""
+        _, now = self.seen(outcome.images)
+        changes = routing_changes(self.routes, now, len(self.ids))
+        made = images.rows(
+            name, attack, budget, outcome, self.pixels, self.clean, self.labels, self.ids
+        )
+        for row, change in zip(made, changes, strict=True):
+            yield row | {"routing_change": change}
+
+    def _noise(self) -> list[dict[str, float]]:
+        """The routing change of each image when its mirror image stands beside it in the batch."""
+        beside = torch.stack([self.pixels, self.pixels.flip(-1)], dim=1).flatten(0, 1)
+        _, batch = self.seen(beside)
+        count = len(self.ids)
+        own = torch.arange(2 * count, device=beside.device) % 2 == 0
+        kept = [
+            each.only(own.repeat_interleave(len(each.logits) // (2 * count))) for each in batch
+        ]
+        return routing_changes(self.routes, kept, count)
+
+    def _exchanged(self, attacked: torch.Tensor, budget: float) -> Iterator[dict]:
+        """Of the worst images (B, C, H, W) of a budget: the routing change of random perturbations
+        of the same size, and predictions under the routes of the other image."""
+        norm = next(iter(self.spec.attacks.values())).norm
+        drawn = self._attack("random", Noise(norm=norm, queries=1), budget).images
+        random = routing_changes(self.routes, self.seen(drawn)[1], len(self.ids))
+        swaps: list[dict[str, str]] = [{} for _ in self.ids]
+        now = self.seen(attacked)[1]
+        for swap, (pixels, other) in zip(
+            SWAPS, ((self.pixels, now), (attacked, self.routes)), strict=True
+        ):
+            for what, force in self._forces(other):
+                logits, _ = self.seen(pixels, force)
+                for row, prediction in zip(swaps, self.predictions(logits), strict=True):
+                    row[f"{swap}/{what}"] = prediction
+        for change, row in zip(random, swaps, strict=True):
+            yield {"random": change, "swaps": row}
+
+    def _forces(self, routes: list[Routing]) -> Iterator[tuple[str, Policy]]:
+        """Ways to impose some routes, by name: as they are, weighed anew, in one layer alone."""
+        if not routes:
+            return
+        yield "routes", imposed(routes)
+        if self.weigh is not None:
+            yield "experts", imposed(routes, weigh=self.weigh)
+        for each in routes:
+            yield each.layer, imposed(routes, layers={each.layer})
+
+    def _check_effort(
+        self,
+        name: str,
+        attack: AnyImageAttack,
+        budget: float,
+        outcome: Outcome,
+        found: list[dict],
+    ) -> None:
+        """Attack those again with twice the effort that the attack has not broken; the others count
+        as broken."""
+        left = self.checked & (outcome.logits.argmax(1) == self.labels)
+        for key, (named, harder) in variants(name, attack).items():
+            self._check(named, harder, budget, left, f"{name}/{shown(budget)}/{key}", found)
+
+    def _check_without_bound(self, found: list[dict]) -> None:
+        for name, attack in self.spec.attacks.items():
+            if isinstance(attack, Square) or (
+                isinstance(attack, PGD | APGD) and attack.routing != "targeted"
+            ):
+                radius = UNBOUNDED
+                if attack.norm == "l2":
+                    radius *= self.pixels[0].numel() ** 0.5
+                self._check(name, attack, radius, self.checked, f"{name}/unbounded", found)
+
+    def _check(
+        self,
+        name: str,
+        attack: AnyImageAttack,
+        budget: float,
+        among: torch.Tensor,
+        key: str,
+        found: list[dict],
+    ) -> None:
+        """Whether an attack breaks those that the mask (B,) names; noted for all checked images."""
+        broken = ~among
+        if among.any():
+            logits = self._attack(name, attack, budget, among).logits
+            broken[among] = logits.argmax(1) != self.labels[among]
+        for row, result, success in zip(self.rows, found, broken.tolist(), strict=True):
+            if row["checked"]:
+                result["checks"][key] = success
+
+
+def variants(name: str, attack: AnyImageAttack) -> dict[str, tuple[str, AnyImageAttack]]:
+    """The same attack with twice the effort, by the name of the check that it serves, and the name
+    that its random numbers come from.
+
+    None of a transfer, which more steps on the other model need not make stronger.
+    """
+    if isinstance(attack, Square):
+        return {"queries": (name, attack.model_copy(update={"queries": 2 * attack.queries}))}
+    if not isinstance(attack, PGD | APGD):
+        return {}
+    found = {"steps": (name, attack.model_copy(update={"steps": 2 * attack.steps}))}
+    if getattr(attack, "random_start", True):
+        # What it has not broken meets as many starts again.
+        found["restarts"] = f"{name}/again", attack
+    return found

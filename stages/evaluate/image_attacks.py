@@ -1,0 +1,327 @@
+"""Adversarial robustness: classification of images under attacks that hold the model.
+
+Every attack runs on every image, at several budgets. An image counts as robust only where none of
+them succeeds. On the way the routes of a Mixture-of-Experts model are recorded and exchanged.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import Field, model_validator
+
+from stages.attack.image_spec import (
+    APGD,
+    PGD,
+    AnyImageAttack,
+    GradientAttack,
+    Name,
+    Noise,
+    PaperPGD,
+    Square,
+    Transfer,
+)
+from stages.evaluate import hygiene
+from stages.evaluate.base import Metric, Request, Response, mean_of
+from stages.evaluate.examples import results
+from stages.evaluate.labelled_images import LabelledImages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from stages.models.images import ImageProcessor
+
+SWAPS = {
+    "clean_attacked": "clean image, attacked routes",
+    "attacked_clean": "attacked image, clean routes",
+}
+_WHAT = {
+    "clean_attacked": {"": "prediction kept", "_experts": "prediction kept, weighed anew",
+                       "_correct": "accuracy"},
+    "attacked_clean": {"": "accuracy", "_experts": "accuracy, weighed anew",
+                       "_agrees": "prediction kept"},
+}  # fmt: skip
+EFFORT = {
+    "steps": "twice the steps",
+    "restarts": "twice the restarts",
+    "queries": "twice the queries",
+}
+
+
+class ImageAttacks(LabelledImages):
+    """Accuracy under attack, at several budgets: of each attack, and the worst case of each image
+    over all of them but ``paper``, whose images need not be valid.
+
+    Every attack runs on every image. On a dense model an attack that acts on the choice of experts
+    runs without that, with random numbers of its own, so that both sides of a pair meet equally
+    many attempts.
+    """
+
+    kind: Literal["image_attacks"] = "image_attacks"
+    budgets: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+    """Largest perturbations, of images in [0, 1]; 8/255 is 0.03137."""
+    attacks: Annotated[dict[Name, AnyImageAttack], Field(min_length=1)] = {
+        "pgd": PGD(),
+        "apgd_ce": APGD(),
+        "apgd_dlr": APGD(loss="dlr"),
+        "apgd_soft": APGD(routing="soft"),
+        "apgd_frozen": APGD(routing="frozen"),
+        "apgd_routing": APGD(routing="joint"),
+        "square": Square(),
+    }
+    checked: Annotated[int, Field(ge=0)] = 16
+    """Images on which each attack is checked: with twice the effort, and without a bound. 0 leaves
+    the checks out that need further attacks."""
+    seed: int = 0
+
+    axis: ClassVar[str] = "adversarial"
+    primary: ClassVar[str] = "robust_accuracy"
+
+    @model_validator(mode="after")
+    def _attacks_are_alike(self) -> "ImageAttacks":
+        if len({attack.norm for attack in self.attacks.values()}) > 1:
+            raise ValueError("attacks: differ in norm; make one evaluation for each norm")
+        if all(attack.kind == "paper" for attack in self.attacks.values()):
+            raise ValueError(
+                "attacks: paper alone, which leaves the valid range, bounds nothing; add pgd"
+            )
+        if list(self.budgets) != sorted(set(self.budgets)):
+            raise ValueError("budgets: name each once, the smallest first")
+        return self
+
+    @property
+    def shown_budgets(self) -> list[str]:
+        """The budgets in units of 1/255, as they stand in names."""
+        return [shown(budget) for budget in self.budgets]
+
+    def surrogates(self) -> tuple[str | None, ...]:
+        """The models that ``transfer`` attacks, as the sweep has them."""
+        found = [a.model for a in self.attacks.values() if isinstance(a, Transfer)]
+        return tuple(dict.fromkeys(found))
+
+    def with_surrogates(self, chosen: Mapping[str | None, str]) -> "ImageAttacks":
+        """The same with other names of those models."""
+        attacks = {
+            name: attack.model_copy(update={"model": chosen[attack.model]})
+            if isinstance(attack, Transfer)
+            else attack
+            for name, attack in self.attacks.items()
+        }
+        return self.model_copy(update={"attacks": attacks})
+
+    def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:
+        """One per image; the first ones are those that attacks are checked on."""
+        return [
+            self.procedure_request(row["id"], row | {"checked": index < self.checked})
+            for index, row in enumerate(self.rows(data[self.dataset]))
+        ]
+
+    def procedure(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "ImageProcessor",
+        rows: Sequence[dict],
+        surrogates: "Mapping[str, tuple[PreTrainedModel, ImageProcessor]] | None" = None,
+    ) -> Iterable[dict]:
+        """What each attack did to each image (``image_attacking.py``)."""
+        from stages.evaluate.image_attacking import Attacker
+
+        return Attacker(self, model, tokenizer, rows, surrogates or {}).run()
+
+    def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
+        """One row per image. B is a budget in units of 1/255, A an attack.
+
+        ``correct``; of each attack at each budget ``robust/A/B``, ``prediction_change/A/B``,
+        ``loss_rise/A/B`` (nats), ``zero_gradient/A/B`` and ``routing_change/A/B`` (1 - IoU of the
+        chosen experts, mean over tokens and layers; by layer ``routing_change/A/B/LAYER``);
+        ``worst/B``, the least of ``robust`` over the attacks, and ``robust``, the mean of those.
+
+        What ``routing_change`` is to be read beside, each also by layer: ``routing_change_noise``,
+        of the same image in another batch; ``routing_change_random/B``, of a random perturbation of
+        the same size; ``routing_change_chance``, of two even random choices.
+
+        Of the worst image of each budget ``swap_clean_attacked/B``: whether the prediction for the
+        clean image under its routes is the clean one, and ``swap_attacked_clean/B``: whether that
+        for it under the clean image's routes is right; both with the weights that the experts had,
+        or weighed anew (``…_experts/B``), and by layer, the others left free.
+        ``swap_clean_attacked_correct/B`` and ``swap_attacked_clean_agrees/B`` are the other half of
+        the two by two. ``check/A/B/…``: whether the attack succeeds with more effort. Everything
+        about routes is NaN for a dense model.
+        """
+        about = self.about(data)
+        rows = []
+        for label, result in zip(
+            about["gold"], results(about["example_id"], responses), strict=True
+        ):
+            row = {
+                "prediction": result["prediction"],
+                "answer": "",
+                "domain": self.dataset,
+                "correct": float(result["prediction"] == label),
+                **_by_layer("routing_change_noise", result["noise"]),
+                "routing_change_chance": result["chance"],
+            }
+            worst = dict.fromkeys(self.shown_budgets, 1.0)
+            for found in result["attacks"]:
+                budget = shown(found["budget"])
+                row |= _attacked(found, f"{found['attack']}/{budget}")
+                if found["kind"] != "paper":
+                    worst[budget] = min(worst[budget], found["robust"])
+            for budget, found in result["budgets"].items():
+                row |= _by_layer(f"routing_change_random/{budget}", found["random"])
+                row |= _swapped(found["swaps"], budget, result["prediction"], label)
+                row[f"worst/{budget}"] = worst[budget]
+            row["robust"] = sum(worst.values()) / len(worst)
+            for key, succeeded in result["checks"].items():
+                row[f"check/{key}"] = float(succeeded)
+            rows.append(row)
+        return pd.concat([about, pd.DataFrame(rows)], axis=1)
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """Worst case over attacks, its mean over the budgets first; clean accuracy; each attack;
+        what the routes did, beside what they do anyway."""
+        count = sum(attack.kind != "paper" for attack in self.attacks.values())
+        every = f"robust accuracy, worst of {count} attacks"
+        lower, routes = {"higher_is_better": False}, {"of_experts": True}
+        found = [
+            mean_of("robust", "robust_accuracy", label=f"{every}, mean of budgets"),
+            mean_of("correct", "clean_accuracy", label="clean accuracy"),
+        ]
+        for b in self.shown_budgets:
+            found.append(mean_of(f"worst/{b}", f"robust_accuracy_{b}", label=f"{every}, {b}/255"))
+        for name in self.attacks:
+            for b in self.shown_budgets:
+                at, by = f"{name}/{b}", f"by {name}, {b}/255"
+                found += [
+                    mean_of(f"robust/{at}", f"{name}_{b}", label=f"accuracy under {by[3:]}"),
+                    mean_of(f"prediction_change/{at}", label=f"predictions changed {by}", **lower),
+                    mean_of(f"loss_rise/{at}", label=f"loss added {by} (nats)", **lower),
+                    mean_of(f"routing_change/{at}", label=f"routing change {by}", **lower,
+                            **routes),
+                ]  # fmt: skip
+        for b in self.shown_budgets:
+            found.append(
+                mean_of(f"routing_change_random/{b}", label=f"routing change at random, {b}/255",
+                        **lower, **routes)
+            )  # fmt: skip
+            for swap, text in SWAPS.items():
+                found += [
+                    mean_of(f"swap_{swap}{which}/{b}", label=f"{what}: {text}, {b}/255", **routes)
+                    for which, what in _WHAT[swap].items()
+                ]
+        baselines = {"noise": "other batch", "chance": "chance"}
+        found += [
+            mean_of(f"routing_change_{name}", label=f"routing change, {text}", **lower, **routes)
+            for name, text in baselines.items()
+        ]
+        return tuple(found)
+
+    def curves(self, scores: pd.DataFrame) -> tuple[Metric, ...]:
+        """Routing change and swaps by layer, and success with more effort."""
+        of = {"routing_change": 4, "routing_change_noise": 2, "routing_change_random": 3}
+        of |= {f"swap_{swap}": 3 for swap in SWAPS}
+        layers = [c for c in scores if (parts := c.split("/")) and len(parts) == of.get(parts[0])]
+        return tuple(mean_of(c) for c in (*layers, *(c for c in scores if c.startswith("check/"))))
+
+    def checks(self, scores: pd.DataFrame) -> list[dict]:
+        """The hygiene report: one row per attack and check, at the budget where it comes out worst.
+
+        ``paper`` is not asked: that it is weak is why it does not count.
+        """
+        asked = {n: a for n, a in self.attacks.items() if not isinstance(a, PaperPGD)}
+        found = [check for name in asked for check in self._checks_of(name, scores)]
+        for stronger, strong in asked.items():
+            for weaker, weak in asked.items():
+                if _should_beat(strong, weak):
+                    found.append(
+                        hygiene.at_worst(
+                            hygiene.not_weaker(
+                                f"{stronger} at {b}/255", weaker, _success(scores, stronger, b),
+                                _success(scores, weaker, b),
+                            )
+                            for b in self.shown_budgets
+                        )
+                    )  # fmt: skip
+        return found
+
+    def _checks_of(self, name: str, scores: pd.DataFrame) -> Iterator[dict]:
+        """The checks of one attack by itself."""
+        budgets = self.shown_budgets
+        if isinstance(self.attacks[name], GradientAttack):
+            # At the image itself, so that all budgets have the same.
+            yield hygiene.gradients(name, scores[f"zero_gradient/{name}/{budgets[0]}"].to_numpy())
+        if len(budgets) > 1:
+            yield hygiene.monotone(name, [_success(scores, name, b) for b in budgets])
+        for key, words in EFFORT.items():
+            columns = {b: f"check/{name}/{b}/{key}" for b in budgets}
+            if columns[budgets[0]] in scores:
+                yield hygiene.at_worst(
+                    hygiene.more_effort(
+                        f"{name} at {b}/255", words,
+                        _success(scores[scores[column].notna()], name, b),
+                        scores[column].dropna().to_numpy().astype(bool),
+                    )
+                    for b, column in columns.items()
+                )  # fmt: skip
+        if (column := f"check/{name}/unbounded") in scores:
+            yield hygiene.unbounded(name, scores[column].dropna().to_numpy().astype(bool))
+
+
+def _should_beat(strong: AnyImageAttack, weak: AnyImageAttack) -> bool:
+    """Whether one attack must find, image by image, what the other does: it has gradients and the
+    other has none or another model's; or the other goes around the choice of experts, and there
+    would be more to find than the plain one sees."""
+    aimed = isinstance(strong, PGD | APGD) and strong.routing != "targeted"
+    if isinstance(weak, Noise):
+        return aimed or isinstance(strong, Square)
+    if isinstance(weak, Square | Transfer):
+        return aimed
+    plain = aimed and strong.routing == "as_is" != weak.routing
+    return plain and (strong.kind, strong.loss) == (weak.kind, weak.loss)
+
+
+def _success(scores: pd.DataFrame, attack: str, budget: str) -> np.ndarray:
+    """Where an attack succeeds, booleans."""
+    return scores[f"robust/{attack}/{budget}"].to_numpy() == 0
+
+
+def _attacked(found: dict, at: str) -> dict[str, float]:
+    """The columns of one attack at one budget."""
+    return {
+        f"robust/{at}": found["robust"],
+        f"prediction_change/{at}": found["prediction_changed"],
+        f"loss_rise/{at}": found["loss"] - found["clean_loss"],
+        f"zero_gradient/{at}": found["zero_gradient"],
+        **_by_layer(f"routing_change/{at}", found["routing_change"]),
+    }
+
+
+def _swapped(predictions: dict, budget: str, clean: str, label: str) -> dict[str, float]:
+    """The columns of exchanged routes at one budget."""
+    right = {"clean_attacked": clean, "attacked_clean": label}
+    other = {"clean_attacked": ("correct", label), "attacked_clean": ("agrees", clean)}
+    row = {f"swap_{swap}{which}/{budget}": np.nan for swap in SWAPS for which in _WHAT[swap]}
+    for key, prediction in predictions.items():
+        swap, what = key.split("/")
+        hit = float(prediction == right[swap])
+        if what == "routes":
+            row[f"swap_{swap}/{budget}"] = hit
+            name, target = other[swap]
+            row[f"swap_{swap}_{name}/{budget}"] = float(prediction == target)
+        elif what == "experts":
+            row[f"swap_{swap}_experts/{budget}"] = hit
+        else:
+            row[f"swap_{swap}/{budget}/{what}"] = hit
+    return row
+
+
+def _by_layer(column: str, values: dict[str, float]) -> dict[str, float]:
+    """A column with the mean over layers, and one for each."""
+    each = {f"{column}/{layer}": value for layer, value in values.items()}
+    return {column: float(np.mean(list(values.values()))) if values else np.nan} | each
+
+
+def shown(budget: float) -> str:
+    """A budget in units of 1/255, for names."""
+    return f"{budget * 255:.4g}"

@@ -1,0 +1,68 @@
+"""Probes of image classifiers: the measures of ``probes.py``, taken on images."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from stages.evaluate.labelled_images import LabelledImages
+from stages.evaluate.probes import Geometry, Interventions, Lipschitz
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from stages.models.images import ImageProcessor
+
+
+class ImageInterventions(Interventions, LabelledImages):
+    """Interventions while images are classified.
+
+    The images that usage is counted on travel with every request; take few of them.
+    """
+
+    kind: Literal["image_interventions"] = "image_interventions"
+    seed: int = 0
+
+    def procedure(
+        self, model: "PreTrainedModel", tokenizer: "ImageProcessor", rows: Sequence[dict]
+    ) -> Iterable[dict]:
+        """The predictions under each intervention (``image_probing.py``)."""
+        from stages.evaluate.image_probing import ImageIntervenor
+
+        return ImageIntervenor(self, model, tokenizer, rows).run()
+
+
+class ImageGeometry(Geometry, LabelledImages):
+    """Geometry at the tokens of images: the patches and the class token."""
+
+    kind: Literal["image_geometry"] = "image_geometry"
+    budget: Annotated[float, Field(gt=0)] = 0.03
+    """Of an l-infinity attack (``pgd``) whose loss rise the routing term is correlated with, of
+    images in [0, 1]."""
+    steps: Annotated[int, Field(ge=1)] = 20
+    seed: int = 0
+
+    def procedure(
+        self, model: "PreTrainedModel", tokenizer: "ImageProcessor", rows: Sequence[dict]
+    ) -> Iterable[dict]:
+        """Means by layer (``image_probing.py``)."""
+        from stages.evaluate.image_probing import ImageSurveyor
+
+        return ImageSurveyor(self, model, tokenizer, rows).run()
+
+
+class ImageLipschitz(Lipschitz, LabelledImages):
+    """Slopes of the logits over the pixels of an image, within [0, 1]."""
+
+    kind: Literal["image_lipschitz"] = "image_lipschitz"
+    radius: Annotated[float, Field(gt=0)] = 0.5
+    """Of the l2 ball around an image in [0, 1]."""
+    seed: int = 0
+
+    def procedure(
+        self, model: "PreTrainedModel", tokenizer: "ImageProcessor", rows: Sequence[dict]
+    ) -> Iterable[dict]:
+        """Slopes around each image (``image_probing.py``)."""
+        from stages.evaluate.image_probing import ImageClimber
+
+        return ImageClimber(self, model, tokenizer, rows).run()

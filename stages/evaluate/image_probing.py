@@ -1,0 +1,132 @@
+"""Probes of image classifiers, run on a loaded model: the procedures of ``image_probes.py``."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from stages.attack.image_geometry import Draws
+from stages.attack.image_spec import PGD
+from stages.attack.images import attack_images
+from stages.evaluate.intervening import Intervening
+from stages.evaluate.showing import Shown
+from stages.models.routes import Policy, Weigh, hash_of, imposed, per_input, routed
+from stages.models.routing import Routing, weighing
+from stages.probe.geometry import measured, watched
+from stages.probe.slopes import jacobian_norms, random_slopes, steepest_slopes
+from stages.probe.usage import usage
+
+
+class ImageIntervenor(Intervening, Shown):
+    """Puts other experts in the place of those that were chosen."""
+
+    def run(self) -> list[dict]:
+        """Predictions under each intervention."""
+        self.refuse_dense()
+        found, losses, routing = self._answers()
+        layers = [each.layer for each in routing]
+        used = None
+        if self.spec.prune:
+            used = usage(self.seen(self.decoded(self.rows[0]["calibration"]))[1])
+        for row in found:
+            row |= {"interventions": {}, "criticality": {}}
+        for each in zip(*(self.policies(id, layers, used) for id in self.ids), strict=True):
+            name = each[0][0]
+            answers, _, _ = self._answers(per_input([policy for _, policy in each]))
+            for row, answer in zip(found, answers, strict=True):
+                row["interventions"][name] = answer
+        for layer, policies in self.masks(routing):
+            rises = torch.stack([self._answers(policy)[1] - losses for policy in policies])
+            for row, rise in zip(found, rises.amax(0).tolist(), strict=True):
+                row["criticality"][layer] = rise
+        return found
+
+    def _answers(
+        self, force: Policy | None = None
+    ) -> tuple[list[dict], torch.Tensor, list[Routing]]:
+        """Predictions with their losses, the losses (B,) again, and the routes."""
+        logits, routing = self.seen(self.pixels, force)
+        losses = self.losses(logits)
+        answers = [
+            {"prediction": prediction, "loss": loss}
+            for prediction, loss in zip(self.predictions(logits), losses.tolist(), strict=True)
+        ]
+        return answers, losses, routing
+
+
+class ImageSurveyor(Shown):
+    """Measures what each router's decisions hang on."""
+
+    def run(self) -> Iterator[dict]:
+        """Means over each image's tokens by layer, and the loss that an attack adds."""
+        spec, count = self.spec, len(self.ids)
+        with torch.no_grad(), watched(self.model) as blocks:
+            logits = self.classifier(self.pixels)
+        attack = PGD(steps=spec.steps)
+        outcome = attack_images(
+            self.classifier, attack, self.pixels, self.labels, spec.budget, self.seeds("attack")
+        )
+        rises = self.losses(outcome.logits) - self.losses(logits)
+        parts = [each.split(count) for each in blocks]
+        for index, (id, prediction, rise) in enumerate(
+            zip(self.ids, self.predictions(logits), rises.tolist(), strict=True)
+        ):
+            seed = hash_of(f"{spec.seed}/{id}")
+            with torch.no_grad():
+                layers = {
+                    part[index].routing.layer: measured(
+                        part[index], torch.Generator().manual_seed(seed)
+                    )
+                    for part in parts
+                }
+            yield {"prediction": prediction, "loss_rise": rise, "layers": layers}
+
+
+class ImageClimber(Shown):
+    """Looks for the steepest slope of the logits around each image."""
+
+    def run(self) -> list[dict]:
+        """Slopes with routes free and frozen."""
+        logits, routing = self.seen(self.pixels)
+        unknown = torch.full((len(self.ids),), torch.nan)
+        free = self.classifier
+        columns = {
+            "lipschitz": self._steepest(free),
+            "lipschitz_random": random_slopes(
+                free, self.pixels, self.spec.radius, self.spec.samples, self._draws("random")
+            ),
+            "jacobian": jacobian_norms(free, self.pixels, self._draws("jacobian")),
+            "lipschitz_frozen": unknown,
+            "jacobian_frozen": unknown,
+        }
+        if routing:
+            held = self._held(routing, weighing(self.model))
+            fixed = self._held(routing, None)
+            columns["lipschitz_frozen"] = self._steepest(held)
+            columns["jacobian_frozen"] = jacobian_norms(
+                fixed, self.pixels, self._draws("jacobian")
+            )
+        values = {name: column.tolist() for name, column in columns.items()}
+        return [
+            {"prediction": prediction} | {name: column[i] for name, column in values.items()}
+            for i, prediction in enumerate(self.predictions(logits))
+        ]
+
+    def _draws(self, purpose: str) -> Draws:
+        return Draws(self.seeds(purpose))
+
+    def _steepest(self, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return steepest_slopes(
+            function, self.pixels, self.spec.radius, steps=self.spec.steps,
+            restarts=self.spec.restarts, draws=self._draws("ascent"),
+        )  # fmt: skip
+
+    def _held(
+        self, routing: list[Routing], weigh: Weigh | None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The logits with the experts of the clean images, under their weights or weighed anew."""
+
+        def logits(images: torch.Tensor) -> torch.Tensor:
+            with routed(self.model, imposed(routing, weigh=weigh)):
+                return self.classifier(images)
+
+        return logits

@@ -1,0 +1,62 @@
+"""Labelled images shown to a loaded classifier by procedures."""
+
+import base64
+import zlib
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from stages.evaluate.labelled_images import LabelledImages
+from stages.models.families import family
+from stages.models.images import Classifier, ImageProcessor
+from stages.models.routes import Policy, routed
+from stages.models.routing import Routing
+
+
+class Shown:
+    """The images of some rows, B of them, and a classifier that looks at them."""
+
+    def __init__(
+        self,
+        spec: LabelledImages,
+        model: PreTrainedModel,
+        processor: ImageProcessor,
+        rows: Sequence[dict],
+    ):
+        self.spec, self.model, self.rows = spec, model, rows
+        self.classifier = Classifier(model, processor)
+        self.moe = family(model).is_moe
+        self.names = processor.labels
+        self.ids = [row["id"] for row in rows]
+        self.pixels = self.decoded(rows)
+        """(B, C, H, W) in [0, 1], on the model's device."""
+        labels = torch.tensor([processor.label(row["label"]) for row in rows])
+        self.labels = labels.to(model.device)
+
+    def decoded(self, rows: Sequence[dict]) -> torch.Tensor:
+        """The images of other rows as well."""
+        images = [base64.b64decode(row["image"]) for row in rows]
+        return self.classifier.processor.decode(images).to(self.model.device)
+
+    @torch.no_grad()
+    def seen(
+        self, pixels: torch.Tensor, force: Policy | None = None
+    ) -> tuple[torch.Tensor, list[Routing]]:
+        """Logits (B, labels) and routes of images, the routes possibly forced."""
+        with routed(self.model, force) as routes:
+            logits = self.classifier(pixels)
+        return logits.float(), routes
+
+    def predictions(self, logits: torch.Tensor) -> list[str]:
+        """The labels with the largest logits."""
+        return [self.names[output] for output in logits.argmax(1).tolist()]
+
+    def losses(self, logits: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy in nats, (B,)."""
+        return torch.nn.functional.cross_entropy(logits, self.labels, reduction="none")
+
+    def seeds(self, purpose: str) -> list[tuple[int, int, int]]:
+        """Seeds of each image's random numbers, the same in any batch."""
+        of = zlib.crc32(purpose.encode())
+        return [(self.spec.seed, of, zlib.crc32(id.encode())) for id in self.ids]
