@@ -1,0 +1,85 @@
+"""The headline table: what attacks and probes found, one column per model.
+
+Levels, not differences: accuracy clean and under attack, how much predictions and routes change,
+answers under swapped routes and under other experts, slopes, disagreement of experts. A dense model
+has a dash where experts are needed. The paired differences stand in the comparison.
+"""
+
+import pandas as pd
+
+from stages.compare.measured import Level, Measured
+from stages.compare.quantities import quantities
+from stages.compare.spec import UNTUNED
+from stages.compare.table import recipe_title
+
+COLUMNS = (
+    "recipe", "group", "quantity", "label", "evaluation", "model", "architecture", "value",
+    "ci_low", "ci_high", "n", "documents", "seeds", "change_from_untuned", "gap", "caution",
+)  # fmt: skip
+
+
+def headline(measured: Measured) -> pd.DataFrame:
+    """One row per recipe, quantity and model, in the order of the table; empty without attacks.
+
+    ``change_from_untuned`` marks the differences from the untuned twin that stand in for levels
+    where the experts of an upcycled model started alike; ``gap`` says which seeds are missing and
+    why; ``caution`` which checks of the attack failed.
+    """
+    spec, rows = measured.spec, []
+    if "attacks" not in measured.scores:
+        return pd.DataFrame(columns=COLUMNS)
+    for recipe in spec.recipes:
+        for part, scores in measured.scores.items():
+            found = quantities(part, measured.evaluation(part), measured.columns(part))
+            for quantity in found:
+                for model, architecture in spec.models.items():
+                    absent = quantity.of_experts and architecture == "dense"
+                    if not spec.has(recipe, scores.evaluation, model):
+                        continue
+                    level = None if absent else measured.level(
+                        part, quantity.columns, model, recipe,
+                        learned=quantity.of_experts and not quantity.fixed,
+                    )  # fmt: skip
+                    gap, caution = ("", "") if absent else _notes(measured, part, model, recipe)
+                    about = (recipe, quantity.group, quantity.name, quantity.label,
+                             scores.evaluation, model, architecture)  # fmt: skip
+                    rows.append((*about, *_numbers(level), gap, caution))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _numbers(level: Level | None) -> tuple:
+    if level is None:
+        return (float("nan"),) * 3 + (0, 0, "", False)
+    seeds = ",".join(map(str, level.seeds))
+    numbers = (level.value, level.ci_low, level.ci_high, level.n, level.documents)
+    return (*numbers, seeds, level.change)
+
+
+def _notes(measured: Measured, part: str, model: str, recipe: str) -> tuple[str, str]:
+    """Why seeds are missing, and which checks of the attack failed."""
+    return (
+        "; ".join(missing(measured, part, model, recipe)),
+        "; ".join(failed_checks(measured, part, model, recipe)),
+    )
+
+
+def missing(measured: Measured, part: str, model: str, recipe: str) -> list[str]:
+    """Each seed whose scores are not there, with the reason."""
+    scores = measured.scores[part]
+    return [
+        f"{model} {recipe_title(recipe)} seed {seed}: {scores.missing[model, recipe, seed]}"
+        for seed in measured.spec.seeds_of(recipe)
+        if (model, recipe, seed) in scores.missing
+    ]
+
+
+def failed_checks(measured: Measured, part: str, model: str, recipe: str) -> list[str]:
+    """Each check of the attack that some seed fails, without the numbers."""
+    seeds: dict[str, list[str]] = {}
+    for seed in measured.seeds(part, model, recipe):
+        for text in measured.scores[part].cautions[model, recipe, seed]:
+            seeds.setdefault(text.partition(": ")[0], []).append(str(seed))
+    where = f"{model} {recipe_title(recipe)}"
+    if recipe == UNTUNED:
+        return [f"{where}: {check}" for check in seeds]
+    return [f"{where}: {check} (seed {', '.join(of)})" for check, of in seeds.items()]
