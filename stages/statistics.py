@@ -78,10 +78,12 @@ class DocumentSums:
 
     @property
     def n(self) -> int:
+        """Rows with a statistic."""
         return self.rows.shape[1]
 
     @property
     def documents(self) -> int:
+        """Documents of these rows."""
         return self.sums.shape[1]
 
 
