@@ -93,7 +93,7 @@ class Claims:
             if np.isnan(claim.found.p_value):
                 raise NotTested(f"{claim.label}: no number ({claim.found.documents} documents)")
         notes = [
-            text
+            f"{self._name(part)}: {text}"
             for part, model in self.used
             for find in (failed_checks, missing)
             for text in find(self.measured, part, model, self.recipe)

@@ -28,11 +28,13 @@ def headline(measured: Measured) -> pd.DataFrame:
     spec, rows = measured.spec, []
     if "attacks" not in measured.scores:
         return pd.DataFrame(columns=COLUMNS)
+    # Dense models first, so that their dashes stand together.
+    models = sorted(spec.models.items(), key=lambda model: model[1] != "dense")
     for recipe in spec.recipes:
         for part, scores in measured.scores.items():
             found = quantities(part, measured.evaluation(part), measured.columns(part))
             for quantity in found:
-                for model, architecture in spec.models.items():
+                for model, architecture in models:
                     absent = quantity.of_experts and architecture == "dense"
                     if not spec.has(recipe, scores.evaluation, model):
                         continue

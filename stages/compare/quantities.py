@@ -121,7 +121,7 @@ def _attacks(evaluation: Evaluation, columns: list[str]) -> Iterator[Quantity]:
 
     accuracy, experts = "Accuracy", {"of_experts": True}
     yield quantity("clean", accuracy, "clean", ("correct" if images else "clean",))
-    worst = "under attack, worst case"
+    worst = "worst case of attacks"
     if not images:
         yield quantity("robust", accuracy, worst, ("correct",))
     elif len(sizes) > 1:

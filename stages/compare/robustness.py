@@ -68,7 +68,9 @@ def context(found: Robustness, spec: CompareSpec, cards: dict[str, ModelCard]) -
         "verdict_lead": _lead(found.verdicts, len(spec.seeds)) if len(found.verdicts) else "",
         "figures": [
             {
-                "title": f"{drawn.title}, {recipe_title(drawn.recipe)}",
+                "title": f"{drawn.title}, {recipe_title(drawn.recipe)}"
+                if len({other.recipe for other in found.figures}) > 1
+                else drawn.title,
                 "reading": drawn.reading,
                 "file": f"figures/{drawn.file.name}",
                 "inline": inline(drawn.file),
@@ -154,17 +156,19 @@ def _cells(rows: pd.DataFrame, models: list[str]) -> list[dict]:
         cells.append(
             {
                 "value": f"Δ {value}" if signed else value,
-                "interval": interval(row["ci_low"], row["ci_high"], signed),
+                "interval": interval(row["ci_low"], row["ci_high"], signed)
+                if row["ci_low"] < row["ci_high"]
+                else "",
             }
         )
     return cells
 
 
-def _about(card: ModelCard | None) -> str:
+def _about(card: ModelCard | None) -> list[str]:
     if card is None:
-        return ""
-    flops = f"{count(card.flops_per_token)} FLOPs/token"
-    return f"{card.experts} experts, top-{card.top_k}; {flops}" if card.experts else flops
+        return []
+    experts = [f"{card.experts} experts, top-{card.top_k}"] if card.experts else []
+    return [*experts, f"{count(card.flops_per_token)} FLOPs/token"]
 
 
 def _hypotheses(rows: pd.DataFrame, notes: dict[str, str]) -> list[dict]:

@@ -35,7 +35,7 @@ _KINDS = dict(
 )
 _BASELINES = {"random": ("random perturbation", "#E69F00", "s"),
               "noise": ("same input again", "#009E73", "^")}  # fmt: skip
-_ACROSS = 3
+_ACROSS = 4
 """Panels beside one another."""
 _MOST_POINTS = 1500
 """Of a panel; more would only make the file large."""
@@ -109,22 +109,26 @@ def substitution_figure(measured: Measured, recipe: str, file: Path) -> bool:
     height = 0.9 + max(2.2 * bool(curves), 0.2 * len(others))
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH_INCHES, height * len(models) + 0.4), layout="constrained")
-        rows = figure.subplots(len(models), columns, squeeze=False)
+        rows = figure.subplots(len(models), columns, squeeze=False, sharex="col")
         for model, row in zip(models, rows, strict=True):
             change = measured.twin("interventions", model, recipe)
             what = "accuracy, change from untuned" if change else "accuracy"
             left, *right = row
             if curves:
                 _substitution_curves(left, measured, model, recipe, curves)
-                left.set_xlabel("share of the tokens with other experts")
                 left.set_ylabel(what)
+                left.sharey(rows[0][0])
             if others:
                 (panel,) = right or [left]
                 _substitution_dots(panel, measured, model, recipe, others)
-                panel.set_xlabel(what)
+                panel.tick_params(labelbottom=True)
             left.set_title(model, loc="left", fontsize=9, weight="bold")
+        lowest = list(rows[-1])
         if curves:
+            lowest.pop(0).set_xlabel("share of the tokens with other experts")
             _legend(figure, rows[0][0])
+        if others:
+            lowest.pop().set_xlabel(what)
         save(figure, file)
     return True
 
