@@ -25,7 +25,9 @@ from stages.models.card import ModelCard
 SIZE_TOLERANCE = 0.05
 """FLOPs per token that differ by no more than this share count as equal."""
 _LOG = Metric("log", VALUE.statistics, lambda sums: np.log(VALUE.value(sums)))
-_CORRELATION = correlation("routing_term", "loss_rise", "")
+_PEARSON = correlation("routing_term", "loss_rise", "")
+_FISHER = Metric("fisher", _PEARSON.statistics, lambda sums: np.arctanh(_PEARSON.value(sums)))
+"""Fisher's transform of the correlation, whose spread does not depend on its size."""
 _ABOUT_EXPERTS = ("H3", "H4", "H5")
 _GIVES = {
     "attacks": "attacks the models; add image_attacks or text_attacks",
@@ -48,8 +50,9 @@ class Claim:
     label: str
     found: Contrast
     above: bool
-    ratio: bool = False
-    """The statistic is a logarithm, and is told as the ratio."""
+    told: Callable[[float], float] = float
+    """From the scale of the test to that in which it is told: ``np.exp`` for the logarithm of a
+    ratio, ``np.tanh`` for a correlation."""
 
     @property
     def holds(self) -> bool:
@@ -58,16 +61,15 @@ class Claim:
 
     def row(self) -> dict:
         """Its columns of the table of verdicts, in the unit in which it is told."""
-        told = np.exp if self.ratio else float
         found = {key: getattr(self.found, key) for key in ("n", "documents", "seeds")}
         for key in ("null", "value", "ci_low", "ci_high"):
-            found[key] = float(told(getattr(self.found, key)))
+            found[key] = float(self.told(getattr(self.found, key)))
         return found | {
             "claim": self.label,
             "side": ">" if self.above else "<",
-            "ratio": self.ratio,
+            "ratio": self.told is np.exp,
             "p_claim": self.found.p_value,
-            "detectable": float(told(self.found.minimum_detectable)),
+            "detectable": float(self.told(self.found.minimum_detectable)),
         }
 
 
@@ -81,7 +83,7 @@ class Claims:
         self.used: dict[tuple[str, str], None] = {}
         """Part and model of what the current hypothesis read."""
 
-    def of(self, hypothesis: str) -> tuple[list[Claim], str, str]:
+    def of(self, hypothesis: str) -> tuple[list[Claim], str, list[str]]:
         """The claims of a hypothesis, the sentence that says what was compared, and what weakens
         them: failed checks of the attack, missing seeds, experts that started alike.
 
@@ -93,14 +95,13 @@ class Claims:
             if np.isnan(claim.found.p_value):
                 raise NotTested(f"{claim.label}: no number ({claim.found.documents} documents)")
         notes = [
-            f"{self._name(part)}: {text}"
+            find(self.measured, part, model, self.recipe)
             for part, model in self.used
-            for find in (failed_checks, missing)
-            for text in find(self.measured, part, model, self.recipe)
+            for find in (missing, failed_checks)
         ]
         if hypothesis in _ABOUT_EXPERTS:
             notes += self._started_alike(hypothesis)
-        return claims, compared, "; ".join(dict.fromkeys(notes))
+        return claims, compared, list(filter(None, notes))
 
     def _started_alike(self, hypothesis: str) -> list[str]:
         """Of upcycled models, what the same claims are without the recipe."""
@@ -132,7 +133,7 @@ class Claims:
         named = ", ".join(pair.name for pair in pairs)
         return [
             Claim("robust accuracy, MoE minus dense", robust, above=True),
-            Claim("local Lipschitz constant, MoE over dense", slope, above=False, ratio=True),
+            Claim("local Lipschitz constant, MoE over dense", slope, above=False, told=np.exp),
         ], (
             f"{named}, whose FLOPs per token are equal within {SIZE_TOLERANCE:.0%}; robust "
             f"accuracy ({self._worst}) {number(moe)} against {number(dense)}"
@@ -201,12 +202,13 @@ class Claims:
         """Correlation of loss rise and routing term over examples."""
         models = self._experts("geometry")
         self._there("geometry", {name: (name,) for name in ("routing_term", "loss_rise")})
-        found = self._contrast("geometry", models, None, metric=_CORRELATION)
+        found = self._contrast("geometry", models, None, metric=_FISHER)
         each = ", ".join(
-            f"{model} {number(level, signed=True)}"
+            f"{model} {number(np.tanh(level), signed=True)}"
             for model, level in zip(models, found.levels, strict=True)
         )
-        return [Claim("correlation of loss rise and routing term", found, above=True)], (
+        label = "correlation of loss rise and routing term"
+        return [Claim(label, found, above=True, told=np.tanh)], (
             f"Pearson's correlation over examples: {each}"
         )
 
@@ -272,10 +274,14 @@ class Claims:
         seeds = [seed for seed in self.spec.seeds_of(self.recipe)
                  if all(seed in self.measured.seeds(part, m, self.recipe) for m in models)]
         if not seeds:
-            gaps = "; ".join(text for m in models
-                             for text in missing(self.measured, part, m, self.recipe))
-            raise NotTested(f"{self._name(part)} has no seed of all models: {gaps}")
+            raise NotTested(
+                f"no seed has scores of all models; {self._missing(part, models)}"
+            )
         return seeds
+
+    def _missing(self, part: str, models: Iterable[str]) -> str:
+        found = (missing(self.measured, part, model, self.recipe) for model in models)
+        return "; ".join(filter(None, found))
 
     def _mean(self, part: str, models: Iterable[str], columns: Sequence[str]) -> float:
         """The mean of some columns over examples, seeds and models."""
@@ -309,9 +315,7 @@ class Claims:
         ]  # fmt: skip
         if not found:
             moes = [m for m, architecture in self.spec.models.items() if architecture == "moe"]
-            raise NotTested("; ".join(
-                text for m in moes for text in missing(self.measured, part, m, self.recipe)
-            ))  # fmt: skip
+            raise NotTested(self._missing(part, moes))
         return dict.fromkeys(found, 1 / len(found))
 
     def _named(self, models: dict[str, float]) -> str:

@@ -9,7 +9,6 @@ import pandas as pd
 
 from stages.compare.measured import Level, Measured
 from stages.compare.quantities import quantities
-from stages.compare.spec import UNTUNED
 from stages.compare.table import recipe_title
 
 COLUMNS = (
@@ -31,6 +30,13 @@ def headline(measured: Measured) -> pd.DataFrame:
     # Dense models first, so that their dashes stand together.
     models = sorted(spec.models.items(), key=lambda model: model[1] != "dense")
     for recipe in spec.recipes:
+        notes = {
+            (part, model): (
+                missing(measured, part, model, recipe), failed_checks(measured, part, model, recipe)
+            )
+            for part in measured.scores
+            for model in spec.models
+        }  # fmt: skip
         for part, scores in measured.scores.items():
             found = quantities(part, measured.evaluation(part), measured.columns(part))
             for quantity in found:
@@ -42,7 +48,7 @@ def headline(measured: Measured) -> pd.DataFrame:
                         part, quantity.columns, model, recipe,
                         learned=quantity.of_experts and not quantity.fixed,
                     )  # fmt: skip
-                    gap, caution = ("", "") if absent else _notes(measured, part, model, recipe)
+                    gap, caution = ("", "") if absent else notes[part, model]
                     about = (recipe, quantity.group, quantity.name, quantity.label,
                              scores.evaluation, model, architecture)  # fmt: skip
                     rows.append((*about, *_numbers(level), gap, caution))
@@ -57,31 +63,27 @@ def _numbers(level: Level | None) -> tuple:
     return (*numbers, seeds, level.change)
 
 
-def _notes(measured: Measured, part: str, model: str, recipe: str) -> tuple[str, str]:
-    """Why seeds are missing, and which checks of the attack failed."""
-    return (
-        "; ".join(missing(measured, part, model, recipe)),
-        "; ".join(failed_checks(measured, part, model, recipe)),
-    )
-
-
-def missing(measured: Measured, part: str, model: str, recipe: str) -> list[str]:
-    """Each seed whose scores are not there, with the reason."""
+def missing(measured: Measured, part: str, model: str, recipe: str) -> str:
+    """The seeds whose scores are not there, with the reasons."""
     scores = measured.scores[part]
-    return [
-        f"{model} {recipe_title(recipe)} seed {seed}: {scores.missing[model, recipe, seed]}"
-        for seed in measured.spec.seeds_of(recipe)
-        if (model, recipe, seed) in scores.missing
-    ]
+    reasons: dict[str, list[str]] = {}
+    for seed in measured.spec.seeds_of(recipe):
+        if (model, recipe, seed) in scores.missing:
+            reasons.setdefault(scores.missing[model, recipe, seed], []).append(str(seed))
+    where = f"{scores.evaluation}: {model} {recipe_title(recipe)}"
+    return "; ".join(f"{where} seed {', '.join(of)}: {why}" for why, of in reasons.items())
 
 
-def failed_checks(measured: Measured, part: str, model: str, recipe: str) -> list[str]:
-    """Each check of the attack that some seed fails, without the numbers."""
-    seeds: dict[str, list[str]] = {}
+def failed_checks(measured: Measured, part: str, model: str, recipe: str) -> str:
+    """The checks of the attack that a model fails in some seed, each with the attacks."""
+    evaluation = measured.evaluation(part)
+    failed: dict[str, dict[str, None]] = {}
     for seed in measured.seeds(part, model, recipe):
-        for text in measured.scores[part].cautions[model, recipe, seed]:
-            seeds.setdefault(text.partition(": ")[0], []).append(str(seed))
-    where = f"{model} {recipe_title(recipe)}"
-    if recipe == UNTUNED:
-        return [f"{where}: {check}" for check in seeds]
-    return [f"{where}: {check} (seed {', '.join(of)})" for check, of in seeds.items()]
+        for check in evaluation.checks(measured.table(part, model, recipe, seed)):
+            if not check["passed"]:
+                failed.setdefault(check["check"], {})[check["attack"]] = None
+    if not failed:
+        return ""
+    told = "; ".join(f"{check} ({', '.join(attacks)})" for check, attacks in failed.items())
+    name = measured.scores[part].evaluation
+    return f"{name}: {model} {recipe_title(recipe)} fails checks of the attack: {told}"

@@ -24,7 +24,7 @@ The claims, each a mean over the models named, seeds and examples:
   accuracy lost), below ``margin``. What independent choices would give is told beside it and is no
   claim: at .75 and more, nothing can lie far above it.
 - H4, all MoE models: Pearson's correlation over examples of loss rise under attack and routing
-  term, above 0.
+  term (averaged and tested on Fisher's scale), above 0.
 - H5, all MoE models: accuracy lost with ranks K + 1 to 2K instead of 1 to K, below ``margin``; that
   minus the accuracy lost with random experts, below 0.
 """
@@ -63,9 +63,10 @@ def judge(measured: Measured, cards: dict[str, ModelCard]) -> pd.DataFrame:
     """One row per recipe, hypothesis and claim; none unless the sweep asks for verdicts.
 
     Columns: ``recipe``, ``hypothesis``, ``title``, ``verdict``, ``p_value`` and ``p_holm`` (of the
-    hypothesis), ``compared`` (a sentence), ``reason`` (of *not tested*), ``caution``; and of each
-    claim ``claim``, ``side`` (``>`` or ``<``), ``null``, ``value``, ``ci_low``, ``ci_high``,
-    ``p_claim``, ``detectable``, ``ratio``, ``n``, ``documents``, ``seeds``.
+    hypothesis), ``compared`` (a sentence), ``reason`` (of *not tested*), ``caution`` (a
+    line each); and of each claim ``claim``, ``side`` (``>`` or ``<``), ``null``, ``value``,
+    ``ci_low``, ``ci_high``, ``p_claim``, ``detectable``, ``ratio``, ``n``, ``documents``,
+    ``seeds``.
     """
     spec = measured.spec
     if spec.hypotheses is None:
@@ -77,13 +78,13 @@ def judge(measured: Measured, cards: dict[str, ModelCard]) -> pd.DataFrame:
         for name, title in TITLES.items():
             row = {"recipe": recipe, "hypothesis": name, "title": title}
             try:
-                claims, compared, caution = of_recipe.of(name)
+                claims, compared, cautions = of_recipe.of(name)
             except NotTested as reason:
                 rows.append(row | _untested(str(reason)))
                 continue
             p_value, verdict = decide(claims)
             row |= {"verdict": verdict, "p_value": p_value, "compared": compared,
-                    "reason": "", "caution": caution}  # fmt: skip
+                    "reason": "", "caution": "\n".join(cautions)}  # fmt: skip
             rows += [row | claim.row() for claim in claims]
     table = pd.DataFrame(rows)
     first = ~table.duplicated(["recipe", "hypothesis"])

@@ -62,12 +62,12 @@ def attack_names(evaluation: Evaluation) -> dict[str, object]:
 
 
 def aimed_at_loss(evaluation: Evaluation) -> list[str]:
-    """The attacks whose routing changes are a finding and not their aim: no controls, none that
-    leaves the valid range, none whose loss is on the routes."""
+    """The attacks on the model's own loss, whose routing changes are a finding and not their aim:
+    no controls, none that leaves the valid range, none whose loss is on the routes."""
     return [
         name
         for name, attack in attack_names(evaluation).items()
-        if attack.kind not in ("noise", "paper")
+        if attack.kind not in ("noise", "paper", "transfer")
         and getattr(attack, "routing", "as_is") not in ("targeted", "joint")
     ]
 
@@ -106,7 +106,8 @@ def routing_change(evaluation: Evaluation, columns: list[str]) -> dict[str, tupl
 
 def swapped(evaluation: Evaluation, columns: list[str], which: str) -> tuple[str, ...]:
     """The columns of the answers under swapped routes, ``which`` being ``clean_attacked`` or
-    ``attacked_clean`` (input, routes)."""
+    ``attacked_clean`` (input, routes). They are 1 where the answer is right; on images
+    ``clean_attacked`` where it is the clean one, and right in ``clean_attacked_correct``."""
     if of_images(evaluation):
         return tuple(f"swap_{which}/{b}" for b in budgets(columns))
     return tuple(f"swap_{which}_routes/{a}" for a in aimed_at_loss(evaluation))
@@ -143,14 +144,17 @@ def _attacks(evaluation: Evaluation, columns: list[str]) -> Iterator[Quantity]:
         yield quantity(
             f"routing_change/{name}", change, label, moved[name], **experts, fixed=name == "chance"
         )
-    group = "Routes swapped, clean prediction kept" if images else "Routes swapped, accuracy"
-    for which, label in (
-        ("clean_attacked", "clean input, attacked routes"),
-        ("attacked_clean", "attacked input, clean routes"),
-    ):
+    of = {"attacked_clean": "attacked input, clean routes"}
+    if images:
+        of |= {"clean_attacked_correct": "clean input, attacked routes",
+               "clean_attacked": "the same, clean prediction kept"}  # fmt: skip
+    else:
+        of |= {"clean_attacked": "clean input, attacked routes"}
+    for which, label in of.items():
         yield quantity(
-            f"swap/{which}", group, label, swapped(evaluation, columns, which), **experts
-        )
+            f"swap/{which}", "Accuracy with routes swapped", label,
+            swapped(evaluation, columns, which), **experts,
+        )  # fmt: skip
 
 
 def _interventions(evaluation: Evaluation, columns: list[str]) -> Iterator[Quantity]:

@@ -1,5 +1,6 @@
 """The report's section on attacks and probes: headline table, verdicts, figures."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +94,8 @@ def _lead(verdicts: pd.DataFrame, seeds: int) -> str:
     elif trained and seeds < FEW_SEEDS:
         few = (
             f"{seeds} training seeds leave much undecided: where runs differ, the tests have about "
-            f"{seeds - 1} degrees of freedom. "
+            f"{seeds - 1} degrees of freedom, so that a difference shown by the bootstrap under "
+            "Results may be undecided here. "
         )
     tested = verdicts.drop_duplicates(["recipe", "hypothesis"])["p_holm"].count()
     return (
@@ -104,24 +106,17 @@ def _lead(verdicts: pd.DataFrame, seeds: int) -> str:
     )
 
 
-def _marks(texts: pd.Series, notes: dict[str, str]) -> list[str]:
+def _marks(texts: Iterable[str], notes: dict[str, str]) -> list[str]:
     """The markers of some notes, which are entered where they are new."""
-    found = [text for text in dict.fromkeys(texts) if text]
-    return [notes.setdefault(text, f"A{len(notes) + 1}") for text in found]
+    found = dict.fromkeys(line for text in texts for line in text.splitlines())
+    return [notes.setdefault(line, f"A{len(notes) + 1}") for line in found]
 
 
 def _table(
     title: str, rows: pd.DataFrame, cards: dict[str, ModelCard], notes: dict[str, str]
 ) -> dict:
     models = dict(zip(rows["model"], rows["architecture"], strict=True))
-    told = rows["evaluation"] + ": "
-    texts = {
-        model: pd.concat([
-            (told + rows[column])[(rows["model"] == model) & (rows[column] != "")]
-            for column in ("gap", "caution")
-        ])
-        for model in models
-    }  # fmt: skip
+    texts = {model: pd.concat([of["gap"], of["caution"]]) for model, of in rows.groupby("model")}
     return {
         "recipe": title,
         "models": [
@@ -152,15 +147,10 @@ def _cells(rows: pd.DataFrame, models: list[str]) -> list[dict]:
             continue
         row = by_model.loc[model]
         signed = bool(row["change_from_untuned"])
-        value = number(row["value"], signed)
-        cells.append(
-            {
-                "value": f"Δ {value}" if signed else value,
-                "interval": interval(row["ci_low"], row["ci_high"], signed)
-                if row["ci_low"] < row["ci_high"]
-                else "",
-            }
-        )
+        value, low, high = (number(row[key], signed) for key in ("value", "ci_low", "ci_high"))
+        # A quantity without any spread, such as what chance gives, needs no interval.
+        around = "" if low == high else interval(row["ci_low"], row["ci_high"], signed)
+        cells.append({"value": f"Δ {value}" if signed else value, "interval": around})
     return cells
 
 
@@ -202,5 +192,5 @@ def _claim(row: pd.Series) -> dict:
         "p": p_value(row["p_claim"]),
         "n": f"{row['n']:,}{of}",
         "seeds": row["seeds"],
-        "detectable": f"{number(row['detectable'])}{unit}",
+        "detectable": number(row["detectable"]) + unit * pd.notna(row["detectable"]),
     }

@@ -20,7 +20,7 @@ EVALUATIONS = {
         },
     },
     "slopes": {"kind": "local_lipschitz", "dataset": "mnist", "template": "sentiment"},
-    "experts": {
+    "interventions": {
         "kind": "expert_interventions", "dataset": "mnist", "template": "sentiment",
         "shares": [0.5, 1.0], "top_k": [2],
     },
@@ -86,6 +86,7 @@ def attacks(robust=0.5, moe=True, change=0.6, at_random=0.2, noise=0.0, kept=1.0
                 values[f"routing_change/{attack}/{budget}/{layer}"] = level if moe else nan
         values[f"routing_change_random/{budget}"] = at_random + ripple / 2 if moe else nan
         values[f"swap_clean_attacked/{budget}"] = share(kept, n) if moe else nan
+        values[f"swap_clean_attacked_correct/{budget}"] = share(0.95 * kept, n) if moe else nan
         values[f"swap_attacked_clean/{budget}"] = share(kept / 2, n) if moe else nan
     values["routing_change_noise"] = np.full(n, noise) if moe else nan
     values["routing_change_chance"] = np.full(n, 0.82) if moe else nan
@@ -134,8 +135,10 @@ def study(folder, spec, **overrides):
             for seed in spec.seeds_of(recipe):
                 made = {"attacks": attacks(0.6 if moe else 0.4, moe), "slopes": slopes(2, moe)}
                 if moe:
-                    made |= {"experts": interventions(), "geometry": geometry()}
+                    made |= {"interventions": interventions(), "geometry": geometry()}
                 for name, table in made.items():
+                    if name not in spec.evaluations:
+                        continue
                     key = f"{model}/{recipe}/{seed}/{name}"
                     chosen = overrides
                     for ending in (key, f"{model}/{name}", name):
