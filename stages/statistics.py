@@ -69,7 +69,7 @@ class Paired:
 
 
 @dataclass(frozen=True)
-class _Sums:
+class DocumentSums:
     """One metric's statistics of several runs of the same examples, summed by document."""
 
     sums: np.ndarray  # (runs, documents, k)
@@ -78,10 +78,12 @@ class _Sums:
 
     @property
     def n(self) -> int:
+        """Rows with a statistic."""
         return self.rows.shape[1]
 
     @property
     def documents(self) -> int:
+        """Documents of these rows."""
         return self.sums.shape[1]
 
 
@@ -103,8 +105,8 @@ def estimate(
     runs: Sequence[pd.DataFrame], metric: Metric, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Estimate:
     """One metric of one model, the mean over its runs (seeds), with its 95 % interval."""
-    data = _document_sums(runs, metric)
-    return _estimate(data, metric, _bootstrap(data, metric, resamples, seed), seed)
+    data = document_sums(runs, metric)
+    return _estimate(data, metric, bootstrap(data, metric, resamples, seed), seed)
 
 
 def paired(
@@ -130,11 +132,11 @@ def paired(
         StageFailed: the two did not answer the same examples.
     """
     runs = len(first)
-    both = _document_sums([*first, *second], metric)
+    both = document_sums([*first, *second], metric)
     values = metric.value(both.sums.sum(axis=1))  # (2 * runs,)
     difference = float((values[:runs] - values[runs:]).mean())
-    boot = _bootstrap(both, metric, resamples, seed)  # (resamples, 2 * runs)
-    differences = _over_seeds(boot[:, :runs] - boot[:, runs:], seed)
+    boot = bootstrap(both, metric, resamples, seed)  # (resamples, 2 * runs)
+    differences = over_seeds(boot[:, :runs] - boot[:, runs:], seed)
     ci_low, ci_high = _percentiles(differences)
     deltas = _row_differences(both, metric, runs)
     identical = bool(np.array_equal(both.sums[:runs], both.sums[runs:]))
@@ -175,7 +177,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
-def _document_sums(runs: Sequence[pd.DataFrame], metric: Metric) -> _Sums:
+def document_sums(runs: Sequence[pd.DataFrame], metric: Metric) -> DocumentSums:
     """Statistics of the runs over the same rows in the same order, and their sums by document."""
     reference = runs[0].set_index("example_id", verify_integrity=True)
     frames = [reference]
@@ -196,11 +198,11 @@ def _document_sums(runs: Sequence[pd.DataFrame], metric: Metric) -> _Sums:
     sums = np.zeros((len(runs), len(names), rows.shape[2]))
     for totals, run in zip(sums, rows, strict=True):
         np.add.at(totals, document, run)
-    return _Sums(sums, rows, document)
+    return DocumentSums(sums, rows, document)
 
 
-def _part(data: _Sums, start: int, stop: int) -> _Sums:
-    return _Sums(data.sums[start:stop], data.rows[start:stop], data.document)
+def _part(data: DocumentSums, start: int, stop: int) -> DocumentSums:
+    return DocumentSums(data.sums[start:stop], data.rows[start:stop], data.document)
 
 
 def _weights(documents: int, resamples: int, seed: int) -> Iterable[np.ndarray]:
@@ -240,7 +242,7 @@ def _blocks(documents: int, resamples: int) -> Iterator[int]:
         yield min(most, resamples - start)
 
 
-def _bootstrap(data: _Sums, metric: Metric, resamples: int, seed: int) -> np.ndarray:
+def bootstrap(data: DocumentSums, metric: Metric, resamples: int, seed: int) -> np.ndarray:
     """The metric of every run under the same resampled documents: (resamples, runs)."""
     runs, documents, k = data.sums.shape
     if documents < 2:
@@ -251,7 +253,7 @@ def _bootstrap(data: _Sums, metric: Metric, resamples: int, seed: int) -> np.nda
     return metric.value(totals.reshape(resamples, runs, k).astype(float))
 
 
-def _over_seeds(values: np.ndarray, seed: int) -> np.ndarray:
+def over_seeds(values: np.ndarray, seed: int) -> np.ndarray:
     """Means of (resamples, runs) values over resampled runs: (resamples,)."""
     resamples, runs = values.shape
     if runs == 1:
@@ -268,7 +270,7 @@ def _percentiles(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _estimate(data: _Sums, metric: Metric, boot: np.ndarray, seed: int) -> Estimate:
+def _estimate(data: DocumentSums, metric: Metric, boot: np.ndarray, seed: int) -> Estimate:
     """A model's level: Wilson for independent 0/1 rows of one run, otherwise the bootstrap."""
     value = float(metric.value(data.sums.sum(axis=1)).mean())
     single = metric.column is not None and len(data.sums) == 1
@@ -280,7 +282,7 @@ def _estimate(data: _Sums, metric: Metric, boot: np.ndarray, seed: int) -> Estim
         # A resample of equal documents has no spread; each of them then counts as one trial.
         low, high = _wilson(value * data.documents, data.documents)
     else:
-        low, high = _percentiles(_over_seeds(boot, seed))
+        low, high = _percentiles(over_seeds(boot, seed))
     return Estimate(value, float(low), float(high), data.n, data.documents)
 
 
@@ -288,7 +290,7 @@ def _wilson(successes: float, trials: float) -> tuple[float, float]:
     return stats.binomtest(int(successes), int(trials)).proportion_ci(CONFIDENCE, "wilson")
 
 
-def _row_differences(both: _Sums, metric: Metric, runs: int) -> np.ndarray | None:
+def _row_differences(both: DocumentSums, metric: Metric, runs: int) -> np.ndarray | None:
     """Per row, the mean over seeds of first minus second (n,); none unless a mean of a column
     that has a score for the same rows in all runs."""
     if metric.column is None or not (both.rows[..., 1] == 1).all():
@@ -320,7 +322,7 @@ def _bootstrap_p(differences: np.ndarray) -> float:
 
 
 def _swap_test(
-    both: _Sums, metric: Metric, deltas: np.ndarray | None, resamples: int, seed: int
+    both: DocumentSums, metric: Metric, deltas: np.ndarray | None, resamples: int, seed: int
 ) -> tuple[str, float]:
     """Name and two-sided p-value of the paired permutation test over documents (one seed)."""
     if both.documents == 0:

@@ -4,6 +4,7 @@ Colours are of the Okabe-Ito palette, told apart by colour-blind readers; shape 
 apart as well.
 """
 
+import base64
 from pathlib import Path
 
 import matplotlib
@@ -211,6 +212,11 @@ def _line_styles(models: dict[str, str]) -> dict[str, str]:
         styles[model] = ("-", "--", ":", "-.")[used[role] % 4]
         used[role] += 1
     return styles
+
+
+def inline(figure: Path) -> str:
+    """An SVG file as an address that needs no other file."""
+    return "data:image/svg+xml;base64," + base64.b64encode(figure.read_bytes()).decode("ascii")
 
 
 def save(figure: Figure, file: Path) -> None:

@@ -5,15 +5,15 @@ answers are not in the report at all. Figures are inlined as data addresses, so 
 no network and runs no script.
 """
 
-import base64
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 import pandas as pd
 
+from stages.compare import robustness as attacked
 from stages.compare import table
-from stages.compare.figures import COLOURS, IMPROVED, NEUTRAL, WORSENED
+from stages.compare.figures import COLOURS, IMPROVED, NEUTRAL, WORSENED, inline
 from stages.compare.spec import UNTUNED, CompareSpec
 from stages.data.card import DataCard
 from stages.models.card import ModelCard
@@ -21,7 +21,6 @@ from stages.statistics import BOOTSTRAP, CONFIDENCE, SWAP
 
 PALETTE = COLOURS | {"neutral": NEUTRAL, "improved": IMPROVED, "worsened": WORSENED}
 _FEW_DOCUMENTS = 30
-_FEW_SEEDS = 5
 _SIZE_TOLERANCE = 0.05
 """Active parameters of a pair that differ by more than this share are pointed out."""
 
@@ -38,6 +37,8 @@ class Content:
     data: dict[str, DataCard]
     figures: dict[str, Path]
     """Axis, or ``curves``, to its SVG file."""
+    robustness: attacked.Robustness | None = None
+    """What attacks and probes showed, where the sweep has them."""
 
 
 def write(content: Content, output: Path) -> None:
@@ -59,11 +60,6 @@ def render(name: str, context: dict, output: Path) -> None:
     environment.filters["cell"] = _markdown_cell
     text = environment.get_template(f"{name}.jinja").render(context)
     (output / name).write_text(text, encoding="utf-8")
-
-
-def inline(figure: Path) -> str:
-    """An SVG file as an address that needs no other file."""
-    return "data:image/svg+xml;base64," + base64.b64encode(figure.read_bytes()).decode("ascii")
 
 
 def _context(content: Content) -> dict:
@@ -107,6 +103,9 @@ def _context(content: Content) -> dict:
             for name, file in content.figures.items()
         },
         "axis_titles": table.AXIS_TITLES,
+        "robustness": attacked.context(content.robustness, spec, content.models)
+        if content.robustness
+        else None,
         "resamples": f"{spec.resamples:,}",
         "tests": len(primary["p_holm"].dropna()),
         "several_seeds": len(spec.seeds) > 1,
@@ -144,10 +143,10 @@ def _warnings(content: Content) -> list[str]:
                 f"Each model was trained once (seed {spec.seeds[0]}). Intervals and p-values cover "
                 "the choice of test examples, not what another training run would have given."
             )
-        elif len(spec.seeds) < _FEW_SEEDS:
+        elif len(spec.seeds) < table.FEW_SEEDS:
             warnings.append(
                 f"Intervals from {len(spec.seeds)} training seeds are rough: the spread between "
-                f"runs is itself poorly known below {_FEW_SEEDS} seeds."
+                f"runs is itself poorly known below {table.FEW_SEEDS} seeds."
             )
     tests = len(primary["p_holm"].dropna())
     needed = round(2 * tests / (1 - CONFIDENCE))
@@ -248,10 +247,13 @@ def _sizes(moe: str, dense: str, cards: dict[str, ModelCard]) -> str:
     if moe not in cards or dense not in cards:
         return ""
     first, second = cards[moe], cards[dense]
+    active, flops = (
+        [table.count(getattr(card, field)) for card in (first, second)]
+        for field in ("active_parameters", "flops_per_token")
+    )
     return (
-        f"{_count(first.active_parameters)} of {_count(first.total_parameters)} parameters active "
-        f"per token against {_count(second.active_parameters)}; "
-        f"{_count(first.flops_per_token)} against {_count(second.flops_per_token)} FLOPs per token"
+        f"{active[0]} of {table.count(first.total_parameters)} parameters active per token against "
+        f"{active[1]}; {flops[0]} against {flops[1]} FLOPs per token"
     )
 
 
@@ -266,9 +268,9 @@ def _model(name: str, content: Content) -> dict:
     return shown | {
         "architecture": {"moe": "MoE", "dense": "dense"}[card.architecture],
         "family": card.family,
-        "total": _count(card.total_parameters),
-        "active": _count(card.active_parameters),
-        "flops": _count(card.flops_per_token),
+        "total": table.count(card.total_parameters),
+        "active": table.count(card.active_parameters),
+        "flops": table.count(card.flops_per_token),
         "experts": experts if card.experts else table.GAP,
         "origin": card.origin,
         "notes": "; ".join(
@@ -295,14 +297,6 @@ def _data(name: str, card: DataCard) -> dict:
             for split, rows in card.rows.items()
         ],
     }
-
-
-def _count(number: int) -> str:
-    """A number of parameters or operations: 182M, 1.3B, 12,345."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if number >= size:
-            return f"{number / size:.{0 if number >= 99.95 * size else 1}f}{unit}"
-    return f"{number:,}"
 
 
 def _markdown_cell(text: object) -> str:

@@ -35,7 +35,7 @@ def compare(
     """
     pairs, effects = [], []
     for name, evaluation in spec.evaluations.items():
-        scores = _Scores(name, spec, inputs, gaps)
+        scores = Scores(name, spec, inputs, gaps)
         missing = scores.leave_out(
             {d: gaps[f"data/{d}"] for d in evaluation.datasets() if f"data/{d}" in gaps}
         )
@@ -90,7 +90,7 @@ def _about(name: str, evaluation: Evaluation, metric: Metric) -> dict:
     }
 
 
-class _Scores:
+class Scores:
     """The score tables of one evaluation, read once, and the reasons of those that are missing."""
 
     def __init__(

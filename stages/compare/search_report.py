@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from stages.compare.report import PALETTE, inline, render
+from stages.compare.figures import inline
+from stages.compare.report import PALETTE, render
 from stages.compare.search_figures import draw
 from stages.compare.search_results import FEWEST
 from stages.compare.search_spec import SearchContent, SearchedModel

@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from stages.evaluate.registry import AnyEvaluation
 from stages.spec import Spec
@@ -17,6 +17,38 @@ class Pair(Spec):
     name: str
     moe: str
     dense: str
+
+
+class Hypotheses(Spec):
+    """That H1 to H5 are judged (``hypotheses.py``), and by what.
+
+    ``true`` in a sweep stands for all fields absent.
+    """
+
+    attacks: str | None = None
+    """The evaluation that attacks the models; the first of its kind in the sweep when absent, as
+    for the next three."""
+    interventions: str | None = None
+    geometry: str | None = None
+    lipschitz: str | None = None
+    equal_flops: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Names of the pairs that are compared in H1; when absent those whose models' cards have equal
+    FLOPs per token, within 5 %."""
+    series: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    """The models of H2; when absent the largest set whose cards differ in the number of experts
+    alone."""
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """The share of predictions, or loss of accuracy, up to which H3 and H5 count an intervention as
+    harmless."""
+    far: Annotated[float, Field(ge=1)] = 2.0
+    """How many times a baseline a change of routes must be to lie far above it (H3)."""
+
+
+def _all_defaults(value: object) -> object:
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
+AskedHypotheses = Annotated[Hypotheses | None, BeforeValidator(_all_defaults)]
 
 
 class CompareSpec(Spec):
@@ -43,6 +75,9 @@ class CompareSpec(Spec):
     resamples: Annotated[int, Field(ge=100)]
     """Bootstrap resamples, and random permutations where no exact test exists."""
     seed: int = 0
+    hypotheses: AskedHypotheses = None
+    upcycled: tuple[str, ...] = ()
+    """Models whose experts were made of one dense block each, and start alike."""
 
     def seeds_of(self, recipe: str) -> tuple[int, ...]:
         """The seeds that a recipe was trained with."""

@@ -7,6 +7,7 @@ import pandas as pd
 from stages.compare import report
 from stages.compare.figures import axis_figure, curves_figure
 from stages.compare.results import compare
+from stages.compare.robustness import examine
 from stages.compare.spec import CompareSpec
 from stages.data.card import DataCard
 from stages.errors import StageFailed
@@ -25,7 +26,8 @@ def run(
 
     ``inputs`` maps the roles named in ``CompareSpec`` to folders; ``gaps`` says why a role is
     absent. Writes ``comparison.parquet`` and ``recipe_effects.parquet`` (one row per metric),
-    ``report.html``, ``report.md`` and ``figures/*.svg``.
+    ``report.html``, ``report.md`` and ``figures/*.svg``; of attacks and probes also
+    ``headline.parquet`` and, where they are asked for, the verdicts in ``hypotheses.parquet``.
     """
     if not any(role.startswith("scores/") for role in inputs):
         raise StageFailed("no evaluation has finished, there is nothing to compare; see its errors")
@@ -39,17 +41,19 @@ def run(
         if role.startswith("checkpoint/")
     }
     (output / "figures").mkdir()
+    cards = _cards(spec, checkpoints)
     content = report.Content(
         spec=spec,
         comparison=comparison,
         effects=effects,
-        models=_cards(spec, checkpoints),
+        models=cards,
         data={
             role.removeprefix("data/"): DataCard.read(folder)
             for role, folder in inputs.items()
             if role.startswith("data/")
         },
         figures=_figures(spec, comparison, checkpoints, output / "figures"),
+        robustness=examine(spec, inputs, gaps or {}, cards, output),
     )
     report.write(content, output)
 

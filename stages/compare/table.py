@@ -9,6 +9,8 @@ from stages.compare.spec import UNTUNED
 from stages.statistics import CONFIDENCE
 
 GAP = "—"
+FEW_SEEDS = 5
+"""Below so many training seeds the spread between runs is itself poorly known."""
 AXIS_TITLES = {
     "safety": "Safety",
     "truthfulness": "Truthfulness",
@@ -39,6 +41,14 @@ def p_value(value: float) -> str:
     if pd.isna(value):
         return GAP
     return "<0.001" if value < 0.0005 else f"{value:.3f}"
+
+
+def count(of: int) -> str:
+    """A number of parameters or operations: 182M, 1.3B, 12,345."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if of >= size:
+            return f"{of / size:.{0 if of >= 99.95 * size else 1}f}{unit}"
+    return f"{of:,}"
 
 
 def direction(row: pd.Series) -> str:

@@ -1,0 +1,385 @@
+"""The claims of H1 to H5, from the score tables of attacks and probes (``hypotheses.py``)."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from stages.compare.contrast import Contrast, contrast
+from stages.compare.headline import failed_checks, missing
+from stages.compare.measured import VALUE, Measured, frame, row_mean
+from stages.compare.quantities import (
+    attack_names,
+    of_images,
+    routing_change,
+    shares,
+    swapped,
+)
+from stages.compare.spec import UNTUNED, Hypotheses, Pair
+from stages.compare.table import number
+from stages.evaluate.base import Evaluation, Metric
+from stages.evaluate.probes import correlation
+from stages.models.card import ModelCard
+
+SIZE_TOLERANCE = 0.05
+"""FLOPs per token that differ by no more than this share count as equal."""
+_LOG = Metric("log", VALUE.statistics, lambda sums: np.log(VALUE.value(sums)))
+_PEARSON = correlation("routing_term", "loss_rise", "")
+_FISHER = Metric("fisher", _PEARSON.statistics, lambda sums: np.arctanh(_PEARSON.value(sums)))
+"""Fisher's transform of the correlation, whose spread does not depend on its size."""
+_ABOUT_EXPERTS = ("H3", "H4", "H5")
+_GIVES = {
+    "attacks": "attacks the models; add image_attacks or text_attacks",
+    "interventions": "puts other experts in; add image_interventions or expert_interventions",
+    "geometry": "measures the routing term; add image_geometry or router_geometry",
+    "lipschitz": "measures slopes; add image_lipschitz or local_lipschitz",
+}
+Value = Callable[[pd.DataFrame], pd.Series]
+"""What is measured on each example of a score table."""
+
+
+class NotTested(Exception):
+    """Why a hypothesis has no verdict."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statistic that is claimed to lie above (or below) ``found.null``."""
+
+    label: str
+    found: Contrast
+    above: bool
+    told: Callable[[float], float] = float
+    """From the scale of the test to that in which it is told: ``np.exp`` for the logarithm of a
+    ratio, ``np.tanh`` for a correlation."""
+
+    @property
+    def holds(self) -> bool:
+        """The statistic lies on the side claimed."""
+        return (self.found.value > self.found.null) == self.above
+
+    def row(self) -> dict:
+        """Its columns of the table of verdicts, in the unit in which it is told."""
+        found = {key: getattr(self.found, key) for key in ("n", "documents", "seeds")}
+        for key in ("null", "value", "ci_low", "ci_high"):
+            found[key] = float(self.told(getattr(self.found, key)))
+        return found | {
+            "claim": self.label,
+            "side": ">" if self.above else "<",
+            "ratio": self.told is np.exp,
+            "p_claim": self.found.p_value,
+            "detectable": float(self.told(self.found.minimum_detectable)),
+        }
+
+
+class Claims:
+    """What is claimed of the models under one recipe."""
+
+    def __init__(self, measured: Measured, cards: dict[str, ModelCard], recipe: str):
+        self.measured, self.cards, self.recipe = measured, cards, recipe
+        self.spec = measured.spec
+        self.asked = self.spec.hypotheses or Hypotheses()
+        self.used: dict[tuple[str, str], None] = {}
+        """Part and model of what the current hypothesis read."""
+
+    def of(self, hypothesis: str) -> tuple[list[Claim], str, list[str]]:
+        """The claims of a hypothesis, the sentence that says what was compared, and what weakens
+        them: failed checks of the attack, missing seeds, experts that started alike.
+
+        Raises NotTested.
+        """
+        self.used = {}
+        claims, compared = getattr(self, hypothesis.lower())()
+        for claim in claims:
+            if np.isnan(claim.found.p_value):
+                raise NotTested(f"{claim.label}: no number ({claim.found.documents} documents)")
+        notes = [
+            find(self.measured, part, model, self.recipe)
+            for part, model in self.used
+            for find in (missing, failed_checks)
+        ]
+        if hypothesis in _ABOUT_EXPERTS:
+            notes += self._started_alike(hypothesis)
+        return claims, compared, list(filter(None, notes))
+
+    def _started_alike(self, hypothesis: str) -> list[str]:
+        """Of upcycled models, what the same claims are without the recipe."""
+        upcycled = {model: None for _, model in self.used if model in self.spec.upcycled}
+        if not upcycled:
+            return []
+        note = f"the experts of {', '.join(upcycled)} started alike"
+        if UNTUNED in self.spec.recipes and self.recipe != UNTUNED:
+            try:
+                before, _, _ = Claims(self.measured, self.cards, UNTUNED).of(hypothesis)
+            except NotTested:
+                return [note]
+            told = [f"{claim.label} {number(claim.row()['value'])}" for claim in before]
+            note = f"{note}; before the recipe: {', '.join(told)}"
+        return [note]
+
+    def h1(self) -> tuple[list[Claim], str]:
+        """MoE minus dense, over the pairs of equal FLOPs."""
+        pairs = self._equal_flops()
+        weights: dict[str, float] = {}
+        for pair in pairs:
+            weights[pair.moe] = weights.get(pair.moe, 0) + 1 / len(pairs)
+            weights[pair.dense] = weights.get(pair.dense, 0) - 1 / len(pairs)
+        robust = self._contrast("attacks", weights, self._robust)
+        slope = self._contrast("lipschitz", weights, "lipschitz", metric=_LOG)
+        level = dict(zip(weights, robust.levels, strict=True))
+        moe, dense = (np.mean([level[getattr(pair, side)] for pair in pairs])
+                      for side in ("moe", "dense"))  # fmt: skip
+        named = ", ".join(pair.name for pair in pairs)
+        return [
+            Claim("robust accuracy, MoE minus dense", robust, above=True),
+            Claim("local Lipschitz constant, MoE over dense", slope, above=False, told=np.exp),
+        ], (
+            f"{named}, whose FLOPs per token are equal within {SIZE_TOLERANCE:.0%}; robust "
+            f"accuracy ({self._worst}) {number(moe)} against {number(dense)}"
+        )
+
+    def h2(self) -> tuple[list[Claim], str]:
+        """The slope of robust accuracy over log2(E)."""
+        series = self._series()
+        doublings = np.log2(list(series.values()))
+        centred = doublings - doublings.mean()
+        weights = dict(zip(series, centred / (centred**2).sum(), strict=True))
+        found = self._contrast("attacks", weights, self._robust)
+        levels = ", ".join(
+            f"{number(level)} at E = {experts}"
+            for experts, level in zip(series.values(), found.levels, strict=True)
+        )
+        return [Claim("robust accuracy per doubling of E", found, above=True)], (
+            f"{', '.join(series)}, which differ in E alone; robust accuracy ({self._worst}) "
+            f"{levels}"
+        )
+
+    def h3(self) -> tuple[list[Claim], str]:
+        """Change of routes against its baselines, and harm by the attacked routes."""
+        asked, models = self.asked, self._experts("attacks")
+        evaluation, there = self._part("attacks")
+        columns = routing_change(evaluation, there)
+        self._there("attacks", {name: columns[name] for name in ("attack", "random", "noise")})
+        swap = swapped(evaluation, there, "clean_attacked")
+        self._there("attacks", {"swap_clean_attacked": swap})
+
+        def excess(baseline: str) -> Value:
+            return lambda table: (
+                row_mean(table, columns["attack"]) - asked.far * row_mean(table, columns[baseline])
+            )
+
+        def harm(table: pd.DataFrame) -> pd.Series:
+            clean = 1.0 if of_images(evaluation) else table["clean"]
+            return clean - row_mean(table, swap)
+
+        claims = [
+            Claim(
+                f"change of routes minus {asked.far:g} × that {words}",
+                self._contrast("attacks", models, excess(baseline)),
+                above=True,
+            )
+            for baseline, words in (
+                ("random", "under a random perturbation"), ("noise", "of the same input again")
+            )
+        ]  # fmt: skip
+        lost = "clean predictions changed" if of_images(evaluation) else "clean accuracy lost"
+        claims.append(
+            Claim(
+                f"{lost} under the attacked routes",
+                self._contrast("attacks", models, harm, null=asked.margin, share=True),
+                above=False,
+            )
+        )
+        level = {name: self._mean("attacks", models, columns[name]) for name in columns}
+        return claims, (
+            f"{self._named(models)}; change of routes under attack {number(level['attack'])}, "
+            f"random perturbation {number(level['random'])}, same input again "
+            f"{number(level['noise'])}, independent choices {number(level['chance'])}"
+        )
+
+    def h4(self) -> tuple[list[Claim], str]:
+        """Correlation of loss rise and routing term over examples."""
+        models = self._experts("geometry")
+        self._there("geometry", {name: (name,) for name in ("routing_term", "loss_rise")})
+        found = self._contrast("geometry", models, None, metric=_FISHER)
+        each = ", ".join(
+            f"{model} {number(np.tanh(level), signed=True)}"
+            for model, level in zip(models, found.levels, strict=True)
+        )
+        label = "correlation of loss rise and routing term"
+        return [Claim(label, found, above=True, told=np.tanh)], (
+            f"Pearson's correlation over examples: {each}"
+        )
+
+    def h5(self) -> tuple[list[Claim], str]:
+        """Accuracy lost with ranks K + 1 to 2K and with random experts."""
+        models = self._experts("interventions")
+        _, there = self._part("interventions")
+        both = [s for s in shares(there, "next_ranked") if s in shares(there, "random")]
+        if not both:
+            raise NotTested(
+                f"{self._name('interventions')} has no share of tokens at which both next_ranked "
+                "and random experts were tried; name both in substitutions"
+            )
+        second, drawn = (f"correct/{name}_{both[-1]}" for name in ("next_ranked", "random"))
+        cost = self._contrast(
+            "interventions", models, lambda table: table["correct"] - table[second],
+            null=self.asked.margin, share=True,
+        )  # fmt: skip
+        saved = self._contrast(
+            "interventions", models, lambda table: table[drawn] - table[second]
+        )
+        level = [self._mean("interventions", models, (c,)) for c in ("correct", second, drawn)]
+        return [
+            Claim("accuracy lost with second-best experts", cost, above=False),
+            Claim("that minus the accuracy lost with random ones", saved, above=False),
+        ], (
+            f"{self._named(models)}; accuracy as routed {number(level[0])}, second-best experts "
+            f"{number(level[1])}, random experts {number(level[2])}"
+        )
+
+    def _contrast(
+        self,
+        part: str,
+        weights: dict[str, float],
+        value: Value | str | None,
+        *,
+        metric: Metric = VALUE,
+        null: float = 0.0,
+        share: bool = False,
+    ) -> Contrast:
+        """The weighted sum over models of a metric of a column (or of what ``value`` makes of the
+        scores), over the seeds that all of them have."""
+        seeds = self._seeds(part, weights)
+
+        def made(table: pd.DataFrame) -> pd.DataFrame:
+            if value is None:
+                return table
+            return frame(table, table[value] if isinstance(value, str) else value(table))
+
+        runs = [
+            [made(self.measured.table(part, model, self.recipe, seed)) for seed in seeds]
+            for model in weights
+        ]
+        return contrast(
+            runs, list(weights.values()), metric, null=null, share=share,
+            resamples=self.spec.resamples, seed=self.spec.seed,
+        )  # fmt: skip
+
+    def _seeds(self, part: str, models: Iterable[str]) -> list[int]:
+        """The seeds that all of some models have scores of."""
+        self._part(part)
+        self.used |= {(part, model): None for model in models}
+        seeds = [seed for seed in self.spec.seeds_of(self.recipe)
+                 if all(seed in self.measured.seeds(part, m, self.recipe) for m in models)]
+        if not seeds:
+            raise NotTested(
+                f"no seed has scores of all models; {self._missing(part, models)}"
+            )
+        return seeds
+
+    def _missing(self, part: str, models: Iterable[str]) -> str:
+        found = (missing(self.measured, part, model, self.recipe) for model in models)
+        return "; ".join(filter(None, found))
+
+    def _mean(self, part: str, models: Iterable[str], columns: Sequence[str]) -> float:
+        """The mean of some columns over examples, seeds and models."""
+        return float(np.mean([
+            row_mean(self.measured.table(part, model, self.recipe, seed), columns).mean()
+            for model in models
+            for seed in self._seeds(part, models)
+        ]))  # fmt: skip
+
+    def _part(self, part: str) -> tuple[Evaluation, list[str]]:
+        """The evaluation that plays a part, and its score columns."""
+        if part not in self.measured.scores:
+            raise NotTested(f"no evaluation of the sweep {_GIVES[part]}")
+        return self.measured.evaluation(part), self.measured.columns(part)
+
+    def _name(self, part: str) -> str:
+        return self.measured.scores[part].evaluation
+
+    def _there(self, part: str, wanted: dict[str, Sequence[str]]) -> None:
+        there = set(self.measured.columns(part))
+        lacks = [name for name, columns in wanted.items() if not there & set(columns)]
+        if lacks:
+            raise NotTested(f"the scores of {self._name(part)} have no {', '.join(lacks)}")
+
+    def _experts(self, part: str) -> dict[str, float]:
+        """The MoE models that have scores, each with its share of the mean."""
+        self._part(part)
+        found = [
+            model for model, architecture in self.spec.models.items()
+            if architecture == "moe" and self.measured.seeds(part, model, self.recipe)
+        ]  # fmt: skip
+        if not found:
+            moes = [m for m, architecture in self.spec.models.items() if architecture == "moe"]
+            raise NotTested(self._missing(part, moes))
+        return dict.fromkeys(found, 1 / len(found))
+
+    def _named(self, models: dict[str, float]) -> str:
+        return ", ".join(models)
+
+    @property
+    def _robust(self) -> str:
+        """The column of the worst case over attacks."""
+        evaluation, _ = self._part("attacks")
+        return "robust" if of_images(evaluation) else "correct"
+
+    @property
+    def _worst(self) -> str:
+        evaluation, _ = self._part("attacks")
+        count = sum(a.kind != "paper" for a in attack_names(evaluation).values())
+        of = ", mean of budgets" if of_images(evaluation) else ""
+        return f"worst case over {count} attacks{of}"
+
+    def _equal_flops(self) -> list[Pair]:
+        """The pairs of H1."""
+        if self.asked.equal_flops is not None:
+            return [pair for pair in self.spec.pairs if pair.name in self.asked.equal_flops]
+        pairs, others = [], []
+        for pair in self.spec.pairs:
+            if pair.moe not in self.cards or pair.dense not in self.cards:
+                others.append(f"{pair.name} lacks a checkpoint")
+                continue
+            moe, dense = self.cards[pair.moe], self.cards[pair.dense]
+            if _equal(moe, dense):
+                pairs.append(pair)
+            else:
+                ratio = moe.flops_per_token / dense.flops_per_token
+                others.append(f"{pair.name}: the MoE takes {ratio:.2f} times the FLOPs")
+        if not pairs:
+            raise NotTested(f"no pair has equal FLOPs per token ({'; '.join(others)})")
+        return pairs
+
+    def _series(self) -> dict[str, int]:
+        """The models of H2 with their numbers of experts, the fewest first."""
+        experts = {name: self.cards[name].experts for name, architecture in self.spec.models.items()
+                   if architecture == "moe" and name in self.cards}  # fmt: skip
+        if self.asked.series is not None:
+            lacks = [name for name in self.asked.series if name not in experts]
+            if lacks:
+                raise NotTested(f"no checkpoint of {', '.join(lacks)}")
+            chosen = list(self.asked.series)
+        else:
+            alike: list[list[str]] = []
+            for name in experts:
+                group = next((g for g in alike if self._alike(g[0], name)), None)
+                alike.append([name]) if group is None else group.append(name)
+            chosen = max(alike, default=[], key=lambda names: len({experts[n] for n in names}))
+        series = dict(sorted(((n, experts[n]) for n in chosen), key=lambda item: item[1]))
+        if len(set(series.values())) < 2:
+            raise NotTested("no two MoE models of the sweep differ in the number of experts alone")
+        return series
+
+    def _alike(self, one: str, other: str) -> bool:
+        """Two models that differ, as their cards tell, in the number of experts alone."""
+        first, second = self.cards[one], self.cards[other]
+        same = ("family", "layers", "moe_layers", "top_k")
+        return all(getattr(first, f) == getattr(second, f) for f in same) and _equal(first, second)
+
+
+def _equal(one: ModelCard, other: ModelCard) -> bool:
+    """Equal FLOPs per token, within the tolerance."""
+    return abs(one.flops_per_token / other.flops_per_token - 1) <= SIZE_TOLERANCE

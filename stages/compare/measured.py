@@ -1,0 +1,117 @@
+"""The score tables of a sweep's attacks and probes, and levels of what they measured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from stages.compare.quantities import PARTS
+from stages.compare.results import Scores
+from stages.compare.spec import UNTUNED, CompareSpec, Hypotheses
+from stages.evaluate.base import Evaluation, mean_of
+from stages.statistics import estimate, paired
+
+VALUE = mean_of("value")
+"""The metric of the tables that ``frame`` makes."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """A mean with its 95 % interval over examples and seeds."""
+
+    value: float
+    ci_low: float
+    ci_high: float
+    n: int
+    documents: int
+    seeds: tuple[int, ...]
+    change: bool = False
+    """It is tuned minus untuned, of a model whose experts started alike."""
+
+
+class Measured:
+    """What attacks and probes found, by part (``quantities.PARTS``)."""
+
+    def __init__(self, spec: CompareSpec, inputs: dict[str, Path], gaps: dict[str, str]):
+        self.spec = spec
+        self.scores: dict[str, Scores] = {}
+        chosen = spec.hypotheses or Hypotheses()
+        for part, kinds in PARTS.items():
+            of_kind = [n for n, evaluation in spec.evaluations.items() if evaluation.kind in kinds]
+            name = getattr(chosen, part) or next(iter(of_kind), None)
+            if name is not None:
+                self.scores[part] = Scores(name, spec, inputs, gaps)
+
+    def evaluation(self, part: str) -> Evaluation:
+        """The evaluation that plays a part."""
+        return self.spec.evaluations[self.scores[part].evaluation]
+
+    def columns(self, part: str) -> list[str]:
+        """The score columns of a part that some model has a number in, in their order."""
+        found: dict[str, None] = {}
+        for table in self.scores[part].tables.values():
+            found |= dict.fromkeys(table.columns[table.notna().any()])
+        return list(found)
+
+    def seeds(self, part: str, model: str, recipe: str) -> tuple[int, ...]:
+        """The seeds whose scores are there."""
+        tables = self.scores[part].tables
+        return tuple(s for s in self.spec.seeds_of(recipe) if (model, recipe, s) in tables)
+
+    def table(self, part: str, model: str, recipe: str, seed: int) -> pd.DataFrame:
+        """The scores of one checkpoint."""
+        return self.scores[part].tables[model, recipe, seed]
+
+    def frames(
+        self, part: str, columns: Sequence[str], model: str, recipe: str, seeds: Sequence[int]
+    ) -> list[pd.DataFrame]:
+        """Per seed the mean of some columns, as ``value`` of each example."""
+        return [
+            frame(table, row_mean(table, columns))
+            for table in (self.table(part, model, recipe, seed) for seed in seeds)
+        ]
+
+    def level(
+        self, part: str, columns: Sequence[str], model: str, recipe: str, learned: bool = False
+    ) -> Level | None:
+        """The mean of some columns, or nothing where no example has a number.
+
+        ``learned`` says that it is about experts: of an upcycled model that is in the sweep
+        untuned as well it is then the change from that.
+        """
+        seeds = self.seeds(part, model, recipe)
+        if not seeds:
+            return None
+        frames = self.frames(part, columns, model, recipe, seeds)
+        options = {"resamples": self.spec.resamples, "seed": self.spec.seed}
+        if learned and self.twin(part, model, recipe):
+            before = self.frames(part, columns, model, UNTUNED, (0,)) * len(seeds)
+            both = paired(frames, before, VALUE, **options)
+            found = Level(
+                both.difference, both.ci_low, both.ci_high, both.n, both.documents, seeds, True
+            )
+        else:
+            found = Level(**vars(estimate(frames, VALUE, **options)), seeds=seeds)
+        return found if found.n else None
+
+    def twin(self, part: str, model: str, recipe: str) -> bool:
+        """Whether results on the experts of a tuned model are told as change from the untuned."""
+        return (
+            recipe != UNTUNED
+            and model in self.spec.upcycled
+            and bool(self.seeds(part, model, UNTUNED))
+        )
+
+
+def row_mean(table: pd.DataFrame, columns: Sequence[str]) -> pd.Series:
+    """Per example the mean over some columns, leaving out those without a number; those that a
+    table lacks have none."""
+    return table.reindex(columns=columns).astype(float).mean(axis=1)
+
+
+def frame(table: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
+    """A score table with the one column ``value``."""
+    return pd.DataFrame(
+        {"example_id": table["example_id"], "document": table["document"], "value": values}
+    )
