@@ -151,15 +151,11 @@ def run_search(
 
 def at_once(each: ModelSearch) -> int:
     """How many trials the cluster has room for at a time; at least 1 where one fits at all."""
-    from pipeline.execute import capacity
+    from pipeline.execute import places
 
-    total = capacity()
-    room = [
-        math.floor(total[kind] / amount)
-        for measured in each.measured
-        for key in (measured.finetune, *measured.evaluations.values())
-        for kind, amount in each.plan.nodes[key].demand.items() if amount
-    ]
+    room = [places(each.plan.nodes[key]) // each.plan.nodes[key].resources.workers
+            for measured in each.measured
+            for key in (measured.finetune, *measured.evaluations.values())]
     return max(1, min([*room, each.trials]))
 
 
