@@ -30,6 +30,7 @@ from pipeline.search.plan import (
     selecting,
     trial_plan,
 )
+from pipeline.search.space import Space
 from pipeline.search.spec import Grid, Search
 from pipeline.search.tracking import record_trials
 from pipeline.store import Store
@@ -166,8 +167,8 @@ def _line(trial: Trial, each: ModelSearch, search: Search) -> str:
     if trial.reports:
         last = trial.reports[-1]
         found = last.objectives or [last.signal]
-        names = [o.name for o in search.objectives] if last.objectives else [
-            search.intermediate.name]
+        names = [search.label(o) for o in (
+            search.objectives if last.objectives else [search.intermediate])]
         scores = ", ".join(f"{n} {v:.3f}" for n, v in zip(names, found, strict=True))
         shown += f"  step {last.steps}: {scores}"
     return f"{shown}  {values}" + (f"  ({trial.reason})" if trial.reason else "")
@@ -245,13 +246,14 @@ def final_plan(
 def report(sweep: Sweep, searches: list[ModelSearch], store: Store, uri: str) -> str:
     """Write the search's report into the store and bring MLflow up to date; where it lies."""
     search, name = sweep.search, f"{sweep.name}-trials"
-    place = report_folder(name)
+    place, space = report_folder(name), Space(sweep.recipes[search.base], search.space)
     content = SearchContent(
         title=sweep.description or sweep.name,
         algorithm=search.algorithm.kind,
         base=search.base,
-        goals=tuple(Goal(o.name, maximized(sweep, o)) for o in search.objectives),
-        knobs=tuple(Knob(p, d.log_uniform is not None) for p, d in search.space.items()),
+        goals=tuple(Goal(o.name, search.label(o), maximized(sweep, o)) for o in search.objectives),
+        knobs=tuple(Knob(path, dimension.log_uniform is not None, space.base_value(path))
+                    for path, dimension in search.space.items()),
         models=tuple(
             SearchedModel(
                 each.member.model, each.member.side,
