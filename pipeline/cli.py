@@ -191,6 +191,7 @@ def _search(options: argparse.Namespace) -> int:
         return 0
     store.check_writable()
     _run_searches(sweep, searches, contents, store, options)
+    print("\n".join(run.best_lines(sweep, searches, store)))
     trials = run.report(sweep, searches, store, uri)
     plan = run.final_plan(sweep, searches, contents, store)
     outcomes = _execute(plan, store, options)
