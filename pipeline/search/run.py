@@ -280,7 +280,7 @@ def report(sweep: Sweep, searches: list[ModelSearch], store: Store, uri: str) ->
         models=tuple(
             SearchedModel(
                 each.member.model, each.member.side,
-                pd.read_parquet(store.fetch(each.folder) / TRIALS_FILE),
+                trial_table(Ledger(store, each.folder), search),
                 len(search.seeds_of(each.member.side)), each.member.idle,
                 tuple(trial.number for trial in winners(each, sweep, store)),
             )
