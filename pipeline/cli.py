@@ -176,6 +176,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _search(options: argparse.Namespace) -> int:
     from pipeline.display import finish_lines
+    from pipeline.estimate import check_memory
     from pipeline.record import record
     from pipeline.search import run
     from pipeline.search.checks import check_search
@@ -186,6 +187,8 @@ def _search(options: argparse.Namespace) -> int:
     store = _store(options)
     uri = _tracking_uri(options, store)
     searches = run.model_searches(sweep, contents)
+    for each in searches:
+        check_memory(each.plan, store, options.sweep.resolve().parent, options.sweep)
     print("\n".join(run.search_lines(sweep, searches, store)))
     if options.plan:
         return 0

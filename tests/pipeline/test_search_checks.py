@@ -9,6 +9,7 @@ import pytest
 from search_sweeps import SEARCH, searching
 from smoke import ROOT, SMOKE
 
+from pipeline.cli import main
 from pipeline.plan import build
 from pipeline.search import run
 from pipeline.search.checks import check_search
@@ -242,6 +243,14 @@ def test_a_search_that_found_nothing_is_reported_beside_one_that_did(tmp_path):
     text = Path(run.report(sweep, searches, store, f"sqlite:///{tmp_path}/m.db")).read_text()
     assert "tiny: 2 of 2 trials failed" in text and "<small>the loss is nan</small>" in text
     assert "The trials of tiny-moe trained on 1,400 tokens, those of tiny on 0" in text
+
+
+def test_a_model_that_the_gpus_cannot_hold_is_refused(tmp_path, capsys):
+    assert main(["search", str(ROOT / "sweeps/search_smollm2.yaml"), "--plan", "--store",
+                 str(tmp_path), "--set=resources.evaluate.gpus=1",
+                 "--set=resources.evaluate.gpu_memory_gb=0.3"]) == 2
+    assert "has 182 M parameters, 0.7 GB in float32; 1 × 0.3 GB less a tenth cannot hold them" in (
+        capsys.readouterr().err)
 
 
 def test_the_example_sweeps_are_accepted():
