@@ -176,6 +176,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _search(options: argparse.Namespace) -> int:
     from pipeline.display import finish_lines
+    from pipeline.estimate import check_memory
     from pipeline.record import record
     from pipeline.search import run
     from pipeline.search.checks import check_search
@@ -186,12 +187,19 @@ def _search(options: argparse.Namespace) -> int:
     store = _store(options)
     uri = _tracking_uri(options, store)
     searches = run.model_searches(sweep, contents)
+    for each in searches:
+        check_memory(each.plan, store, options.sweep.resolve().parent, options.sweep)
     print("\n".join(run.search_lines(sweep, searches, store)))
     if options.plan:
         return 0
     store.check_writable()
-    _run_searches(sweep, searches, contents, store, options)
+    failures = _run_searches(sweep, searches, contents, store, options)
+    for line in run.best_lines(sweep, searches, store):
+        print(line)
     trials = run.report(sweep, searches, store, uri)
+    if failures:
+        print(f"trials  {trials}")
+        raise StageFailed("; ".join(failures))
     plan = run.final_plan(sweep, searches, contents, store)
     outcomes = _execute(plan, store, options)
     print("\n".join(finish_lines(plan, outcomes, store)))
@@ -200,14 +208,14 @@ def _search(options: argparse.Namespace) -> int:
     return _code(outcomes)
 
 
-def _run_searches(sweep, searches: list, contents: dict, store, options) -> None:
-    """Run the searches that have no result; starts no Ray when there is none."""
+def _run_searches(sweep, searches: list, contents: dict, store, options) -> list[str]:
+    """Run the searches that have no result and say which found none; starts no Ray for nothing."""
     from pipeline.display import Watcher
     from pipeline.search import run
 
     waiting = run.unfinished(searches, store)
     if not waiting:
-        return
+        return []
     from pipeline.execute import check_cluster, connect, execute
 
     folder, failures = options.sweep.resolve().parent, []
@@ -225,8 +233,7 @@ def _run_searches(sweep, searches: list, contents: dict, store, options) -> None
             run.run_search(each, sweep, contents, store, folder, lambda t: print(t, flush=True))
         except StageFailed as error:
             failures.append(str(error))
-    if failures:
-        raise StageFailed("; ".join(failures))
+    return failures
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ would otherwise start more worker groups than fit, a node is submitted only when
 running nodes, together with its own, fit into the cluster.
 """
 
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -70,19 +71,22 @@ def check_cluster(plan: Plan, keys: set[str], store: Store) -> None:
     """Refuse what the cluster can never run, and a store that its nodes do not share."""
     total = capacity()
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fixed = state.get_max_resources_from_cluster_config() is None
     for node in (plan.nodes[key] for key in keys):
-        each = {"CPU": node.resources.cpus, "GPU": node.resources.gpus}
+        workers, each = node.resources.workers, _share(node)
         for kind, amount in node.demand.items():
             if amount > total[kind]:
                 raise BadInput(
-                    f"resources.{node.stage}: {node.resources.workers} worker(s) need {amount:g} "
+                    f"resources.{node.stage}: {workers} worker(s) need {amount:g} "
                     f"{kind} together, the cluster has {total[kind]:g}; "
                     "lower workers or the worker's share, or use a larger cluster")
-        if fixed and not any(all(m.get(k, 0) >= v for k, v in each.items()) for m in machines):
+        found = places(node)
+        if found < workers:
+            shown = " and ".join(f"{amount:g} {kind}" for kind, amount in each.items())
             raise BadInput(
-                f"resources.{node.stage}: no machine of the cluster has {each['CPU']:g} CPU and "
-                f"{each['GPU']:g} GPU for one worker; lower cpus or gpus")
+                f"resources.{node.stage}: " + (
+                    f"the cluster's machines have room for {found} of {workers} workers of {shown}"
+                    if found else f"no machine of the cluster has {shown} for one worker"
+                ) + "; lower workers, cpus or gpus")
     if len(machines) > 1:
         _check_shared(store)
 
@@ -92,6 +96,27 @@ def capacity() -> dict[str, float]:
     largest = state.get_max_resources_from_cluster_config() or {}
     now = ray.cluster_resources()
     return {kind: max(now.get(kind, 0), largest.get(kind, 0)) for kind in ("CPU", "GPU")}
+
+
+def places(node: Node) -> int:
+    """How many workers of a node the cluster has room for; all where they take nothing.
+
+    Counted machine by machine, since no worker spreads over two. Of a cluster that scales by itself
+    only the sum is known.
+    """
+    growing = state.get_max_resources_from_cluster_config() is not None
+    machines = [capacity()] if growing else [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    # A tenth of a GPU fits ten times, whatever floating-point division says.
+    return sum(
+        math.floor(min((machine.get(kind, 0) / amount for kind, amount in _share(node).items()),
+                       default=node.resources.workers) + 1e-9)
+        for machine in machines)
+
+
+def _share(node: Node) -> dict[str, float]:
+    """What one worker takes, without kinds of which it takes nothing."""
+    r = node.resources
+    return {kind: amount for kind, amount in (("CPU", r.cpus), ("GPU", r.gpus)) if amount}
 
 
 def _check_shared(store: Store) -> None:

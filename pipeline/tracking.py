@@ -26,7 +26,7 @@ from pipeline.children import DIGEST, Child, content_fingerprint
 _SECRETS = re.compile(r"TOKEN|PASSWORD|SECRET|ACCESS_KEY|API_KEY|CREDENTIAL", re.IGNORECASE)
 _SHORTEST_SECRET = 8
 """Shorter values of secret variables are not looked for: they would match by chance."""
-_PER_BATCH = 1000  # MLflow's limit on metrics in a log_batch
+PER_BATCH = 1000  # MLflow's limit on metrics in a log_batch
 _PARAMS_PER_BATCH = 100
 _STEPS_BY_LAYER = 50
 """Steps, evenly spaced, for which the curves of single layers are logged."""
@@ -66,6 +66,11 @@ class Tracker:
 
     An SQLite store keeps its artifacts in the folder ``mlflow_artifacts`` beside the database.
     """
+
+    note = ("One parent run per sweep with the report; below it one run per model, recipe and "
+            "seed. Runs whose tag `superseded` is true were replaced: filter with "
+            "`tags.superseded = 'false'`.")
+    """What an experiment says of itself."""
 
     def __init__(self, uri: str):
         # A new SQLite store tells of every migration at level INFO.
@@ -127,14 +132,10 @@ class Tracker:
             place = None
             if self.database is not None:
                 place = (self.database.parent / "mlflow_artifacts" / sweep).as_uri()
-            note = (
-                "One parent run per sweep with the report; below it one run per model, recipe and "
-                "seed. Runs whose tag `superseded` is true were replaced: filter with "
-                "`tags.superseded = 'false'`."
-            )
             # Without a kind the page asks its reader what the experiment is for.
-            kind = {"mlflow.experimentKind": "custom_model_development"}
-            return self.client.create_experiment(sweep, place, {"mlflow.note.content": note} | kind)
+            tags = {"mlflow.experimentKind": "custom_model_development",
+                    "mlflow.note.content": self.note}
+            return self.client.create_experiment(sweep, place, tags)
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
         return found.experiment_id
@@ -187,8 +188,8 @@ class Tracker:
         self._log_inputs(run, child)
         model = self._logged_model(experiment, run, child)
         points = [*_curve_points(child), *_score_points(child, model)]
-        for start in range(0, len(points), _PER_BATCH):
-            self.client.log_batch(run, metrics=points[start : start + _PER_BATCH])
+        for start in range(0, len(points), PER_BATCH):
+            self.client.log_batch(run, metrics=points[start : start + PER_BATCH])
         for file in child.artifacts:
             self.client.log_artifact(run, str(file))
         self.client.set_terminated(run, "FINISHED", milliseconds(child.finished))

@@ -19,7 +19,7 @@ import pandas as pd
 from pipeline.job import report_folder
 from pipeline.plan import Plan, build
 from pipeline.search.checks import maximized
-from pipeline.search.ledger import Ledger, Trial
+from pipeline.search.ledger import Ledger, Report, Trial
 from pipeline.search.plan import (
     Measured,
     Member,
@@ -30,6 +30,7 @@ from pipeline.search.plan import (
     selecting,
     trial_plan,
 )
+from pipeline.search.space import Space
 from pipeline.search.spec import Grid, Search
 from pipeline.search.tracking import record_trials
 from pipeline.store import Store
@@ -136,7 +137,7 @@ def run_search(
         upwards=maximized(sweep, search.intermediate),
         storage=store.path(each.folder),
         concurrent=at_once(each),
-        tell=lambda trial: say(_line(trial, each, search)),
+        tell=lambda trial: say(_line(trial, ledger, each, search)),
     )
     store.delete(f"{each.folder}/tune")
     table = trial_table(ledger, search)
@@ -151,30 +152,49 @@ def run_search(
 
 def at_once(each: ModelSearch) -> int:
     """How many trials the cluster has room for at a time; at least 1 where one fits at all."""
-    from pipeline.execute import capacity
+    from pipeline.execute import places
 
-    total = capacity()
-    room = [
-        math.floor(total[kind] / amount)
-        for measured in each.measured
-        for key in (measured.finetune, *measured.evaluations.values())
-        for kind, amount in each.plan.nodes[key].demand.items() if amount
-    ]
+    room = [places(each.plan.nodes[key]) // each.plan.nodes[key].resources.workers
+            for measured in each.measured
+            for key in (measured.finetune, *measured.evaluations.values())]
     return max(1, min([*room, each.trials]))
 
 
-def _line(trial: Trial, each: ModelSearch, search: Search) -> str:
-    values = ", ".join(f"{path}={value:.3g}" if isinstance(value, float) else f"{path}={value}"
-                       for path, value in trial.values.items())
-    shown = f"{each.member.model} trial {trial.number:>4}/{each.trials}  {trial.status:<8}"
-    if trial.reports:
+def _line(trial: Trial, ledger: Ledger, each: ModelSearch, search: Search) -> str:
+    """What just happened to a trial, for the terminal."""
+    over = sum(t.over for t in ledger.trials.values())
+    shown = f"[{over:>3}/{each.trials:>3}] {each.member.model} trial {trial.number}  "
+    shown += trial.status if trial.over else "trained on" if trial.reports else "started"
+    if trial.reason:
+        shown += f": {trial.reason}"
+    elif trial.reports:
         last = trial.reports[-1]
-        found = last.objectives or [last.signal]
-        names = [o.name for o in search.objectives] if last.objectives else [
-            search.intermediate.name]
-        scores = ", ".join(f"{n} {v:.3f}" for n, v in zip(names, found, strict=True))
-        shown += f"  step {last.steps}: {scores}"
-    return f"{shown}  {values}" + (f"  ({trial.reason})" if trial.reason else "")
+        shown += f" to step {last.steps}: {_scores_text(last, search)}"
+    return shown if trial.reports and not trial.over else f"{shown} · {_values_text(trial)}"
+
+
+def _scores_text(report: Report, search: Search) -> str:
+    if not report.objectives:
+        return f"{search.label(search.intermediate)} {report.signal:.4g}"
+    return ", ".join(f"{search.label(objective)} {value:.4g}" for objective, value in
+                     zip(search.objectives, report.objectives, strict=True))
+
+
+def _values_text(trial: Trial) -> str:
+    values = trial.reports[-1].values if trial.reports else trial.values
+    return ", ".join(f"{path} {value:.3g}" if isinstance(value, float) else f"{path} {value}"
+                     for path, value in values.items())
+
+
+def best_lines(sweep: Sweep, searches: list[ModelSearch], store: Store) -> list[str]:
+    """The winners of each search."""
+    lines = []
+    for each in searches:
+        for trial in winners(each, sweep, store):
+            found = _scores_text(trial.reports[-1], sweep.search)
+            lines.append(f"best of {each.member.model}: trial {trial.number}, {found} · "
+                         f"{_values_text(trial)}")
+    return lines
 
 
 def trial_table(ledger: Ledger, search: Search) -> pd.DataFrame:
@@ -249,17 +269,18 @@ def final_plan(
 def report(sweep: Sweep, searches: list[ModelSearch], store: Store, uri: str) -> str:
     """Write the search's report into the store and bring MLflow up to date; where it lies."""
     search, name = sweep.search, f"{sweep.name}-trials"
-    place = report_folder(name)
+    place, space = report_folder(name), Space(sweep.recipes[search.base], search.space)
     content = SearchContent(
         title=sweep.description or sweep.name,
         algorithm=search.algorithm.kind,
         base=search.base,
-        goals=tuple(Goal(o.name, maximized(sweep, o)) for o in search.objectives),
-        knobs=tuple(Knob(p, d.log_uniform is not None) for p, d in search.space.items()),
+        goals=tuple(Goal(o.name, search.label(o), maximized(sweep, o)) for o in search.objectives),
+        knobs=tuple(Knob(path, dimension.log_uniform is not None, space.base_value(path))
+                    for path, dimension in search.space.items()),
         models=tuple(
             SearchedModel(
                 each.member.model, each.member.side,
-                pd.read_parquet(store.fetch(each.folder) / TRIALS_FILE),
+                trial_table(Ledger(store, each.folder), search),
                 len(search.seeds_of(each.member.side)), each.member.idle,
                 tuple(trial.number for trial in winners(each, sweep, store)),
             )

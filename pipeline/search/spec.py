@@ -67,7 +67,7 @@ class Objective(Spec):
 
     @property
     def name(self) -> str:
-        """How the objective is called in tables and in MLflow."""
+        """How the objective is called in tables of numbers and in MLflow."""
         if isinstance(self.score, str):
             return self.score
         return " ".join(f"{weight:+g}·{score}" for score, weight in self.score.items())
@@ -202,6 +202,16 @@ class Search(Spec):
     def intermediate(self) -> Objective:
         """What a scheduler compares."""
         return getattr(self.algorithm, "intermediate", None) or self.objectives[0]
+
+    def label(self, objective: Objective) -> str:
+        """A short name of an objective; weighted sums are numbered where there are several."""
+        if isinstance(objective.score, str):
+            return objective.score
+        sums: list[Objective] = []
+        for each in (*self.objectives, self.intermediate):
+            if not isinstance(each.score, str) and each not in sums:
+                sums.append(each)
+        return "weighted sum" if len(sums) == 1 else f"weighted sum {sums.index(objective) + 1}"
 
     def resources(self) -> list[int]:
         """Shares of the steps at which a trial is evaluated, in units; the last is all of them."""

@@ -15,7 +15,7 @@ from pipeline.children import digest, digests
 from pipeline.search.ledger import Trial
 from pipeline.search.spec import Search
 from pipeline.store import Store
-from pipeline.tracking import Tracker, clean_all, milliseconds
+from pipeline.tracking import PER_BATCH, Tracker, clean_all, milliseconds
 
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 """How a trial ended, in MLflow's words."""
@@ -23,6 +23,10 @@ _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 class TrialTracker(Tracker):
     """Logs searches to one MLflow store or server."""
+
+    note = ("One parent run per search with its report; below it one run per trial: values that "
+            "were searched are params, scores of the selection split metrics. Runs whose tag "
+            "`superseded` is true were replaced: filter with `tags.superseded = 'false'`.")
 
     def log_search(
         self,
@@ -90,7 +94,9 @@ class TrialTracker(Tracker):
             found |= {f"value/{path}": float(value) for path, value in report.values.items()
                       if value != trial.values.get(path) and isinstance(value, int | float)}
             points += [Metric(key, value, time, report.steps) for key, value in found.items()]
-        self.client.log_batch(run, params=params, metrics=points)
+        self.client.log_batch(run, params=params)
+        for start in range(0, len(points), PER_BATCH):
+            self.client.log_batch(run, metrics=points[start : start + PER_BATCH])
         self.client.set_terminated(run, _STATUS[trial.status], time)
 
 

@@ -68,7 +68,7 @@ def run_trials(
 
     ``maximize`` says for each objective whether more is better, ``upwards`` for the signal.
     ``storage`` is a folder that all machines share, used while the search runs; ``concurrent`` the
-    number of trials at once. ``tell`` hears of every trial that reports or ends.
+    number of trials at once. ``tell`` hears of every trial that starts, reports or ends.
     """
     replayed = isinstance(search.algorithm, STOPPING)
     numbers = [n for n in range(trials)
@@ -222,8 +222,11 @@ class _Recorder(tune.Callback):
             self.tell(trial)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """Remember the number."""
-        self._of(trial)
+        """Remember the number; a trial that was paused starts more than once."""
+        new = trial.trial_id not in self.numbers
+        record = self._of(trial)
+        if new and not record.over:
+            self.tell(record)
 
     def on_trial_result(
         self, iteration: int, trials: list, trial: Any, result: dict, **info: Any

@@ -4,6 +4,7 @@ SVG, in the colours of the other figures. Objectives are shown as they were meas
 objectives that are better when lower are turned only where a sentence says so.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from stages.compare.figures import COLOURS, NAMES, STYLE, WIDTH_INCHES, save
 from stages.compare.search_results import best_so_far, importance, oriented, pareto_front
@@ -37,22 +39,26 @@ def draw(content: SearchContent, folder: Path) -> dict[str, Path]:
 
 
 def _budget(content: SearchContent) -> Figure:
-    """Best so far against trials, mean and 95 % of random orders."""
+    """Best so far against trials and training tokens, mean and 95 % of random orders."""
     figure = Figure(figsize=(WIDTH_INCHES, 3.1 * len(content.goals)), layout="constrained")
-    panels = figure.subplots(len(content.goals), 1, squeeze=False)[:, 0]
-    for goal, axes in zip(content.goals, panels, strict=True):
+    panels = figure.subplots(len(content.goals), 2, squeeze=False, sharey="row")
+    for goal, row in zip(content.goals, panels, strict=True):
         sign = 1 if goal.maximize else -1
         for each in content.models:
-            curve = best_so_far(sign * each.table[goal.column])
-            colour = COLOURS[each.side]
-            axes.fill_between(curve["trials"], sign * curve["ci_low"], sign * curve["ci_high"],
-                              color=colour, alpha=0.15, lw=0)
-            axes.plot(curve["trials"], sign * curve["mean"], color=colour, lw=1.8,
-                      marker=_MARKERS[each.side], markersize=3.5, label=each.model)
-        axes.set_title(f"best {goal.title} after so many trials", loc="left", fontsize=10,
-                       weight="bold")
-        axes.set_xlabel("trials")
-        axes.legend(frameon=False)
+            colour, scores = COLOURS[each.side], sign * each.table[goal.column]
+            for axes, costs in zip(row, (None, each.table["tokens"]), strict=True):
+                curve = best_so_far(scores, costs)
+                axes.fill_between(curve["budget"], sign * curve["ci_low"], sign * curve["ci_high"],
+                                  color=colour, alpha=0.15, lw=0)
+                axes.plot(curve["budget"], sign * curve["mean"], color=colour, lw=1.8,
+                          marker=_MARKERS[each.side], markersize=3.5, label=each.model)
+        for axes, unit in zip(row, ("trials", "training tokens"), strict=True):
+            axes.set_title(f"best {goal.title} by {unit}", loc="left", fontsize=10, weight="bold")
+            axes.set_xlabel(unit)
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+        row[0].legend(frameon=False)
     return figure
 
 
@@ -109,9 +115,9 @@ def _scatter(content: SearchContent) -> Figure:
             axes.set_xscale("log")
     for axes in panels[len(knobs):]:
         axes.set_visible(False)
-    for axes in panels[::_COLUMNS]:
-        axes.set_ylabel(goal.title)
-    panels[0].legend(frameon=False, fontsize=8)
+    figure.supylabel(goal.title, fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2,
+                  frameon=False, fontsize=8)
     return figure
 
 
@@ -144,7 +150,7 @@ def _parallel(content: SearchContent) -> Figure:
                 chosen = rows["number"].iloc[index] in each.chosen
                 axes.plot(range(len(names)), lines[index], color=COLOURS[each.side],
                           alpha=0.12 + 0.7 * share**3, lw=2.6 if chosen else 1.1)
-        axes.set_xticks(range(len(names)), names)
+        axes.set_xticks(range(len(names)), [_broken(name) for name in names])
         axes.tick_params(axis="x", length=0)
         axes.set_yticks([])
         axes.grid(False)
@@ -178,10 +184,11 @@ def _importance(content: SearchContent) -> Figure | None:
         axes.axvline(0, color="#111827", lw=1)
         axes.set_yticks(range(len(fields)), fields)
         axes.set_ylim(len(fields) - 0.5, -0.5)
-        axes.set_title(f"share of the variance of {goal.name}", loc="left", fontsize=10,
+        axes.set_title(f"share of the variance of {goal.label}", loc="left", fontsize=10,
                        weight="bold")
-        axes.legend(frameon=False, fontsize=8)
         axes.grid(axis="y", visible=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=2,
+                  frameon=False, fontsize=8)
     return figure
 
 
@@ -219,6 +226,16 @@ def _ends(knob: Knob, models: Sequence[SearchedModel]) -> tuple[str, str]:
         return _short(ticks[0]), _short(ticks[-1])
     every = pd.concat([m.table[knob.column] for m in models if knob.column in m.table])
     return f"{every.min():.3g}", f"{every.max():.3g}"
+
+
+def _broken(name: str, width: int = 14) -> str:
+    """A dotted name over several lines, broken after its signs."""
+    lines = [""]
+    for part in re.split(r"(?<=[._/ ])", name):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _short(value: object) -> str:

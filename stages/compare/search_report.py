@@ -26,12 +26,14 @@ _TITLES = {
     "importance": "Which knobs matter",
 }
 _READING = {
-    "budget": "The best score that a search of so many trials would have found, on average over "
-              "random orders of the trials made; the band holds 95 % of the orders.",
+    "budget": "The best score that a search of so many trials, or of so many training tokens, "
+              "would have found, on average over random orders of the trials made; the band holds "
+              "95 % of the orders. A curve begins where every order has a finished trial.",
     "fronts": "Each point is a trial; the line joins those that no other trial beats in both.",
     "scatter": "Rings mark the trials that were trained again. Trials that stopped early or failed "
                "have no score and are not drawn.",
-    "parallel": "Darker lines ended higher in the first objective; thick ones were trained again.",
+    "parallel": "Darker lines ended better in the first objective; thick ones were trained again. "
+                "A line is broken where a condition switched the knob off.",
     "importance": "Share of the objective's variance over the trials that goes with a knob: the "
                   "permutation importance in random forests that are fitted to resampled trials. "
                   "Bars hold 95 % of the resamples. A bar that reaches zero shows nothing.",
@@ -53,6 +55,7 @@ def write(content: SearchContent, output: Path) -> None:
         "colours": PALETTE,
         "warnings": fairness(content) + _cautions(content),
         "models": [_model(each, content) for each in content.models],
+        "again": _again(content),
         "figures": [{"title": _TITLES[name], "reading": _READING[name], "inline": inline(file)}
                     for name, file in figures.items()],
         "few": "importance" not in figures,
@@ -127,7 +130,20 @@ def _model(each: SearchedModel, content: SearchContent) -> dict:
     }
 
 
+def _again(content: SearchContent) -> dict:
+    """The trials that were trained again, side by side beside the recipe they started from."""
+    chosen = [(each, row) for each in content.models for number in each.chosen
+              for _, row in each.table[each.table["number"] == number].iterrows()]
+    goals = [{"name": goal.title, "values": ["—", *(_text(row[goal.column]) for _, row in chosen)]}
+             for goal in content.goals]
+    knobs = [{"name": knob.field, "values": [
+        _text(knob.base), *(_text(row.get(knob.column)) for _, row in chosen)]}
+        for knob in content.knobs]
+    return {"columns": [{"model": each.model, "side": each.side, "number": row["number"]}
+                        for each, row in chosen], "rows": goals + knobs}
+
+
 def _text(value: object) -> str:
-    if pd.isna(value):
+    if value is None or value != value:  # absent, or NaN where a condition switched it off
         return "—"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -49,24 +49,38 @@ def choose(
 
 
 def best_so_far(
-    values: Sequence[float], resamples: int = 1000, seed: int = 0
+    values: Sequence[float],
+    costs: Sequence[int] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """The best value after 1, 2, … trials, over random orders of the trials; more is better.
+    """The best value that a budget buys, over random orders of the trials; more is better.
 
-    Trials without a value (stopped or failed, NaN) take their place in the order and add nothing.
-    Columns: ``trials``, ``mean`` (expected best of so many trials drawn without replacement; NaN
-    where in some order there is none yet), ``ci_low`` and ``ci_high`` (95 % of the orders).
+    The budget is a number of trials or, with the ``costs`` of the trials, a sum of costs, of which
+    the trials of an order are paid in turn. Trials without a value (stopped or failed, NaN) cost
+    what they cost and add nothing.
+
+    Columns: ``budget`` (each number of trials, or as many even steps of the sum), ``mean``
+    (expected best, trials drawn without replacement; NaN where in some order there is none yet),
+    ``ci_low`` and ``ci_high`` (95 % of the orders).
     """
     found = np.asarray(values, dtype=float)
-    generator = np.random.default_rng(seed)
-    orders = generator.permuted(np.tile(found, (resamples, 1)), axis=1)
-    best = np.fmax.accumulate(orders, axis=1)
+    number = len(found)
+    orders = np.random.default_rng(seed).permuted(
+        np.tile(np.arange(number), (resamples, 1)), axis=1)
+    best = np.fmax.accumulate(found[orders], axis=1)
+    budgets = np.arange(1, number + 1)
+    if costs is not None:
+        paid = np.cumsum(np.asarray(costs)[orders], axis=1)
+        budgets = np.linspace(0, paid[0, -1], number + 1)[1:]
+        # Column 0 stands for an order whose first trial is too dear.
+        best = np.insert(best, 0, np.nan, axis=1)
+        done = np.stack([np.searchsorted(order, budgets, side="right") for order in paid])
+        best = np.take_along_axis(best, done, axis=1)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(best, [tail, 1 - tail], axis=0, method="nearest")
     return pd.DataFrame({
-        "trials": np.arange(1, len(found) + 1),
-        "mean": best.mean(axis=0), "ci_low": low, "ci_high": high,
-    })
+        "budget": budgets, "mean": best.mean(axis=0), "ci_low": low, "ci_high": high})
 
 
 def importance(

@@ -10,6 +10,8 @@ class Goal:
     """An objective of a search."""
 
     name: str
+    label: str
+    """The same in short, for figures and headings."""
     maximize: bool
 
     @property
@@ -19,8 +21,13 @@ class Goal:
 
     @property
     def title(self) -> str:
-        """Its name with the direction that is better."""
-        return f"{self.name} {'↑' if self.maximize else '↓'}"
+        """Its label with the direction that is better."""
+        return f"{self.label} {'↑' if self.maximize else '↓'}"
+
+    @property
+    def definition(self) -> str:
+        """Its title and, where the label does not say it, what it is."""
+        return self.title if self.label == self.name else f"{self.title} ({self.name})"
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,8 @@ class Knob:
     field: str
     log: bool
     """Whether it was drawn on a logarithmic scale."""
+    base: object
+    """Its value in the recipe that the search started from."""
 
     @property
     def column(self) -> str:

@@ -2,15 +2,20 @@
 
 import importlib.util
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from search_sweeps import SEARCH, searching
 from smoke import ROOT, SMOKE
 
+from pipeline.cli import main
 from pipeline.plan import build
+from pipeline.search import run
 from pipeline.search.checks import check_search
+from pipeline.search.ledger import Ledger, Report, Trial
 from pipeline.search.plan import final_sweep, members, reserve, selecting, trial_plan
+from pipeline.store import Store
 from pipeline.sweep_file import load
 from stages.data.spec import DataSpec
 from stages.data.stage import run as prepare
@@ -221,6 +226,31 @@ def test_a_longer_chain_of_a_trial_finds_its_beginning():
     plans = [trial_plan(trials, {}, "tiny", parts[:end], [7], ["edits"])[0] for end in (1, 2)]
     short, long = ({n.folder for n in p.nodes.values() if n.stage == "finetune"} for p in plans)
     assert len(short) == 1 and len(long) == 2 and short < long
+
+
+def test_a_search_that_found_nothing_is_reported_beside_one_that_did(tmp_path):
+    sweep, store = searching(), Store(str(tmp_path / "store"))
+    moe, dense = searches = run.model_searches(sweep, check_search(sweep, SMOKE))
+    for each in searches:
+        ledger = Ledger(store, each.folder)
+        for number in range(2):
+            trial = ledger.begin(number, lambda n: Trial(n, {"learning_rate": 0.01 * (n + 1)}))
+            if each is moe:
+                trial.reports = [Report(1, [0.5 + 0.25 * number], 0.5, 6, 700, {}, trial.values)]
+            ledger.end(trial, *(["finished"] if each is moe else ["failed", "the loss is nan"]))
+    assert run.best_lines(sweep, searches, store) == [
+        "best of tiny-moe: trial 1, edits/clean_accuracy 0.75 · learning_rate 0.02"]
+    text = Path(run.report(sweep, searches, store, f"sqlite:///{tmp_path}/m.db")).read_text()
+    assert "tiny: 2 of 2 trials failed" in text and "<small>the loss is nan</small>" in text
+    assert "The trials of tiny-moe trained on 1,400 tokens, those of tiny on 0" in text
+
+
+def test_a_model_that_the_gpus_cannot_hold_is_refused(tmp_path, capsys):
+    assert main(["search", str(ROOT / "sweeps/search_smollm2.yaml"), "--plan", "--store",
+                 str(tmp_path), "--set=resources.evaluate.gpus=1",
+                 "--set=resources.evaluate.gpu_memory_gb=0.3"]) == 2
+    assert "has 182 M parameters, 0.7 GB in float32; 1 × 0.3 GB less a tenth cannot hold them" in (
+        capsys.readouterr().err)
 
 
 def test_the_example_sweeps_are_accepted():

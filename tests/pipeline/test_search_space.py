@@ -85,6 +85,15 @@ def test_random_draws_go_through_the_grids_in_turn():
     assert len({t["weight_decay"] for t in trials}) == 6
 
 
+def test_weighted_sums_have_short_names_that_tell_them_apart():
+    sums = [{"score": {"a/x": 1.0, "b/y": -0.5}}, {"score": {"a/x": 1.0}}]
+    one = search_of(objectives=[{"score": "a/x"}, sums[0]])
+    assert [one.label(o) for o in one.objectives] == ["a/x", "weighted sum"]
+    two = search_of(objectives=sums[:1], algorithm={"kind": "asha", "intermediate": sums[1]})
+    assert [two.label(o) for o in (two.objectives[0], two.intermediate)] == [
+        "weighted sum 1", "weighted sum 2"]
+
+
 @pytest.mark.parametrize("dimensions, reason", [
     ({"steps": {"choice": [3], "when": {"schedule": ["linear"]}}},
      "steps.when: schedule is not in the space"),

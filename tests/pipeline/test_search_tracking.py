@@ -60,6 +60,26 @@ def test_a_run_per_trial_with_its_values_scores_and_end(place):
     assert parent.data.tags["kind"] == "search" and parent.info.status == "FINISHED"
 
 
+def test_a_trial_of_many_scores_and_rungs_is_logged_in_parts(place, monkeypatch):
+    """1,260 points; an MLflow server takes 1,000 at once."""
+    sizes, log_batch = [], MlflowClient.log_batch
+
+    def counted(client, run, metrics=(), **rest):
+        sizes.append(len(metrics))
+        log_batch(client, run, metrics=metrics, **rest)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", counted)
+    scores = {f"edits/score{i}": float(i) for i in range(39)}
+    reports = [Report(n, [0.5], 0.5, n, n, scores, {"learning_rate": 1e-4}) for n in range(30)]
+    record(place, [("moe", "moe", Trial(0, {"learning_rate": 1e-4}, "finished", reports,
+                                        started=100.0, ended=160.0))])
+    run = runs(place[1])[0]
+    assert len(run.data.metrics) == 39 + 3 and run.info.status == "FINISHED"
+    assert [size for size in sizes if size] == [1000, 260]
+    history = MlflowClient(place[1]).get_metric_history(run.info.run_id, "edits/score38")
+    assert [m.step for m in history] == list(range(30))
+
+
 def test_logging_again_adds_nothing_and_changed_trials_replace(place):
     record(place, trials())
     first = {r.info.run_id for r in runs(place[1])}

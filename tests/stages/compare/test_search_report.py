@@ -33,10 +33,11 @@ def searched(model: str, side: str, trials: int, **fields) -> SearchedModel:
 
 
 def content(*models: SearchedModel) -> SearchContent:
-    knobs = (Knob("learning_rate", True), Knob("schedule", False), Knob("lora.rank", False),
-             Knob("nested", False))
-    return SearchContent("A study", "tpe", "sft", (Goal(GOAL, True), Goal(RATE, False)), knobs,
-                         models, (("moe-model", "dense-model"),), (7, 8, 9), "../x/report.html")
+    knobs = (Knob("learning_rate", True, 2e-5), Knob("schedule", False, "constant"),
+             Knob("lora.rank", False, None), Knob("nested", False, False))
+    goals = (Goal(GOAL, GOAL, True), Goal(RATE, "rate", False))
+    return SearchContent("A study", "tpe", "sft", goals, knobs, models,
+                         (("moe-model", "dense-model"),), (7, 8, 9), "../x/report.html")
 
 
 @pytest.fixture
@@ -52,9 +53,16 @@ def report(tmp_path):
 def test_report_stands_alone_and_shows_every_trial(report):
     text = report(searched("moe-model", "moe", 20), searched("dense-model", "dense", 20))
     assert not re.findall(r'(?:src|href)="(?!data:|#)', text) and "<script" not in text
+    # The winners beside the recipe they started from; a knob that is idle in one is a dash there.
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row)
+            for row in text.split("Trained again")[1].split("</table>")[0].split("<tr>")]
+    assert [row[:2] for row in rows if row[:1] == ["learning_rate"]] == [["learning_rate", "2e-05"]]
+    assert [(row[1], row[4:]) for row in rows if row[:1] == ["nested"]] == [
+        ("False", ["—", "—"])]
     assert "&lt;b&gt;loss&lt;/b&gt; is nan" in text and "<b>loss" not in text
     assert "moe-model: 1 of 20 trials failed" in text
     assert "dense-model: nested change nothing in this model" in text
+    assert f"rate ↓ ({RATE})" in text and f"<th>{RATE}" not in text
     assert text.count("data:image/svg+xml") == 5
     trials = pd.read_parquet(report.folder / "trials.parquet")
     assert trials["model"].value_counts().to_dict() == {"moe-model": 20, "dense-model": 20}

@@ -46,7 +46,7 @@ def test_expected_best_equals_its_closed_form():
     exact = [sum(v * comb(i, k - 1) for i, v in enumerate(ordered)) / comb(6, k)
              for k in range(1, 7)]
     found = best_so_far(values, resamples=20_000)
-    assert found["trials"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert found["budget"].tolist() == [1, 2, 3, 4, 5, 6]
     assert found["mean"].to_numpy() == pytest.approx(exact, abs=0.01)
     assert found["ci_low"].iloc[-1] == 0.9
     assert found.loc[0, ["ci_low", "ci_high"]].tolist() == [0.1, 0.9]
@@ -56,6 +56,16 @@ def test_a_trial_without_a_value_costs_its_place():
     found = best_so_far([0.5, np.nan, np.nan, 0.5], resamples=4000)
     assert found["mean"].isna().tolist() == [True, True, False, False]
     assert found["mean"].iloc[2] == 0.5  # of three places, one holds a value in every order
+
+
+def test_expected_best_by_cost_by_hand():
+    """Of the six orders of trials that cost 1, 1 and 2, a budget of 8/3 pays the first two in two
+    (best 3 and 3), else the first alone (1, 3, 2 and 2): 14/6 on average."""
+    found = best_so_far([1.0, 3.0, 2.0], [1, 1, 2], resamples=20_000)
+    assert found["budget"].tolist() == pytest.approx([4 / 3, 8 / 3, 4])
+    assert np.isnan(found["mean"].iloc[0])  # an order that begins with the dear one has nothing yet
+    assert found["mean"].iloc[1:].tolist() == pytest.approx([14 / 6, 3], abs=0.02)
+    assert found.loc[1, ["ci_low", "ci_high"]].tolist() == [1, 3]
 
 
 @pytest.fixture
