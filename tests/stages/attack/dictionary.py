@@ -23,7 +23,7 @@ def write_dictionary(folder: Path) -> Path:
             for word in words:
                 places.setdefault(word.partition("(")[0].lower(), []).append(at)
             listed = " ".join(f"{word} 0" for word in words)
-            data += f"{at} 02 {letter} {len(words):02x} {listed} 001 @ 00000000 n 0000 | a gloss  \n"
+            data += f"{at} 02 {letter} {len(words):02x} {listed} 001 @ {at} n 0000 | a gloss  \n"
         lines = [
             f"{word} {letter} {len(found)} 1 @ {len(found)} 0 {' '.join(found)}  \n"
             for word, found in sorted(places.items())
