@@ -154,6 +154,7 @@ GEOMETRY = {
     "radius_linf": "certified radius of the choice, l-infinity",
     "jump": "jump of the output at a tie",
     "routing_term": "routing term",
+    "routing_jacobian": "router's part of the Jacobian",
     "smoothness": "dense over expert Lipschitz, minimum-norm fits",
     "smoothness_random": "the same, tokens dealt out at random",
 }
@@ -202,7 +203,7 @@ class RouterGeometry(LabelledTexts):
 
     def metrics(self) -> tuple[Metric, ...]:
         """The mean of every quantity, and the correlation of the routing term with the loss."""
-        lower = {"disagreement", "disagreement_next", "jump", "routing_term"}
+        lower = {"disagreement", "disagreement_next", "jump", "routing_term", "routing_jacobian"}
         return (
             *(
                 mean_of(name, label=label, higher_is_better=name not in lower, of_experts=True)
