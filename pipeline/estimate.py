@@ -6,7 +6,7 @@ Known are the counts that data sets declare, the limits of the sweep, the sizes 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +15,7 @@ from pipeline.plan import Node, Plan
 from pipeline.store import Store
 from pipeline.sweep import Assumptions
 from pipeline.sweep_file import located
+from stages.attack.image_spec import AnyImageAttack
 from stages.data.sets import SIZES
 from stages.data.sources import CatalogueSet, KnownSet, LocalFile, load, parse
 from stages.data.spec import TASK_COLUMNS, TEMPLATED, DataSpec, Task
@@ -90,6 +91,8 @@ class Estimator:
             case "evaluate":
                 return self._evaluation(node)
             case "data":
+                if node.spec.task == "images":
+                    return Work(disk=None)  # encoded images are of any size
                 counts = [self.rows(node.name, split) for split in node.spec.splits]
                 rows = None if None in counts else sum(counts)
                 return Work(disk=rows and rows * self.characters(node.name))
@@ -160,11 +163,12 @@ class Estimator:
             # The twins are written in float32, other models stay as they come.
             found = known(getattr(node.spec, "source", ""))
             return Known(card["total_parameters"], card["active_parameters"],
-                         card["flops_per_token"], found.bytes_per_parameter if found else 4)
+                         card["flops_per_token"], found.bytes_per_parameter if found else 4,
+                         tokens_per_image=card["notes"].get("tokens_per_image", 0))
         if isinstance(node.spec, SourceSpec) or node.stage == "judge":
             return known(node.spec.source)
         if isinstance(node.spec, VisionSpec):
-            return Known(*node.spec.counts(), 4)
+            return Known(*node.spec.counts(), 4, tokens_per_image=node.spec.tokens)
         dense = self.size(node.inputs["dense"])
         return dense and _twin(node.spec, dense)
 
@@ -172,7 +176,7 @@ class Estimator:
 
     def _training(self, node: Node) -> Work:
         spec, size = node.spec, self.size(node.key)
-        tokens = self._trained_tokens(node)
+        tokens = self._trained_tokens(node, size.tokens_per_image if size else 0)
         flops = None
         if size and tokens is not None:
             # Forward, and backward twice as much; so for each step of FreeLB and of an adversary.
@@ -189,7 +193,7 @@ class Estimator:
             size and 4 * (1 + moments) * size.total,
         )
 
-    def _trained_tokens(self, node: Node) -> float | None:
+    def _trained_tokens(self, node: Node, of_image: int) -> float | None:
         spec, rows, tokens = node.spec, 0.0, 0.0
         for train in spec.data:
             count = self.rows(train.dataset, train.split)
@@ -198,13 +202,16 @@ class Estimator:
             count = min(count, train.limit or count) * train.repeat
             around = len(TEMPLATES[train.template].prompt) if train.template else 0
             length = (self.characters(train.dataset) + around) / self.assumed.characters_per_token
-            rows, tokens = rows + count, tokens + count * min(length, spec.max_length)
+            rows, tokens = rows + count, tokens + count * (of_image or min(length, spec.max_length))
         if not rows:
             return None
         steps = spec.steps or math.ceil(spec.epochs * rows / spec.batch_size)
         return min(steps, spec.until or steps) * spec.batch_size * tokens / rows
 
     def _evaluation(self, node: Node) -> Work:
+        size = self.size(node.inputs["checkpoint"])
+        if size and size.tokens_per_image:
+            return self._of_images(node, size)
         asked = self.asked(node.spec.evaluation)
         sizes = [self.size(key) for role, key in node.inputs.items()
                  if role == "checkpoint" or role.startswith(AMATEUR)]
@@ -217,6 +224,19 @@ class Estimator:
         hours = (self._hours(node, read, self.assumed.scoring_tflops)
                  + self._hours(node, written, self.assumed.decoding_tflops))
         return Work(tokens, read + written, hours, disk, whole=asked.whole)
+
+    def _of_images(self, node: Node, size: Known) -> Work:
+        """An evaluation of a vision model: one pass of every image and those of its attacks."""
+        evaluation, passes, images = node.spec.evaluation, 1, 0.0
+        if evaluation.kind == "image_attacks":
+            passes += len(evaluation.budgets) * sum(map(_passes, evaluation.attacks.values()))
+        for dataset, split in evaluation.datasets().items():
+            images += self.rows(dataset, split) or 0
+        tokens = images * passes * size.tokens_per_image
+        flops = tokens * size.flops_per_token
+        # The passes of checks and probes are not counted.
+        return Work(tokens, flops, self._hours(node, flops, self.assumed.training_tflops),
+                    whole=evaluation.kind == "image_classification")
 
     def _hours(self, node: Node, flops: float | None, tflops: float) -> float | None:
         if not node.resources.gpus:
@@ -258,12 +278,22 @@ class Estimator:
         return Asked(read, written, whole)
 
 
+def _passes(attack: AnyImageAttack) -> int:
+    """Forward passes of an image that an attack takes at one budget; a gradient is three. Soft,
+    frozen and targeted routing take more."""
+    gradients = getattr(attack, "steps", 0) * getattr(attack, "restarts", 1)
+    return 3 * gradients * (getattr(attack, "targets", 0) or 1) + getattr(attack, "queries", 0)
+
+
 def _twin(spec: UpcycleSpec | WidenSpec, dense: Known) -> Known | None:
-    """The size of a twin of a dense model of a gated family; None for others.
+    """The size of a twin of a dense model of a gated family or of a Vision Transformer; None for
+    others.
 
     Leaves out the one neuron of a shared expert that some architectures cannot do without.
     """
     config = dense.config
+    if config.get("model_type") == "vit":
+        return _vision_twin(spec, dense)
     if config.get("model_type") not in GATED_BLOCKS:
         return None
     hidden, neurons = config["hidden_size"], config["intermediate_size"]
@@ -281,6 +311,24 @@ def _twin(spec: UpcycleSpec | WidenSpec, dense: Known) -> Known | None:
     active = sparse * used + router
     return Known(dense.total + sparse * held + router, dense.active + active,
                  dense.flops_per_token + 2 * active, 4)
+
+
+def _vision_twin(spec: UpcycleSpec | WidenSpec, dense: Known) -> Known:
+    """The same of a Vision Transformer, whose blocks are two matrices with biases; copies only."""
+    hidden, neurons = dense.config["hidden_size"], dense.config["intermediate_size"]
+    layers = dense.config["num_hidden_layers"]
+    if isinstance(spec, WidenSpec):
+        more = layers * spec.added(neurons, layers)
+        return replace(dense, total=dense.total + (2 * hidden + 1) * more,
+                       active=dense.active + (2 * hidden + 1) * more,
+                       flops_per_token=dense.flops_per_token + 4 * hidden * more)
+    sparse = len(indices(spec.layers, layers))
+    router, block = sparse * hidden * spec.experts, (2 * hidden + 1) * neurons + hidden
+    used = sparse * (spec.top_k - 1)
+    multiplied = router + used * 2 * hidden * neurons
+    return replace(dense, total=dense.total + router + sparse * (spec.experts - 1) * block,
+                   active=dense.active + router + used * block,
+                   flops_per_token=dense.flops_per_token + 2 * multiplied)
 
 
 def _filler(task: Task, rows: int, characters: float, labels: tuple[str, ...]) -> pd.DataFrame:
@@ -360,4 +408,6 @@ def check_memory(plan: Plan, store: Store, folder: Path, path: Path) -> None:
 
 def parameters(count: int) -> str:
     """A number of parameters, in millions or (B) thousands of millions."""
-    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.0f} M"
+    if count >= 1e9:
+        return f"{count / 1e9:.3g} B"
+    return f"{count / 1e6:.0f} M" if count >= 1e7 else f"{count / 1e6:.2g} M"

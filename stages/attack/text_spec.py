@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from stages.attack import wordnet
 from stages.spec import Spec
 
 Operation = Literal["swap", "substitute", "delete", "insert"]
@@ -94,17 +95,27 @@ class Homoglyphs(GreedyEdits):
 
 
 class WordNeighbours(GreedyEdits):
-    """Words whose embedding in the attacked model is near the original's.
+    """Other words: those whose embedding in the attacked model is near, or WordNet's synonyms.
 
-    Nearness is the model's own: the meaning may change, and no sentence encoder watches over it, so
-    this is not TextFooler.
+    The meaning may change, and no sentence encoder watches over it, so this is not TextFooler.
     """
 
     kind: Literal["word_neighbours"] = "word_neighbours"
     neighbours: Annotated[int, Field(ge=1)] = 8
     """Words that are tried for each."""
+    synonyms: Literal["embedding", "wordnet"] = "embedding"
+    """Where the words are from. ``wordnet``: what shares a sense with the word in WordNet, the
+    same for every model; only words in their base form have any."""
     cosine: Annotated[float, Field(ge=-1, le=1)] = 0.3
     """Least cosine of the two embeddings."""
+
+    @model_validator(mode="after")
+    def _there(self) -> "WordNeighbours":
+        if self.synonyms == "wordnet":
+            wordnet.folder()
+            if self.cosine != type(self).model_fields["cosine"].default:
+                raise ValueError("cosine has no effect on synonyms of wordnet; remove it")
+        return self
 
 
 AnyTextAttack = Annotated[

@@ -64,14 +64,22 @@ def inside(
     """Which of a prompt's last ``length`` tokens stand for a part of the request's context, from
     character ``begin`` to the end of ``until``, with which the context begins; booleans (length,).
     """
+    whole, spans = pieces(tokenizer, request, length)
+    first = whole.index(request.context)
+    return torch.tensor(
+        [_within(whole, span, first + begin, first + len(until)) for span in spans]
+    )
+
+
+def pieces(
+    tokenizer: Tokenizer, request: Request, length: int
+) -> tuple[str, list[tuple[int, int]]]:
+    """A prompt as it is tokenised, and the characters that its last ``length`` tokens stand for."""
     whole, special = prompt(tokenizer, request)
     offsets = tokenizer(
         whole.rstrip(), add_special_tokens=special, return_offsets_mapping=True, verbose=False
-    )["offset_mapping"][-length:]
-    first = whole.index(request.context)
-    return torch.tensor(
-        [_within(whole, span, first + begin, first + len(until)) for span in offsets]
-    )
+    )["offset_mapping"]
+    return whole, offsets[-length:]
 
 
 def allowed_tokens(tokenizer: Tokenizer, size: int) -> torch.Tensor:

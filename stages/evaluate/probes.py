@@ -161,6 +161,7 @@ GEOMETRY = {
     "radius_linf": "certified radius of the choice, l-infinity",
     "jump": "jump of the output at a tie",
     "routing_term": "routing term",
+    "routing_jacobian": "router's part of the Jacobian",
     "smoothness": "dense over expert Lipschitz, minimum-norm fits",
     "smoothness_random": "the same, tokens dealt out at random",
     "smoothness_gain": "the same, the router's groups minus random ones",
@@ -196,7 +197,10 @@ class Geometry(Evaluation):
 
     def metrics(self) -> tuple[Metric, ...]:
         """The mean of every quantity, and the correlation of the routing term with the loss."""
-        lower = {"disagreement", "disagreement_next", "jump", "routing_term", "overlap"}
+        lower = {
+            "disagreement", "disagreement_next", "jump", "routing_term", "routing_jacobian",
+            "overlap",
+        }  # fmt: skip
         return (
             *(
                 mean_of(name, label=label, higher_is_better=name not in lower, of_experts=True)

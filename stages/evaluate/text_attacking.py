@@ -19,6 +19,7 @@ from stages.attack.text_spec import (
     GreedyEdits,
     Homoglyphs,
 )
+from stages.attack.wordnet import WordNet, folder
 from stages.errors import StageFailed
 from stages.evaluate.asking import Asker, allowed_tokens, are_texts
 from stages.evaluate.text_attacks import BUDGETS, SWAPS
@@ -78,6 +79,11 @@ class Attacker(Asker):
                 numbers.append(number)
         table = self.victim.table[torch.tensor(numbers, dtype=torch.long)]
         return words, torch.nn.functional.normalize(table.float(), dim=-1)
+
+    @cached_property
+    def wordnet(self) -> WordNet:
+        """Synonyms, read once."""
+        return WordNet(folder())
 
     def near(self, word: str, count: int, cosine: float) -> list[str]:
         """The nearest words to one in the model's input embedding, the nearest first."""
@@ -244,6 +250,10 @@ class Attacker(Asker):
             return edits.character_variants(attack.operations)
         if isinstance(attack, Homoglyphs):
             return edits.homoglyph_variants
+        if attack.synonyms == "wordnet":
+            return edits.neighbour_variants(
+                lambda word: self.wordnet.synonyms(word)[: attack.neighbours]
+            )
         return edits.neighbour_variants(
             lambda word: self.near(word, attack.neighbours, attack.cosine)
         )

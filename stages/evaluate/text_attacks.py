@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, model_validator
 
+from stages.attack import wordnet
 from stages.attack.text_spec import AnyTextAttack, EmbeddingPGD, GradientAttack, GreedyEdits
 from stages.evaluate import hygiene
 from stages.evaluate.base import Metric, Request, Response, mean_of
@@ -45,6 +46,13 @@ class TextAttacks(LabelledTexts):
         if len(set(labels)) < len(labels):
             raise ValueError("two attacks have the same name; give each its own `name`")
         return self
+
+    def wordings(self) -> dict[str, str]:
+        """The template's hash, and that of WordNet's files where an attack takes words from it."""
+        asked = any(getattr(attack, "synonyms", "") == "wordnet" for attack in self.attacks)
+        return super().wordings() | (
+            {"wordnet": wordnet.digest(wordnet.folder())} if asked else {}
+        )
 
     def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:
         """One per example; the first ones are those that attacks are checked on."""

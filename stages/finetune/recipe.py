@@ -235,6 +235,10 @@ class Trades(ImageAdversary):
 
     kind: Literal["trades"] = "trades"
     beta: Annotated[float, Field(gt=0)] = 6.0
+    router_beta: Annotated[float, Field(ge=0)] = 0.0
+    """The same for how far the routers' probabilities move, in the loss and for the attack, which
+    then moves both; mean over tokens and layers. With ``alternate`` near to AdvMoE (arXiv
+    2308.10110), without that work's labels for the routers."""
 
 
 def _freelb_by_default(value: object) -> object:
@@ -355,6 +359,9 @@ def for_dense(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
         if fields[name] != default[name]:
             dropped[name] = recipe.model_dump(mode="json")[name]
             fields[name] = default[name]
+    if isinstance(recipe.adversarial, Trades) and recipe.adversarial.router_beta:
+        dropped["adversarial.router_beta"] = recipe.adversarial.router_beta
+        fields["adversarial"] = recipe.adversarial.model_copy(update={"router_beta": 0.0})
     for section in ("router", "experts"):
         given = getattr(recipe, section).model_dump(mode="json", exclude_defaults=True)
         dropped |= {f"{section}.{name}": value for name, value in given.items()}

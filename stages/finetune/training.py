@@ -22,7 +22,7 @@ from torch import nn
 from stages.attack.image_geometry import sizes
 from stages.errors import StageFailed
 from stages.finetune import freelb
-from stages.finetune.adversary import divergence, perturbed
+from stages.finetune.adversary import divergence, perturbed, router_divergence
 from stages.finetune.batches import (
     Example,
     ImageExample,
@@ -42,6 +42,7 @@ from stages.finetune.telemetry import RoutingTelemetry, model_flops_utilisation
 from stages.models.balance import gshard_loss, importance_loss, load_loss
 from stages.models.families import family
 from stages.models.images import Classifier
+from stages.models.routing import Routing
 
 AUXILIARY = {
     "auxiliary_loss_weight": ("auxiliary_loss", load_balancing_loss),
@@ -185,6 +186,10 @@ class Training:
                 moved = divergence(logits, attacked) / answers
                 loss = loss + trades.beta * moved
                 self.evidence.mean("adversarial", "divergence", moved * answers / len(examples))
+            if trades and trades.router_beta:
+                turned = self._turned(routings, len(examples))
+                loss = loss + trades.router_beta * turned / answers
+                self.evidence.mean("adversarial", "router_divergence", turned / len(examples))
             for knob, (_, of) in self.weighed.items():
                 own = self.own_argument and of is load_balancing_loss
                 # The load is a probability over the noise, so its loss must know it.
@@ -224,6 +229,12 @@ class Training:
         if not isinstance(recipe, Trades):
             return pixels
         return torch.cat([part.arguments["pixel_values"], pixels])
+
+    def _turned(self, routings: list[Routing], images: int) -> torch.Tensor:
+        """How far the routers moved between clean images and, behind them, attacked ones, before
+        noise that the recipe adds."""
+        logits = (self.knobs.clean.get(r.layer, r.logits) for r in routings)
+        return router_divergence([each.chunk(2) for each in logits], images)
 
     def _own(self, out) -> torch.Tensor:
         """The load-balancing loss as the family computed it."""

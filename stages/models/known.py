@@ -24,10 +24,25 @@ class Known:
     config: Mapping = field(default_factory=dict, repr=False)
     """Content of ``config.json`` that decides the size, defaults of transformers left out; empty
     where transformers has no such architecture."""
+    tokens_per_image: int = 0
+    """Patches of an image and the class token, of a vision model."""
 
 
 def _untied(**fields: object) -> dict:
     return {"tie_word_embeddings": False, **fields}
+
+
+def _vit(total: int, flops_per_token: int, patch: int, **fields: int) -> Known:
+    # Published at 384 pixels and with the thousand labels of ImageNet.
+    config = {"model_type": "vit", "image_size": 384, "patch_size": patch, "num_labels": 1000}
+    tokens = (384 // patch) ** 2 + 1
+    return Known(total, total, flops_per_token, 4, config | fields, tokens)
+
+
+VIT_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+         "num_attention_heads": 12}  # fmt: skip
+VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+         "num_attention_heads": 16}  # fmt: skip
 
 
 def _llama_moe(total: int, active: int, flops_per_token: int) -> Known:
@@ -335,6 +350,9 @@ KNOWN: dict[str, Known] = {
             num_key_value_heads=32,
         ),
     ),
+    "hub:google/vit-base-patch32-384": _vit(88_297_192, 174_587_904, 32, **VIT_B),
+    "hub:google/vit-base-patch16-384": _vit(86_859_496, 171_048_960, 16, **VIT_B),
+    "hub:google/vit-large-patch32-384": _vit(306_632_680, 610_271_232, 32, **VIT_L),
 }
 """Source without its revision to size."""
 

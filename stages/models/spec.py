@@ -17,6 +17,18 @@ class SourceSpec(Spec):
     """Digest of a ``file:`` or ``pack:`` source, filled in by the planner."""
     seed: int = 0
     """Seed of the random weights of a ``tiny:`` model."""
+    labels: Annotated[int, Field(ge=2)] | Annotated[tuple[str, ...], Field(min_length=2)] | None = (
+        None
+    )
+    """The data's labels in the order of an image classifier's outputs, in place of the names in its
+    configuration; a number stands for 0, 1, …"""
+
+    def identity(self) -> dict:
+        """Without ``labels`` where none are given."""
+        found = super().identity()
+        if self.labels is None:
+            del found["labels"]
+        return found
 
 
 class EveryNth(Spec):

@@ -36,6 +36,8 @@ def run(
             _tiny(name, spec.seed, output)
         else:
             bring(spec.source, output)
+        if spec.labels is not None:
+            _relabel(spec, output)
         _describe_source(spec, output)
     elif isinstance(spec, VisionSpec):
         _vision(spec, output)
@@ -111,6 +113,22 @@ def _copy(source: Path, output: Path) -> None:
             f"{source}: holds no *.safetensors, and no other format is read; choose a revision "
             "that has them"
         )
+
+
+def _relabel(spec: SourceSpec, output: Path) -> None:
+    """Name the outputs of an image classifier as the data names its labels."""
+    file = output / "config.json"
+    config = json.loads(file.read_text())
+    names = spec.labels if isinstance(spec.labels, tuple) else tuple(map(str, range(spec.labels)))
+    outputs = len(config.get("id2label", ()))
+    if family(config).modality != "image" or len(names) != outputs:
+        raise StageFailed(
+            f"{spec.source}: labels: {len(names)} are given for {outputs} outputs of an image "
+            "classifier; give as many, or none"
+        )
+    config["id2label"] = {str(number): name for number, name in enumerate(names)}
+    config["label2id"] = {name: number for number, name in enumerate(names)}
+    file.write_text(json.dumps(config, indent=1) + "\n")
 
 
 def _describe_source(spec: SourceSpec, output: Path) -> None:

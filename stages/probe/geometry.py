@@ -176,7 +176,8 @@ def differences(watched: Watched, generator: torch.Generator) -> dict[str, torch
     their ``cosine``; ``disagreement_next``: of ranks K and K + 1; ``disagreement_random``: of two
     drawn ones. ``jump``: what the output changes by when rank K gives way to K + 1, the weight of
     rank K times the distance of their outputs. ``routing_term``: product of the weights of the two
-    best, the distance of their outputs and the distance of their rows in the router.
+    best, the distance of their outputs and the distance of their rows in the router;
+    ``routing_jacobian``: see there.
     """
     routing, hidden = watched.routing, watched.hidden
     logits = routing.logits.float()
@@ -206,4 +207,34 @@ def differences(watched: Watched, generator: torch.Generator) -> dict[str, torch
         beside = probabilities.gather(-1, second[:, None])[:, 0] if single else weights[:, 1]
         distance = (outputs[""][0] - outputs[""][1]).norm(dim=-1)
         found["routing_term"] = weights[:, 0] * beside * distance * rows
+        found["routing_jacobian"] = routing_jacobian(watched)
     return found
+
+
+def routing_jacobian(watched: Watched) -> torch.Tensor:
+    """The part that the router has in a block's steepness, (T,).
+
+    The spectral norm of Σ_a f_a ∇w_a over the chosen experts: what the Jacobian of Σ_a w_a f_a has
+    beside Σ_a w_a J_a, with the choice as it is. For two experts whose weights sum to 1 it is the
+    routing term. NaN for weights that are neither a softmax over all experts nor over the chosen.
+    """
+    routing, hidden = watched.routing, watched.hidden
+    logits, weights_TK = routing.logits.float(), routing.weights.float()
+    probabilities_TE = logits.softmax(-1)
+    own = probabilities_TE.gather(-1, routing.experts)
+    renormalised = own / own.sum(-1, keepdim=True)
+    errors = [(weights_TK - rule).abs().max() for rule in (renormalised, own)]
+    if min(errors) > 1e-2:
+        return logits.new_full((len(logits),), torch.nan)
+    # Which experts' logits each weight depends on, as weights (T, E) of the softmax that it is of.
+    over_TE = probabilities_TE
+    if errors[0] <= errors[1]:
+        over_TE = torch.zeros_like(logits).scatter(-1, routing.experts, weights_TK)
+    mean_TD = over_TE @ watched.scorers
+    gradients_TKD = weights_TK[..., None] * (watched.scorers[routing.experts] - mean_TD[:, None])
+    outputs_TKM = torch.stack(
+        [watched.expert(hidden, numbers).float() for numbers in routing.experts.unbind(-1)], dim=1
+    )
+    # ‖Fᵀ G‖² is the largest eigenvalue of (F Fᵀ)(G Gᵀ), which is K × K.
+    product = (outputs_TKM @ outputs_TKM.mT) @ (gradients_TKD @ gradients_TKD.mT)
+    return torch.linalg.eigvals(product.double()).real.amax(-1).clamp(min=0).sqrt().to(logits)

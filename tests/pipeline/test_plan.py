@@ -30,7 +30,7 @@ FIELDS = {
         {"task", "source", "format", "content", "columns", "labels", "splits", "rows", "seed",
          "corruption"},
         set()),
-    SourceSpec: ({"source", "content", "seed"}, set()),
+    SourceSpec: ({"source", "content", "seed", "labels"}, set()),
     UpcycleSpec: (
         {"experts", "top_k", "layers", "experts_from", "drop", "noise", "rescale", "router",
          "seed"}, set()),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from stages.attack.wordnet import digest
 from stages.compare.spec import CompareSpec
 from stages.compare.stage import EFFECTS_FILE
 from stages.compare.stage import run as compare
@@ -20,6 +21,7 @@ from stages.evaluate.text_attacks import TextAttacks
 from stages.models.card import ModelCard
 from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.statistics import summarise
+from tests.stages.attack.dictionary import write_dictionary
 
 ATTACKS = [
     {"kind": "embedding_pgd", "epsilon": 0.5, "steps": 4},
@@ -217,6 +219,26 @@ def test_words_of_one_token_have_neighbours(engines, monkeypatch):
     assert attacker.near("Good", 8, 0.5) == ["fine"]  # cosines 0.6 and -1
     assert attacker.near("good", 8, -1.0) == ["fine", "bad"]
     assert attacker.near("unheard", 8, -1.0) == []
+
+
+def test_synonyms_of_a_dictionary_are_put_in(engines, tmp_path, monkeypatch):
+    monkeypatch.setenv("WNSEARCHDIR", str(write_dictionary(tmp_path)))
+    evaluation = spec(attacks=[{"kind": "word_neighbours", "synonyms": "wordnet", "edits": 2}])
+    assert evaluation.wordings()["wordnet"] == digest(tmp_path)
+    assert "wordnet" not in spec().wordings()
+    texts = ["Good film", "A film, just awful"]
+    shop = pd.DataFrame({"id": ["0", "1"], "document": ["0", "1"], "text": texts,
+                         "label": ["positive", "negative"]})
+    name = "word_neighbours"
+    found = scores_of(engines["mixtral"], evaluation, {"shop": shop}).set_index("example_id")
+    others = {"Goodness", "Fine", "Just", "Well", "Full", "Good"}
+    first, second = found.loc["shop/0", "answer"].split()
+    assert first in others and second in {"movie", "shoot", "coating", "film"}
+    changed = (first != "Good") + (second != "film")
+    assert found.loc["shop/0", f"edits/{name}"] == changed
+    assert found[f"edits/{name}"].sum() > 0
+    # "just" is a stop word and "awful" is not in the dictionary.
+    assert found.loc["shop/1", "answer"].endswith(", just awful")
 
 
 def test_variants_and_common_tokens_by_hand():

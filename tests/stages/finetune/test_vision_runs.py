@@ -18,11 +18,12 @@ from stages.evaluate import stage as evaluate_stage
 from stages.evaluate.image_attacks import ImageAttacks
 from stages.evaluate.spec import EvaluateSpec
 from stages.evaluate.vision import ImageClassification
-from stages.finetune.adversary import divergence, perturbed
+from stages.finetune.adversary import divergence, perturbed, router_divergence
 from stages.finetune.batches import global_batch, load_examples, micro_batch
-from stages.finetune.recipe import AdversarialPGD, FreeLB, Router, Trades
+from stages.finetune.recipe import AdversarialPGD, Alternate, FreeLB, Router, Trades, for_dense
 from stages.finetune.refusals import contradictions, inapplicable
 from stages.finetune.spec import FinetuneSpec, TrainSet
+from stages.finetune.training import _seed
 from stages.models import stage as model_stage
 from stages.models.families import family
 from stages.models.images import Classifier, load_processor
@@ -54,6 +55,8 @@ SPEC = FinetuneSpec(
 )
 BALANCED = {"importance_loss_weight": 0.3, "gshard_loss_weight": 0.2}
 NOISY = {"router": Router(noise="1/E"), "load_loss_weight": 0.5, "importance_loss_weight": 0.3}
+TURNS = {"adversarial": Trades(budget=0.1, steps=3, router_beta=5.0),
+         "alternate": Alternate(every=1, first="router")}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,7 @@ def runs(folders, tmp_path_factory):
     plan("resumed", "sparse", NOISY, checkpoints=kept)  # from the checkpoint of step 2
     plan("pgd", "dense", {"adversarial": AdversarialPGD(budget=0.1, steps=3)})
     plan("trades", "dense", {"adversarial": Trades(budget=0.1, steps=3, norm="l2")})
+    plan("turns", "sparse", TURNS)
     launch(2, planned, tmp_path_factory.mktemp("store") / "store")
     return folder
 
@@ -177,6 +181,62 @@ def test_adversarial_training_sees_worse_images(runs):
         found = knobs["adversarial"]["measured"]
         assert 0.05 < found["size_of_the_perturbation"] <= 0.1 + 1e-6
         assert name == "pgd" or found["divergence"] > 1e-4
+
+
+def test_routers_and_the_rest_take_turns_under_an_attack_on_both(runs, folders):
+    got = curve(runs / "turns")
+    assert (got["router_change"] > 0).tolist() == [True, False, True, False]
+    knobs = json.loads((runs / "turns/recipe_evidence.json").read_text())["knobs"]
+    assert knobs["alternate"]["measured"]["steps_that_moved_the_routers"] == 2
+    # The first step by hand: a turn of the routers.
+    spec = SPEC.model_copy(update=TURNS)
+    model, processor = load(folders["sparse"]), load_processor(folders["sparse"])
+    examples = load_examples(spec, {"data/digits": folders["digits"]}, processor)
+    batch = global_batch(len(examples), 8, spec.seed, 0)
+    model.train().requires_grad_()
+    turned = []
+    for place in range(0, 8, 2):
+        part = [examples[i] for i in batch[place : place + 2]]
+        labels = torch.tensor([e.label for e in part])
+        clean = processor.decode([e.image for e in part])
+        classifier = Classifier(model, processor)
+        torch.manual_seed(_seed(spec.seed, 0, place))
+        images = perturbed(classifier, clean, labels, spec.adversarial)
+        routers = []
+        for pixels in (clean, images):
+            with routed(model) as routes:
+                routers.append((classifier(pixels), routes[0].logits.softmax(-1)))
+        (before, p), (after, q) = routers
+        turned.append(2 * (p * (p / q).log()).sum(-1).mean())
+        loss = torch.nn.functional.cross_entropy(before, labels, reduction="sum")
+        loss = loss + 6 * divergence(before, after) + 5 * turned[-1]
+        (loss / 8).backward()
+    (router,) = family(model).modules(model, "router").values()
+    assert got["gradient_norm"][0] == pytest.approx(router.weight.grad.norm().item(), rel=1e-3)
+    found = knobs["adversarial"]["measured"]["router_divergence"]
+    assert found == pytest.approx(sum(turned).item() / 8, rel=1e-3) and found > 1e-3
+    fields, dropped = for_dense(spec)
+    assert fields["adversarial"].router_beta == 0 and fields["alternate"] is None
+    assert dropped == {"alternate": {"every": 1, "first": "router"},
+                       "adversarial.router_beta": 5.0}
+
+
+def test_an_attack_on_the_routers_moves_them_more(folders):
+    classifier = Classifier(load(folders["sparse"]), load_processor(folders["sparse"]))
+    rows = pd.read_parquet(folders["digits"] / "test.parquet")
+    clean = classifier.processor.decode(rows["image"])
+    labels = torch.tensor(rows["label"].astype(int).to_numpy())
+    moved = {}
+    for weight in (0.0, 100.0):
+        torch.manual_seed(0)
+        images = perturbed(classifier, clean, labels, Trades(steps=5, router_beta=weight))
+        with routed(classifier.model) as before:
+            classifier(clean)
+        with routed(classifier.model) as after:
+            classifier(images)
+        pairs = [(a.logits, b.logits) for a, b in zip(before, after, strict=True)]
+        moved[weight] = router_divergence(pairs, len(clean)).item()
+    assert moved[100.0] > 1.2 * moved[0.0] > 0
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -82,6 +82,17 @@ def test_weights_of_transformers_vit_give_its_logits(tmp_path):
     assert torch.equal(ours(pixels), expected.logits)
     card = ModelCard.read(output)
     assert (card.architecture, card.family, card.notes["tokens_per_image"]) == ("dense", "vit", 17)
+    assert load_processor(output).labels[:2] == ("LABEL_0", "LABEL_1")
+    # Outputs named as the data names its labels.
+    named = SourceSpec(source=f"file:{source}", labels=10)
+    run(named, {}, output)
+    assert load_processor(output).labels == tuple(map(str, range(10)))
+    assert torch.equal(Classifier(load(output), load_processor(output))(pixels), expected.logits)
+    assert "labels" in named.identity() and "labels" not in SourceSpec(source="tiny:vit").identity()
+    with pytest.raises(StageFailed, match="labels: 2 are given for 10 outputs"):
+        run(SourceSpec(source=f"file:{source}", labels=("cat", "dog")), {}, output)
+    with pytest.raises(StageFailed, match="labels: 10 are given for 0 outputs of an image"):
+        run(SourceSpec(source="tiny:llama", labels=10), {}, output)
 
 
 def test_operations_by_hand(tmp_path):

@@ -50,6 +50,16 @@ def test_chance(experts, chosen, expected):
     assert chance(experts, chosen) == pytest.approx(expected, abs=6e-4)
 
 
+def test_chance_is_met_by_drawing():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.rand(20_000, 8, generator=generator).topk(2).indices for _ in range(2))
+    before, after = (torch.zeros(20_000, 8, dtype=torch.bool).scatter(1, chosen, True)
+                     for chosen in (first, second))
+    met = overlap(before, after).mean().item()
+    assert 1 - chance(8, 2) == pytest.approx(0.1786, abs=5e-5)
+    assert met == pytest.approx(0.1786, abs=0.006)  # three standard errors
+
+
 def test_chance_is_the_mean_over_all_pairs_of_sets():
     every = [set(c) for c in itertools.combinations(range(6), 4)]
     mean = sum(1 - len(a & b) / len(a | b) for a in every for b in every) / len(every) ** 2

@@ -31,7 +31,13 @@ def test_groups_of_a_given_overlap(d, count, n, shared):
     assert found.residual < 1e-6
     assert found.overlap == pytest.approx(shared, abs=1e-9)
     assert found.eigenvalue == pytest.approx(1 + (count - 1) * shared)
+    assert found.eigenvalue <= 1 + (count - 1) * found.overlap + 1e-9
     assert found.ratio >= 1 and found.frobenius >= found.bound * (1 - 1e-9)
+    # What both rest on: a group's own fit is the dense one, projected on the span of its inputs.
+    dense = torch.linalg.pinv(torch.cat(inputs)) @ torch.cat(targets)
+    for x, y in zip(inputs, targets, strict=True):
+        inverse = torch.linalg.pinv(x)
+        torch.testing.assert_close(inverse @ x @ dense, inverse @ y, rtol=1e-6, atol=1e-8)
     if shared == 0:
         assert found.frobenius == pytest.approx(found.bound)
         assert 1 <= found.frobenius <= count**0.5
