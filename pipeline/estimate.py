@@ -336,6 +336,7 @@ def _filler(task: Task, rows: int, characters: float, labels: tuple[str, ...]) -
     shares = {
         "classification": {"text": 1},
         "nli": {"premise": 2 / 3, "hypothesis": 1 / 3},
+        "paraphrase": {"sentence1": 1 / 2, "sentence2": 1 / 2},
         "prompts": {"prompt": 1},
         "multiple_choice": {"question": 0.15, "context": 0.75},
         "statements": {"question": 0.1},

@@ -137,6 +137,7 @@ class Assumptions(Spec):
     tokens_per_row: dict[Task, Annotated[float, Field(gt=0)]] = {
         "classification": 25,
         "nli": 75,
+        "paraphrase": 45,
         "prompts": 20,
         "multiple_choice": 110,
         "statements": 120,

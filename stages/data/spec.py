@@ -9,6 +9,7 @@ from stages.spec import Spec
 Task = Literal[
     "classification",
     "nli",
+    "paraphrase",
     "prompts",
     "multiple_choice",
     "statements",
@@ -23,6 +24,8 @@ Task = Literal[
 TASK_COLUMNS: dict[Task, tuple[str, ...]] = {
     "classification": ("text", "label"),
     "nli": ("premise", "hypothesis", "label"),
+    # Do two sentences or questions mean the same?
+    "paraphrase": ("sentence1", "sentence2", "label"),
     "prompts": ("prompt", "category"),
     # `answer` is the index of the one right choice.
     "multiple_choice": ("question", "choices", "answer", "context"),
@@ -40,7 +43,7 @@ TASK_COLUMNS: dict[Task, tuple[str, ...]] = {
     # Encoded bytes (PNG, JPEG …).
     "images": ("image", "label"),
 }
-LABELLED: frozenset[Task] = frozenset({"classification", "nli", "images"})
+LABELLED: frozenset[Task] = frozenset({"classification", "nli", "paraphrase", "images"})
 TEMPLATED: frozenset[Task] = LABELLED - {"images"}
 """Labelled texts, which a template turns into prompts."""
 # May be absent from a user's file; filled with an empty string.
@@ -73,7 +76,7 @@ class DataSpec(Spec):
     columns: dict[str, str] = {}
     """Column of the task's schema to column of the source, where the names differ."""
     labels: dict[str, str] = {}
-    """Label of the source to label of the task, where they differ (classification, nli)."""
+    """Label of the source to label of the task, where they differ (tasks with labels)."""
     splits: dict[str, Annotated[float, Field(gt=0, le=1)]] = {"test": 1.0}
     """Split name to share of the documents; the shares sum to at most 1."""
     rows: dict[str, Annotated[int, Field(gt=0)]] = {}

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from stages.data.spec import TASK_COLUMNS, Task
+from stages.data.spec import TASK_COLUMNS, TEMPLATED, Task
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
@@ -30,9 +30,10 @@ class Template:
     one in ``labels``."""
 
     def __post_init__(self) -> None:
-        unknown = {*self.columns} - {*TASK_COLUMNS[self.task]} or {*self.synonyms} - {*self.labels}
-        if unknown or not self.columns:
-            raise ValueError(f"template {self.prompt!r}: no such field or label: {unknown or '{}'}")
+        if not self.columns or not self._tasks:
+            raise ValueError(f"template {self.prompt!r}: no task has the fields {self.columns}")
+        if unknown := {*self.synonyms} - {*self.labels}:
+            raise ValueError(f"template {self.prompt!r}: synonyms of no label: {unknown}")
 
     def fill(self, row: Mapping[str, str]) -> str:
         """The prompt of one row. Braces in the row's own text stay what they are."""
@@ -46,7 +47,13 @@ class Template:
     @property
     def task(self) -> Task:
         """The task whose rows it is for."""
-        return "nli" if "premise" in self.columns else "classification"
+        return self._tasks[0]
+
+    @property
+    def _tasks(self) -> list[Task]:
+        """The labelled tasks whose rows have every column that the prompt names."""
+        return [task for task in TASK_COLUMNS if task in TEMPLATED
+                and {*self.columns} <= {*TASK_COLUMNS[task]} - {"label"}]
 
     @property
     def words(self) -> list[tuple[str, str]]:
@@ -84,5 +91,9 @@ TEMPLATES: dict[str, Template] = {
     "nli_binary": Template(
         prompt="Premise: {premise}\nHypothesis: {hypothesis}\nDoes the premise entail it?",
         labels={"entailment": " Yes", "not_entailment": " No"},
+    ),
+    "paraphrase": Template(
+        prompt="First: {sentence1}\nSecond: {sentence2}\nDo both mean the same?",
+        labels={"paraphrase": " Yes", "not_paraphrase": " No"},
     ),
 }

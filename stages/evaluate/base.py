@@ -55,6 +55,9 @@ class Request:
     """Put the context through the tokenizer's chat template as the user's turn."""
     reply: str = ""
     """The assistant's turn after it, for a judge of answers; needs a chat template."""
+    messages: str = ""
+    """A conversation in place of the context: a JSON list of ``{role, content}``; where the last
+    turn is the assistant's, it is gone on with. Needs a chat template."""
     stop: tuple[str, ...] = ()
     """Texts before which a generation is cut off."""
     window: int = 0

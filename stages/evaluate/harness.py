@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.evaluate.base import AXES, Evaluation, Metric, Request, Response
 from stages.evaluate.examples import difference, mean_where
@@ -155,6 +155,12 @@ class LmEval(Evaluation):
     """Answered examples before each; the task's own number where absent."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """The first so many examples of each task."""
+    apply_chat_template: bool = False
+    """Put each example through the chat template of the model's tokenizer."""
+    fewshot_as_multiturn: bool = True
+    """Answered examples are turns of the conversation; else all stand in the user's one turn."""
+    system_instruction: str | None = None
+    """Text before everything; the system's turn of a conversation."""
     document: str | None = None
     """Column of the harness's data that says which examples share a source, for intervals."""
     axis: Literal[AXES] = "capability"
@@ -163,6 +169,23 @@ class LmEval(Evaluation):
     """Filled in when the sweep is read."""
 
     VERSION: ClassVar[int] = 1
+
+    @model_validator(mode="after")
+    def _turns_need_a_template(self) -> "LmEval":
+        if not (self.fewshot_as_multiturn or self.apply_chat_template):
+            raise ValueError(
+                "fewshot_as_multiturn has no effect without apply_chat_template; remove it"
+            )
+        return self
+
+    @property
+    def prompting(self) -> dict[str, bool | str | None]:
+        """How the harness is to make the prompts."""
+        return {
+            "apply_chat_template": self.apply_chat_template,
+            "fewshot_as_multiturn": self.apply_chat_template and self.fewshot_as_multiturn,
+            "system_instruction": self.system_instruction,
+        }
 
     @property
     def primary(self) -> str:

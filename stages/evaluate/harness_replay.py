@@ -3,7 +3,8 @@
 ``requests`` builds the harness's own instances and turns them into ours; ``score`` runs the
 harness's evaluator on a model that answers from the stored responses. Seeds, shots and limits are
 set as the harness's ``simple_evaluate`` does. An instance is known by its content, so that data
-which changed between the two is told and not scored.
+which changed between the two is told and not scored. Prompts are made before any model is there, so
+a conversation travels as its turns, and the worker puts them through the model's chat template.
 """
 
 import hashlib
@@ -39,7 +40,13 @@ def requests(evaluation: LmEval) -> list[Request]:
         loaded = _load(evaluation)
         instances = []
         for task in loaded["tasks"].values():
-            task.build_all_requests(limit=evaluation.limit, rank=0, world_size=1)
+            task.build_all_requests(
+                limit=evaluation.limit,
+                rank=0,
+                world_size=1,
+                chat_template=Conversation.of if evaluation.apply_chat_template else None,
+                **evaluation.prompting,
+            )
             instances += task.instances
     return list({asked.id: asked for asked, _ in _asked(instances)}.values())
 
@@ -48,7 +55,11 @@ def score(evaluation: LmEval, responses: dict[str, Response]) -> pd.DataFrame:
     """The harness's values of each example, one row per example and task."""
     with _seeded():
         results = evaluate(
-            Replay(responses), _load(evaluation), limit=evaluation.limit, bootstrap_iters=0
+            Replay(responses),
+            _load(evaluation),
+            limit=evaluation.limit,
+            bootstrap_iters=0,
+            **evaluation.prompting,
         )
     rows = []
     for task in evaluation.harness.tasks:
@@ -62,12 +73,36 @@ def score(evaluation: LmEval, responses: dict[str, Response]) -> pd.DataFrame:
     return scores
 
 
+class Conversation(str):
+    """The turns of a prompt as JSON (``Request.messages``), told from a text by its type."""
+
+    @classmethod
+    def of(cls, turns: list[dict[str, str]], add_generation_prompt: bool = True) -> "Conversation":
+        """What the harness takes for the rendered prompt. A last turn of the assistant's says by
+        itself that no generation prompt follows."""
+        return cls(json.dumps(turns))
+
+    @property
+    def shown(self) -> str:
+        """As people read it."""
+        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in json.loads(self))
+
+
 class Replay(LM):
     """A model of the harness that has answered already."""
 
     def __init__(self, responses: dict[str, Response]):
         super().__init__()
         self.responses = responses
+
+    tokenizer_name = ""
+    """Part of the name of the harness's own cache of prompts, which is not used."""
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> Conversation:
+        """The turns as they are."""
+        return Conversation.of(chat_history, add_generation_prompt)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether it is the greedy one."""
@@ -150,8 +185,14 @@ def _id(key: tuple, content: object = None) -> str:
     return f"{key[0]}/{key[1]}/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
+def _put(id: str, context: str, **fields: object) -> Request:
+    if isinstance(context, Conversation):
+        return Request(id, "", messages=str(context), **fields)
+    return Request(id, context, **fields)
+
+
 def _scored(key: tuple, choices: tuple[str, ...]) -> Request:
-    return Request(_id(key, choices), key[3], choices)
+    return _put(_id(key, choices), key[3], choices=choices)
 
 
 def _text(key: tuple) -> Request:
@@ -173,7 +214,7 @@ def _generation(key: tuple, settings: dict) -> Request:
             "decoding is done here; choose another task"
         )
     stop = tuple(text for text in until if text)
-    return Request(_id(key, [longest, stop]), key[3], max_new_tokens=longest, stop=stop)
+    return _put(_id(key, [longest, stop]), key[3], max_new_tokens=longest, stop=stop)
 
 
 def _about(evaluation: LmEval, task: HarnessTask, sample: dict) -> dict:
@@ -194,11 +235,12 @@ def _about(evaluation: LmEval, task: HarnessTask, sample: dict) -> dict:
         prediction = best[1][1].strip()
     elif task.output_type == "generate_until":
         prediction, answer = str(sample["filtered_resps"][0]), sample["resps"][0][0]
+    prompt = sample["arguments"][0][0]
     return {
         "example_id": example,
         "document": document,
         "subset": task.name,
-        "prompt": sample["arguments"][0][0],
+        "prompt": prompt.shown if isinstance(prompt, Conversation) else prompt,
         "gold": str(sample["target"]),
         "prediction": prediction,
         "answer": answer,

@@ -9,11 +9,13 @@ head. The result is that of scoring each choice alone, up to rounding.
 Texts are cut into context and choice as lm-evaluation-harness does, so that numbers compare.
 """
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -154,8 +156,16 @@ def prompt(tokenizer: Tokenizer, request: Request) -> tuple[str, bool]:
     """The text that the model is given, and whether the tokenizer adds its special tokens to it.
 
     A chat context goes through the tokenizer's chat template, if it has one, as the user's turn,
-    followed by the request's reply as the assistant's. Raises StageFailed for a reply without one.
+    followed by the request's reply as the assistant's. Raises StageFailed for a reply or a
+    conversation without one.
     """
+    if request.messages:
+        if not tokenizer.chat_template:
+            raise StageFailed(
+                f"request {request.id}: the model's tokenizer has no chat template to put a "
+                "conversation into; evaluate it with apply_chat_template: false"
+            )
+        return _special(tokenizer, conversation(tokenizer, json.loads(request.messages)))
     if request.chat and tokenizer.chat_template:
         turns = [{"role": "user", "content": request.context}]
         if request.reply:
@@ -167,8 +177,32 @@ def prompt(tokenizer: Tokenizer, request: Request) -> tuple[str, bool]:
             f"judge {request.model!r}: its tokenizer has no chat template to put an answer into; "
             "name a guard model that has one"
         )
-    begun = tokenizer.bos_token is not None and request.context.startswith(tokenizer.bos_token)
-    return request.context, not begun
+    return _special(tokenizer, request.context)
+
+
+def _special(tokenizer: Tokenizer, text: str) -> tuple[str, bool]:
+    """A text, and whether it is still without its beginning."""
+    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return text, not begun
+
+
+def conversation(tokenizer: Tokenizer, turns: list[dict[str, str]]) -> str:
+    """Turns through the chat template, as lm-evaluation-harness puts them: without the system's
+    where the template takes none, and open at the end where the last is the assistant's."""
+    begun = turns[-1]["role"] == "assistant"
+
+    def rendered(turns: list[dict[str, str]]) -> str:
+        return tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=not begun,
+            continue_final_message=begun,
+        )
+
+    try:
+        return rendered(turns)
+    except TemplateError:
+        return rendered([turn for turn in turns if turn["role"] != "system"])
 
 
 def beginning(tokenizer: Tokenizer) -> int:

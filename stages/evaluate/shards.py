@@ -22,6 +22,7 @@ REQUEST_SCHEMA = pa.schema(
         ("max_new_tokens", pa.int32()),
         ("chat", pa.bool_()),
         ("reply", pa.string()),
+        ("messages", pa.string()),
         ("stop", pa.list_(pa.string())),
         ("window", pa.int32()),
         ("special_tokens", pa.bool_()),
@@ -90,6 +91,7 @@ def _length(request: Request) -> int:
     return (
         len(request.context)
         + len(request.reply)
+        + len(request.messages)
         + len(request.row)
         + sum(map(len, request.choices))
         + 4 * request.max_new_tokens

@@ -10,6 +10,7 @@ import difflib
 
 from stages.data.catalogue import (
     counterfactual,
+    glue,
     inference,
     safety,
     sentiment,
@@ -26,6 +27,7 @@ CATALOGUE: dict[str, Published] = {
     **truthfulness.SETS,
     **inference.SETS,
     **sentiment.SETS,
+    **glue.SETS,
     **counterfactual.SETS,
     **toxicity.SETS,
     **text.SETS,

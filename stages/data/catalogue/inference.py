@@ -13,7 +13,7 @@ _NAMED = {label: label for label in LABELS}
 # "-" is SNLI's mark for no agreement, -1 the hub's; an empty cell was never labelled.
 _UNLABELLED = ("-", "-1", "")
 
-_HUB = Form(
+HUB = Form(
     {"premise": "premise", "hypothesis": "hypothesis", "label": "label", "document": "premise"},
     labels=_NUMBERED | _NAMED,
     unlabelled=_UNLABELLED,
@@ -35,17 +35,12 @@ _BOSS = Form(
     quoted=True,
 )
 _ANLI = Form(
-    _HUB.columns,
-    labels=_HUB.labels | {"e": "entailment", "n": "neutral", "c": "contradiction"},
+    HUB.columns,
+    labels=HUB.labels | {"e": "entailment", "n": "neutral", "c": "contradiction"},
     unlabelled=_UNLABELLED,
 )
 _ANLI_HUB = Hub("facebook/anli", "8e4813d81f46d313dac7892e1c28076917cfcdf9")
 _GLUE = Hub("nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")
-ADVERSARIAL_GLUE = Web(
-    "https://raw.githubusercontent.com/AI-secure/adversarial-glue/"
-    "2e18301c3e6b0fed775834d64e9e431745df92ed/dev.json",
-    "ddbaffce5a1ff0c1fb15812aa6546656f27372402c1141bbfbb2a86270ba3477",
-)
 
 
 def _anli(number: int, train: int, test: int) -> Published:
@@ -68,33 +63,6 @@ def _anli(number: int, train: int, test: int) -> Published:
     )
 
 
-def _adversarial_glue(task: str, rows: int, form: Form, labels: tuple[str, ...]) -> Published:
-    """One task of AdvGLUE's development set; rows counted in the file."""
-    return Published(
-        task="nli",
-        title=f"AdvGLUE {task.upper()}",
-        citation="Wang et al. 2021, Adversarial GLUE, NeurIPS Datasets and Benchmarks",
-        licence="CC BY-SA 4.0",
-        splits={"test": Split(web=ADVERSARIAL_GLUE, rows=rows)},
-        forms=(form,),
-        files="dev.json of AdvGLUE",
-        original=originals.adversarial_glue(task),
-        original_suffix=".json",
-        labels=labels,
-    )
-
-
-_BINARY = ("entailment", "not_entailment")
-_RTE = Form(
-    {"premise": "sentence1", "hypothesis": "sentence2", "label": "label", "document": "sentence1"},
-    labels={"0": "entailment", "1": "not_entailment"},
-)
-# Does the sentence answer the question?
-_QNLI = Form(
-    {"premise": "sentence", "hypothesis": "question", "label": "label", "document": "sentence"},
-    labels=_RTE.labels,
-)
-
 SETS: dict[str, Published] = {
     "snli": Published(
         task="nli",
@@ -106,7 +74,7 @@ SETS: dict[str, Published] = {
             "validation": Split(("plain_text/validation-*.parquet",), rows=10_000),
             "train": Split(("plain_text/train-*.parquet",), rows=550_152),
         },
-        forms=(_HUB, STANFORD, _BOSS),
+        forms=(HUB, STANFORD, _BOSS),
         hub=Hub("stanfordnlp/snli", "cdb5c3d5eed6ead6e5a341c8e56e669bb666725b"),
         files="snli_1.0_test.jsonl or .txt",
         original=originals.headed_text,
@@ -158,7 +126,7 @@ SETS: dict[str, Published] = {
             ),
             "train": Split(("mnli/train-*.parquet",), rows=392_702),
         },
-        forms=(_HUB, STANFORD, _BOSS),
+        forms=(HUB, STANFORD, _BOSS),
         hub=_GLUE,
         files="multinli_1.0_dev_matched.jsonl or .txt",
         original=originals.headed_text,
@@ -172,7 +140,7 @@ SETS: dict[str, Published] = {
         licence="CC BY 4.0",
         splits={"test": Split(("test.jsonl",)), "train": Split(("train.jsonl",))},
         forms=(
-            Form(_HUB.columns | {"label": "gold"}, labels=_NAMED, unlabelled=_UNLABELLED),
+            Form(HUB.columns | {"label": "gold"}, labels=_NAMED, unlabelled=_UNLABELLED),
             _BOSS,
         ),
         hub=Hub("alisawuffles/WANLI", "61c95318fd71c55b6ba355d76253254615f387ec"),
@@ -206,8 +174,4 @@ SETS: dict[str, Published] = {
         original_suffix=".json",
         labels=LABELS,
     ),
-    "adv_glue_mnli": _adversarial_glue("mnli", 121, _HUB, LABELS),
-    "adv_glue_mnli_mismatched": _adversarial_glue("mnli-mm", 162, _HUB, LABELS),
-    "adv_glue_rte": _adversarial_glue("rte", 81, _RTE, _BINARY),
-    "adv_glue_qnli": _adversarial_glue("qnli", 148, _QNLI, _BINARY),
 }

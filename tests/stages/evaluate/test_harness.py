@@ -19,6 +19,7 @@ from stages.errors import BadInput, StageFailed
 from stages.evaluate import harness_replay
 from stages.evaluate.harness import LmEval
 from stages.evaluate.harness_tasks import describe
+from stages.evaluate.scorer import conversation
 from stages.evaluate.spec import EvaluateSpec
 from stages.evaluate.stage import run
 from stages.models.load import load, load_tokenizer
@@ -102,6 +103,29 @@ TASKS = {
         ],
         "metric_list": [*metrics("exact_match"), {"metric": "chrf"}],
     },
+    "begun": {
+        "output_type": "generate_until",
+        "training_split": "train",
+        "num_fewshot": 1,
+        "description": "Answer in a word.",
+        "gen_prefix": "The answer:",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["e"], "max_gen_toks": 6},
+        "metric_list": metrics("exact_match"),
+    },
+}
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEMPLATES = {
+    "turns": TURNS,
+    # No beginning of text of its own; ends with a blank; refuses the system's turn.
+    "no-system": "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}"
+    "{% endif %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}",
+    "none": None,
 }
 GROUPS = {
     "both": {"task": ["quiz", "pair"], "aggregate_metric_list": [{"metric": "acc"}]},
@@ -139,6 +163,12 @@ def folder(tmp_path_factory):
     model.config.max_position_embeddings = 160
     model.save_pretrained(root / "m")
     tokenizer.save_pretrained(root / "m")
+    # Shots and system texts take their place.
+    model.config.max_position_embeddings = 1000
+    for name, template in TEMPLATES.items():
+        model.save_pretrained(root / name)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(root / name)
     return root
 
 
@@ -155,10 +185,10 @@ def evaluation(folder, task, **fields):
     return LmEval(task=task, include_path="own", harness=found, **fields)
 
 
-def ours(folder, output, task, **fields):
+def ours(folder, output, task, model="m", **fields):
     spec = EvaluateSpec(evaluation=evaluation(folder, task, **fields), shard_size=5)
     output.mkdir(exist_ok=True)
-    run(spec, {"checkpoint": folder / "m"}, output)
+    run(spec, {"checkpoint": folder / model}, output)
     scores = pd.read_parquet(output / "scores.parquet")
     return scores, json.loads((output / "summary.json").read_text())
 
@@ -173,36 +203,105 @@ def theirs(folder, peer, task, **fields):
     return simple_evaluate(peer, tasks=[task], task_manager=manager, bootstrap_iters=0, **fields)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_equals_the_hf_backend_item_by_item(task, folder, peer, tmp_path, monkeypatch):
-    seen = {}
-    replayed = harness_replay.evaluate
+@pytest.fixture
+def seen(monkeypatch):
+    """What the harness says of our answers."""
+    found, replayed = {}, harness_replay.evaluate
 
     def spy(*arguments, **options):
-        return seen.setdefault("results", replayed(*arguments, **options))
+        found["results"] = replayed(*arguments, **options)
+        return found["results"]
 
     monkeypatch.setattr(harness_replay, "evaluate", spy)
+    return found
+
+
+def assert_same_answers(mine, other):
+    assert len(mine["resps"]) == len(other["resps"])
+    for (answer,), (wanted,) in zip(mine["resps"], other["resps"], strict=True):
+        if isinstance(wanted, str):
+            assert answer == wanted
+        elif isinstance(wanted, float):
+            assert answer == pytest.approx(wanted, abs=1e-4, rel=1e-6)  # summed in 32 bits there
+        else:
+            assert answer[0] == pytest.approx(wanted[0], abs=1e-4)
+            assert answer[1] == wanted[1]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_equals_the_hf_backend_item_by_item(task, folder, peer, tmp_path, seen):
     scores, summary = ours(folder, tmp_path, task)
     expected = theirs(folder, peer, task)
     for mine, other in zip(
         seen["results"]["samples"][task], expected["samples"][task], strict=True
     ):
         assert mine["arguments"] == other["arguments"]
-        assert len(mine["resps"]) == len(other["resps"])
-        for (answer,), (wanted,) in zip(mine["resps"], other["resps"], strict=True):
-            if task == "write":
-                assert answer == wanted
-            elif task == "prose":
-                assert answer == pytest.approx(wanted, abs=1e-4)
-            else:
-                assert answer[0] == pytest.approx(wanted[0], abs=1e-4)
-                assert answer[1] == wanted[1]
+        assert_same_answers(mine, other)
     assert len(scores) == 10 and scores["example_id"].is_unique
     for name, row in summary.items():
         metric, _, filter = name.partition(".")
         value = expected["results"][task][f"{metric},{filter or 'none'}"]
         assert row["value"] == pytest.approx(value, rel=1e-4)
         assert row["n"] == 10
+
+
+SYSTEM = "You know everything."
+CHATS = [
+    ("turns", "quiz", {}),
+    ("turns", "quiz", {"fewshot_as_multiturn": False, "system_instruction": SYSTEM}),
+    ("turns", "last", {"system_instruction": SYSTEM}),
+    ("turns", "write", {}),
+    ("turns", "begun", {}),
+    ("turns", "begun", {"fewshot_as_multiturn": False, "system_instruction": SYSTEM}),
+    ("turns", "prose", {}),  # a whole text is no conversation
+    ("no-system", "pair", {}),
+    ("no-system", "quiz", {"system_instruction": SYSTEM}),
+    ("no-system", "begun", {"system_instruction": SYSTEM}),
+]
+
+
+@pytest.mark.parametrize(("name", "task", "fields"), CHATS)
+def test_chat_templates_equal_the_hf_backend_item_by_item(
+    name, task, fields, folder, tmp_path, seen
+):
+    model, tokenizer = load(folder / name), load_tokenizer(folder / name)
+    peer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    scores, summary = ours(folder, tmp_path, task, name, apply_chat_template=True, **fields)
+    expected = theirs(folder, peer, task, apply_chat_template=True, **fields)
+    samples = zip(seen["results"]["samples"][task], expected["samples"][task], strict=True)
+    for mine, other in samples:
+        for (asked, *_), (wanted, *_) in zip(mine["arguments"], other["arguments"], strict=True):
+            if isinstance(asked, harness_replay.Conversation):
+                asked = conversation(tokenizer, json.loads(asked))
+            assert asked == wanted
+        assert_same_answers(mine, other)
+    for name, row in summary.items():
+        value = expected["results"][task][f"{name},none" if "." not in name else
+                                          name.replace(".", ",")]  # fmt: skip
+        assert row["value"] == pytest.approx(value, rel=1e-4)
+    if task == "begun":
+        # Without the template's marks, as people read it.
+        assert "assistant: The answer:" in scores["prompt"][0]
+
+
+def test_turns_of_shots_and_the_system_are_as_asked_for(folder):
+    def turns(**fields):
+        asked = evaluation(folder, "quiz", apply_chat_template=True, **fields).requests({})
+        return [turn["role"] for turn in json.loads(asked[0].messages)]
+
+    assert turns() == ["user", "assistant", "user", "assistant", "user"]
+    assert turns(fewshot_as_multiturn=False) == ["user"]
+    assert turns(system_instruction="s", num_fewshot=1) == ["system", *turns()[:3]]
+    # Without a chat template the system's text stands before the others.
+    (asked, *_) = evaluation(folder, "quiz", system_instruction="Hear: ").requests({})
+    assert asked.messages == "" and asked.context.startswith("Hear: ")
+
+
+def test_chat_templates_that_cannot_act(folder, tmp_path):
+    with pytest.raises(ValueError, match="fewshot_as_multiturn has no effect without apply_chat"):
+        evaluation(folder, "quiz", fewshot_as_multiturn=False)
+    with pytest.raises(StageFailed, match="no chat template to put a conversation into"):
+        ours(folder, tmp_path, "pair", "none", apply_chat_template=True)
 
 
 def test_answers_are_stored_as_the_harness_cuts_them(folder, tmp_path):
