@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pipeline.sweep import UNTUNED, Resources, Sweep, model_spec
 from stages.compare.spec import CompareSpec, Pair
 from stages.data.spec import DataSpec
+from stages.evaluate.engines import by_vllm
 from stages.evaluate.judges import ModelJudge
 from stages.evaluate.partial import without
 from stages.evaluate.spec import AMATEUR, JUDGE, EvaluateSpec, JudgeSpec
@@ -311,6 +312,7 @@ class Builder:
         """One evaluation of a checkpoint."""
         evaluation = self.sweep.evaluations[evaluation_name]
         technique = evaluation.technique
+        engine = self.sweep.generation_engine if by_vllm(evaluation) else "transformers"
         if isinstance(technique, ExpertCount) and model in {p.dense for p in self.sweep.pairs}:
             # A dense partner has no experts to count; it is compared as it is.
             evaluation = evaluation.model_copy(update={"technique": None})
@@ -318,9 +320,11 @@ class Builder:
         spec = EvaluateSpec(
             evaluation=evaluation,
             dtype=self.sweep.scoring_dtype,
+            engine=engine,
             workers=resources.workers,
             cpus=resources.cpus,
             gpus=resources.gpus,
+            expert_parallel=resources.expert_parallel,
             shard_size=resources.shard_size,
         )
         inputs = {"checkpoint": checkpoint}
