@@ -23,6 +23,8 @@ from stages.models.families import family
 
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 """vLLM reports its use to its makers otherwise; a checkpoint is never looked for on a hub."""
+RESTARTS = 2
+"""Of an actor, before its death is a failure."""
 ERROR = "__inference_error__"
 """The column in which the processor says why it could not answer a row."""
 
@@ -128,9 +130,13 @@ def processor(
     )
     # What lies around the engine is small, and waits for no CPU that the engines hold.
     light = {"num_cpus": 0}
-    return build_processor(
+    process = build_processor(
         config, preprocess=_asked, postprocess=_answered,
         preprocess_map_kwargs=light, postprocess_map_kwargs=light)
+    # An actor whose engine died ends itself, and Ray Data would start it anew without end.
+    process.get_stage_by_name("vLLMEngineStage").map_batches_kwargs.update(
+        max_restarts=RESTARTS, max_task_retries=RESTARTS)
+    return process
 
 
 def _asked(row: dict) -> dict:

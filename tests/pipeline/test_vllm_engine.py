@@ -209,15 +209,18 @@ def test_one_pass_gives_each_engine_its_shards_and_a_failure_is_told(
         pd.testing.assert_frame_equal(scores(plan, store, name), scores(plain, store, name))
 
 
-def test_an_engine_that_cannot_start_fails_its_own_nodes_only(cluster, tmp_path, monkeypatch):
-    def broken(*arguments, **fields):
-        raise RuntimeError("no such kernel")
-
-    monkeypatch.setattr(vllm_engine, "build_processor", broken)
+def test_an_engine_that_dies_again_and_again_fails_its_own_nodes_only(
+        cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_engine, "build_processor", vllm_stand_in.build_processor)
     plan, store = ready(tmp_path, VLLM)
+    folder = store.fetch(plan.nodes["model/tiny-moe"].folder)
+    (folder / "dies").touch()
     outcomes = answers(plan, store, ("refusal", "questions"))
     assert outcomes["questions"].status == "done"
-    assert outcomes["refusal"].message.startswith("RuntimeError: no such kernel; the traceback is")
+    assert outcomes["refusal"].status == "failed"
+    assert "the traceback is in" in outcomes["refusal"].message
+    tried = (folder / "asked").read_text().splitlines()
+    assert len(set(tried)) < len(tried) <= len(set(tried)) * (1 + vllm_engine.RESTARTS)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "olmoe"])

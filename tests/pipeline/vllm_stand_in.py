@@ -1,6 +1,7 @@
 """What stands in for vLLM behind ``ray.data.llm`` where it is not installed."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ class StandIn(StatefulStageUDF):
     """The actor of the processor's engine stage: the same arguments, rows in and rows out.
 
     Does with a plain loop over transformers what a row's sampling parameters say. Rows whose prompt
-    has as many tokens as the file ``fails`` of the model's folder says are errors; each batch is
-    written to ``asked``, beside it, with the arguments of the engine.
+    has as many tokens as the file ``fails`` of the model's folder says are errors; with a file
+    ``dies`` the actor ends as ray.data.llm ends one whose engine died. Each batch is written to
+    ``asked``, beside it, with the arguments of the engine.
     """
 
     def __init__(self, data_column, expected_input_keys, *, model, engine_kwargs, **options):
@@ -31,6 +33,8 @@ class StandIn(StatefulStageUDF):
         prompts = [list(map(int, row["tokenized_prompt"])) for row in rows]
         with open(self.folder / "asked", "a") as asked:
             asked.write(json.dumps({"prompts": prompts, "arguments": self.arguments}) + "\n")
+        if (self.folder / "dies").exists():
+            os._exit(1)
         fails = self.folder / "fails"
         failing = int(fails.read_text()) if fails.exists() else None
         for row, prompt in reversed(list(zip(rows, prompts, strict=True))):
