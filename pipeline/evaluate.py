@@ -3,9 +3,11 @@
 Each evaluation's requests are cut into shards whose content depends on the requests alone. An actor
 loads the model once and writes each shard's responses as soon as it has them, so a pass that was
 killed repeats at most the shards in flight, and its scores equal those of an uninterrupted one.
+Shards of generations go to vLLM instead where the sweep says so (``vllm_engine.py``).
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,6 +25,7 @@ from pipeline.job import (
 from pipeline.store import Store
 from stages.evaluate.base import Response
 from stages.evaluate.engine import Engine, device_of
+from stages.evaluate.engines import takes
 from stages.evaluate.shards import (
     Shard,
     plan_shards,
@@ -70,9 +73,10 @@ def run_pass(jobs: list[Job]) -> dict[str, Outcome]:
             outcomes[job.node.key] = Outcome("failed", explain(error, job, store))
     jobs = [job for job in jobs if job.node.key not in outcomes]
     try:
-        _respond(jobs, planned, store, jobs[0].inputs["checkpoint"] if jobs else "")
+        outcomes |= _respond(jobs, planned, store, jobs[0].inputs["checkpoint"] if jobs else "")
     except Exception as error:
         return outcomes | {j.node.key: Outcome("failed", explain(error, j, store)) for j in jobs}
+    jobs = [job for job in jobs if job.node.key not in outcomes]
     shards = {key: [shard.id for shard in found] for key, found in planned.items()}
     planned.clear()  # the requests; what is left of a large evaluation are the names of its shards
     outcomes |= _judge(jobs, shards, store)
@@ -103,7 +107,7 @@ def _judge(jobs: list[Job], shards: dict[str, list[str]], store: Store) -> dict[
     for folder, planned in by_judge.items():
         asking = [job for job in jobs if job.node.key in planned]
         try:
-            _respond(asking, planned, store, folder)
+            failed |= _respond(asking, planned, store, folder)
         except Exception as error:
             failed |= {j.node.key: Outcome("failed", explain(error, j, store)) for j in asking}
         for key, added in planned.items():
@@ -133,22 +137,63 @@ def _responses(job: Job, shards: list[str], store: Store) -> Iterator[Response]:
 
 def _respond(
     jobs: list[Job], shards: dict[str, list[Shard]], store: Store, checkpoint: str
-) -> None:
-    """Send every shard without stored responses through an actor pool with that checkpoint."""
-    rows, waiting = [], {}
+) -> dict[str, Outcome]:
+    """Answer every shard without stored responses, by actors with that checkpoint or by vLLM.
+
+    Returns the outcomes of nodes some of whose requests vLLM could not answer.
+    """
+    by_key = {job.node.key: job for job in jobs}
+    ours, others, waiting = [], [], {}
     for job in jobs:
         there = store.files(f"{job.node.folder}/{RESPONSES}")
         missing = [s for s in shards[job.node.key] if f"{s.id}.parquet" not in there]
         waiting[job.node.key] = len(missing)
         for shard in missing:
-            rows.append({
-                "node": job.node.key,
-                "path": f"{job.node.folder}/{RESPONSES}/{shard.id}.parquet",
-                "requests": _packed(requests_to_table(shard.requests)),
-            })
-    if not rows:
-        return
+            path = f"{job.node.folder}/{RESPONSES}/{shard.id}.parquet"
+            # A shard holds generations alone, or none.
+            elsewhere = job.node.spec.engine == "vllm" and takes(shard.requests[0])
+            (others if elsewhere else ours).append(Missing(job.node.key, path, shard))
+
+    def stored(key: str) -> None:
+        waiting[key] -= 1
+        total = len(shards[key])
+        report_progress(store, by_key[key].node, total - waiting[key], total, "shards")
+
+    if ours:
+        for key in _by_actors(ours, jobs, store, checkpoint):
+            stored(key)
+    failed: dict[str, Outcome] = {}
+    try:
+        for missing, problem in _by_vllm(others, jobs, store, checkpoint) if others else ():
+            if problem:
+                failed.setdefault(missing.node, Outcome("failed", problem))
+            else:
+                stored(missing.node)
+    except Exception as error:
+        failed |= {key: Outcome("failed", explain(error, by_key[key], store))
+                   for key in {missing.node for missing in others}}
+    return failed
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A shard whose responses are still to be had, and where in the store they go."""
+
+    node: str
+    path: str
+    shard: Shard
+
+
+def _by_actors(
+    missing: list[Missing], jobs: list[Job], store: Store, checkpoint: str
+) -> Iterator[str]:
+    """Send shards through an actor pool; yields the node of each that is stored."""
     spec, resources = jobs[0].node.spec, jobs[0].node.resources
+    rows = [
+        {"node": each.node, "path": each.path,
+         "requests": _packed(requests_to_table(each.shard.requests))}
+        for each in missing
+    ]
     # One block per shard: a shard is the unit of work, of writing and of repetition.
     answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Responder,
@@ -164,12 +209,27 @@ def _respond(
             "amateurs": _named(jobs, AMATEUR), "surrogates": _named(jobs, SURROGATE),
         },
     )
-    by_key = {job.node.key: job for job in jobs}
     for row in answered.iter_rows():
-        job = by_key[row["node"]]
-        waiting[job.node.key] -= 1
-        total = len(shards[job.node.key])
-        report_progress(store, job.node, total - waiting[job.node.key], total, "shards")
+        yield row["node"]
+
+
+def _by_vllm(
+    missing: list[Missing], jobs: list[Job], store: Store, checkpoint: str
+) -> Iterator[tuple[Missing, str]]:
+    """Store what vLLM answers; yields each shard, with the problem of one that is not stored."""
+    from pipeline import vllm_engine
+
+    spec, resources = jobs[0].node.spec, jobs[0].node.resources
+    shards = [each.shard for each in missing]
+    for index, answered in vllm_engine.answer(shards, store, checkpoint, spec, resources):
+        each, failures = missing[index], answered.failures
+        if not failures:
+            store.write_bytes(each.path, _packed(responses_to_table(answered.responses)))
+            yield each, ""
+            continue
+        id, reason = next(iter(failures.items()))
+        yield each, (f"vLLM did not answer {len(failures)} of the {len(each.shard.requests)} "
+                     f"requests of a shard, first {id}: {reason}; run again, what is stored stays")
 
 
 def _named(jobs: list[Job], role: str) -> dict[str, str]:

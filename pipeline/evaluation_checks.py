@@ -1,5 +1,6 @@
 """What is refused of a sweep's evaluations, and of the names by which its parts are referred to."""
 
+import importlib.util
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from pipeline.sweep_file import located, nearest
 from stages.data.templates import TEMPLATES
 from stages.errors import StageFailed
 from stages.evaluate.base import Evaluation
+from stages.evaluate.engines import MOST_TEMPERATURE, by_vllm, lacks
 from stages.evaluate.harness import LmEval
 from stages.evaluate.held_prompts import HeldPrompts
 from stages.evaluate.judges import ModelJudge
@@ -113,6 +115,38 @@ class EvaluationChecks:
                     if other not in trained:
                         yield (f"{field}: transfer from {other}, which recipe {recipe} does not "
                                "train; name a model of the pairs that it trains")
+
+    def engine(self) -> Iterator[str]:
+        """Problems of vLLM as the writer of answers."""
+        resources, spread = self.sweep.resources.evaluate, "resources.evaluate.expert_parallel"
+        if self.sweep.generation_engine != "vllm":
+            if resources.expert_parallel:
+                yield (f"{spread}: acts in vLLM alone; set generation_engine to vllm, or remove it")
+            return
+        if importlib.util.find_spec("vllm") is None:
+            yield ("generation_engine: needs the package vllm, which is not installed; `pip "
+                   "install 'moe-reliability[vllm]'`, or use transformers")
+        if not any(map(by_vllm, self.sweep.evaluations.values())):
+            yield ("generation_engine: vLLM would write nothing, since no evaluation has answers "
+                   "that are texts and come without dola, contrastive or expert_count; remove it")
+        for kind, amount in (("gpus", resources.gpus), ("cpus", resources.cpus)):
+            if amount < 1:
+                yield (f"resources.evaluate.{kind}: {amount:g} is less than the whole "
+                       f"{kind[:-1].upper()} that vLLM takes; set it to 1 or more, or "
+                       "generation_engine to transformers")
+        for name, evaluation in self.sweep.evaluations.items():
+            heat = getattr(evaluation.technique, "temperature", 0)
+            if heat > MOST_TEMPERATURE:
+                yield (f"evaluations.{name}.technique.temperature: vLLM takes up to "
+                       f"{MOST_TEMPERATURE}, not {heat:g}; lower it")
+        if resources.expert_parallel and resources.gpus < 2:
+            yield f"{spread}: needs several GPUs of an actor to spread experts over; raise gpus"
+        members = {m for pair in self.sweep.pairs for m in (pair.moe, pair.dense)}
+        for name in sorted(members or self.sweep.models):
+            entry = FAMILIES.get(getattr(self.facts.get(name), "family", None))
+            if entry is not None and (reason := lacks(entry)):
+                yield (f"generation_engine: {name} is of the {entry.model_type} architecture: "
+                       f"{reason}; use transformers")
 
     def heads(self, name: str, field: str) -> Iterator[str]:
         """Problems of an evaluation with the classification heads that recipes train."""

@@ -158,6 +158,8 @@ def explain(error: Exception, job: Job, store: Store) -> str:
 def environment() -> dict:
     """Versions of what computed a result, for its manifest."""
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        packages["vllm"] = importlib.metadata.version("vllm")
     head = subprocess.run(["git", "-C", str(PROJECT), "rev-parse", "HEAD"],
                           capture_output=True, text=True, check=False)
     return {

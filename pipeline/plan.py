@@ -13,6 +13,7 @@ from pipeline.sweep import UNTUNED, Resources, Sweep, model_spec
 from stages.compare.spec import CompareSpec, Pair
 from stages.data.spec import DataSpec
 from stages.errors import BadInput
+from stages.evaluate.engines import by_vllm
 from stages.evaluate.judges import ModelJudge
 from stages.evaluate.partial import without
 from stages.evaluate.spec import AMATEUR, JUDGE, SURROGATE, EvaluateSpec, JudgeSpec
@@ -335,6 +336,7 @@ class Builder:
         """
         evaluation = self.sweep.evaluations[evaluation_name]
         technique = evaluation.technique
+        engine = self.sweep.generation_engine if by_vllm(evaluation) else "transformers"
         if isinstance(technique, ExpertCount) and model in {p.dense for p in self.sweep.pairs}:
             # A dense partner has no experts to count; it is compared as it is.
             evaluation = evaluation.model_copy(update={"technique": None})
@@ -353,9 +355,11 @@ class Builder:
         spec = EvaluateSpec(
             evaluation=evaluation,
             dtype=self.sweep.scoring_dtype,
+            engine=engine,
             workers=resources.workers,
             cpus=resources.cpus,
             gpus=resources.gpus,
+            expert_parallel=resources.expert_parallel,
             shard_size=resources.shard_size,
         )
         inputs = {"checkpoint": checkpoint}

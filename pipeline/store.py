@@ -29,6 +29,8 @@ from stages.errors import BadInput
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
+WEIGHTS = ".safetensors"
+"""How the names of files end that hold a model's weights."""
 
 
 class Store:
@@ -100,18 +102,23 @@ class Store:
         """The manifest of a node folder, or None if it is unfinished."""
         return self.read_json(f"{folder}/{MANIFEST}")
 
-    def fetch(self, folder: str) -> Path:
-        """A local folder with the files of a finished node."""
+    def attempt_of(self, folder: str) -> str:
+        """The attempt that a finished node stands for, as ``<node folder>/<attempt>``."""
         manifest = self.manifest(folder)
         if manifest is None:
             raise FileNotFoundError(f"{self.uri}/{folder} holds no manifest")
-        attempt = f"{folder}/{manifest['attempt']}"
+        return f"{folder}/{manifest['attempt']}"
+
+    def fetch(self, folder: str, weights: bool = True) -> Path:
+        """A local folder with the files of a finished node, or all but a model's weights."""
+        attempt = self.attempt_of(folder)
         if self.local:
             return Path(self.root) / attempt
-        cached = self._cache() / attempt
+        cached = self._cache() / ("" if weights else "no-weights") / attempt
         if not cached.exists():
             partial = cached.with_name(f"{cached.name}-{uuid.uuid4().hex[:8]}")
-            _copy(self.fs, f"{self.root}/{attempt}", fs.LocalFileSystem(), str(partial))
+            skipped = () if weights else (WEIGHTS,)
+            _copy(self.fs, f"{self.root}/{attempt}", fs.LocalFileSystem(), str(partial), skipped)
             try:
                 partial.rename(cached)
             except OSError:  # another process was first
@@ -213,7 +220,21 @@ class Store:
         }
 
 
-def _copy(source: fs.FileSystem, folder: str, target: fs.FileSystem, path: str) -> None:
-    """Copy a folder between file systems."""
+def _copy(
+    source: fs.FileSystem,
+    folder: str,
+    target: fs.FileSystem,
+    path: str,
+    skipped: tuple[str, ...] = (),
+) -> None:
+    """Copy a folder between file systems, without the files whose name ends with one of
+    ``skipped``."""
     target.create_dir(path, recursive=True)
-    fs.copy_files(folder, path, source_filesystem=source, destination_filesystem=target)
+    if not skipped:
+        fs.copy_files(folder, path, source_filesystem=source, destination_filesystem=target)
+        return
+    for info in source.get_file_info(fs.FileSelector(folder, recursive=True)):
+        if info.type == fs.FileType.File and not info.base_name.endswith(skipped):
+            to = f"{path}/{info.path.removeprefix(folder).lstrip('/')}"
+            target.create_dir(to.rpartition("/")[0], recursive=True)
+            fs.copy_files(info.path, to, source_filesystem=source, destination_filesystem=target)

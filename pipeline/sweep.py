@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.search.spec import Search
 from stages.data.spec import DataSpec, Task
+from stages.evaluate.engines import EngineName
 from stages.evaluate.registry import AnyEvaluation
 from stages.finetune.recipe import Recipe as StageRecipe
 from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec
@@ -110,11 +111,16 @@ class FinetuneResources(Resources):
 
 
 class EvaluateResources(Resources):
-    """Actors of one evaluation pass; each loads the model once, over all GPUs that it has."""
+    """Actors of one evaluation pass; each loads the model once, over all GPUs that it has.
+
+    vLLM cuts each layer over them (tensor parallelism), transformers deals whole layers out.
+    """
 
     gpu_memory_gb: Annotated[float, Field(gt=0)] | None = None
     """Memory of one GPU, in 10^9 bytes; a plan whose models do not fit is then refused."""
 
+    expert_parallel: bool = False
+    """With vLLM, each GPU of an actor holds whole experts, not a part of every one."""
     shard_size: Annotated[int, Field(ge=1)] = 64
     """Requests that are written (and, after a kill, repeated) together."""
 
@@ -186,6 +192,8 @@ class Sweep(Spec):
     evaluations: Annotated[dict[Name, AnyEvaluation], Field(min_length=1)]
     scoring_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the weights during evaluation."""
+    generation_engine: EngineName = "transformers"
+    """What writes the answers that are texts; other requests stay with transformers."""
     statistics: Statistics = Statistics()
     resources: AllResources = AllResources()
     assumptions: Assumptions = Assumptions()

@@ -191,6 +191,11 @@ class Evaluation(Spec):
         """Whether the model's answers are texts."""
         return False
 
+    @property
+    def writes_texts(self) -> bool:
+        """Whether at least some of them are."""
+        return self.generates
+
     @model_validator(mode="after")
     def _technique_acts(self) -> "Evaluation":
         if isinstance(self.technique, SelfConsistency) and not self.generates:

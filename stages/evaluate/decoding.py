@@ -5,7 +5,6 @@ logits; the others (``stages/evaluate/techniques.py`` has their definitions and 
 model, and possibly a second one, and make scores of what they see.
 """
 
-import hashlib
 import inspect
 import math
 from collections.abc import Iterator
@@ -16,7 +15,13 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from stages.errors import StageFailed
-from stages.evaluate.techniques import Contrastive, DoLa, ExpertCount, candidates
+from stages.evaluate.techniques import (
+    Contrastive,
+    DoLa,
+    ExpertCount,
+    candidates,
+    sample_seed,
+)
 from stages.models.families import family
 from stages.models.load import spread
 
@@ -327,8 +332,7 @@ class Sampler:
 
     def __init__(self, temperature: float, seed: int, request: str):
         self.temperature = temperature
-        digest = hashlib.sha256(f"{seed}/{request}".encode()).digest()
-        self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        self.generator = torch.Generator().manual_seed(sample_seed(seed, request))
 
     def draw(self, logits: torch.Tensor) -> int:
         """A token drawn from logits (V,) divided by the temperature."""

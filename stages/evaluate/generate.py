@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.evaluate.base import Request, Response
@@ -73,27 +73,30 @@ def generate(
     longest = context_length(predictor)
     decodings = []
     for request in requests:
-        text, special = prompt(tokenizer, request)
-        tokens = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        tokens = tokens[-max(1, longest - request.max_new_tokens) :] or [beginning(tokenizer)]
         sampler = sampling and Sampler(sampling.temperature, sampling.seed, request.id)
-        decodings.append(Decoding(request, tokens, sampler))
+        decodings.append(Decoding(request, prompt_tokens(tokenizer, request, longest), sampler))
     if not all(map(independent, predictor.models)):
         batch_tokens = 1
     batch_tokens = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
-    stops = _end_tokens(model, tokenizer)
+    stops = end_tokens(model.generation_config, tokenizer)
     with grouped_heads():
         for batch in _batches(decodings, batch_tokens):
             _decode(predictor, tokenizer, batch, stops)
-    return [
-        Response(
-            each.request.id,
-            tokens=(len(each.tokens),),
-            text=cut(_text(tokenizer, each.tokens), each.request.stop),
-            finished=each.finished,
-        )
-        for each in decodings
-    ]
+    return [answer(tokenizer, each.request, each.tokens, each.finished) for each in decodings]
+
+
+def prompt_tokens(tokenizer: Tokenizer, request: Request, longest: int) -> list[int]:
+    """The prompt of a generation, at least one token; it loses tokens from its left where it and
+    its longest answer are more than ``longest`` together."""
+    text, special = prompt(tokenizer, request)
+    tokens = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return tokens[-max(1, longest - request.max_new_tokens) :] or [beginning(tokenizer)]
+
+
+def answer(tokenizer: Tokenizer, request: Request, tokens: list[int], finished: bool) -> Response:
+    """The response that generated tokens, the end token left out, make."""
+    text = cut(_text(tokenizer, tokens), request.stop)
+    return Response(request.id, tokens=(len(tokens),), text=text, finished=finished)
 
 
 def _text(tokenizer: Tokenizer, tokens: list[int]) -> str:
@@ -108,8 +111,9 @@ def cut(text: str, stop: tuple[str, ...]) -> str:
     return text
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> set[int]:
-    stops = model.generation_config.eos_token_id
+def end_tokens(config: GenerationConfig, tokenizer: Tokenizer) -> set[int]:
+    """The tokens at which a generation ends: the checkpoint's and the tokenizer's."""
+    stops = config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
     return {*stops, tokenizer.eos_token_id} - {None}
 

@@ -198,6 +198,11 @@ class LmEval(Evaluation):
         return all(task.output_type == "generate_until" for task in self.harness.tasks)
 
     @property
+    def writes_texts(self) -> bool:
+        """Whether at least some of them are."""
+        return any(task.output_type == "generate_until" for task in self.harness.tasks)
+
+    @property
     def reads_windows(self) -> bool:
         """Whether whole texts are scored, which an encoder-decoder cannot do."""
         return any(t.output_type == "loglikelihood_rolling" for t in self.harness.tasks)

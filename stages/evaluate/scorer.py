@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.errors import BadInput, StageFailed
@@ -147,9 +147,12 @@ def packable_length(model: PreTrainedModel) -> int:
 
 def context_length(predictor: Predictor) -> int:
     """Most tokens that all models of a predictor can read."""
-    return min(
-        getattr(model.config, "max_position_embeddings", sys.maxsize) for model in predictor.models
-    )
+    return min(most_positions(model.config) for model in predictor.models)
+
+
+def most_positions(config: PretrainedConfig) -> int:
+    """Most tokens that a model of this configuration can read."""
+    return getattr(config, "max_position_embeddings", sys.maxsize)
 
 
 def prompt(tokenizer: Tokenizer, request: Request) -> tuple[str, bool]:

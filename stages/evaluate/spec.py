@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from stages.evaluate.engines import EngineName
 from stages.evaluate.registry import AnyEvaluation
 from stages.spec import RUN_TIME, Spec
 
@@ -37,12 +38,17 @@ class EvaluateSpec(Spec):
     evaluation: AnyEvaluation
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the weights and of the forward pass."""
+    engine: EngineName = "transformers"
+    """What writes the answers that are texts; where two tokens are equally good up to rounding,
+    another engine may take the other."""
 
     workers: Annotated[int, Field(ge=1), RUN_TIME] = 1
     cpus: Annotated[float, Field(gt=0), RUN_TIME] = 1
     """CPUs of each worker."""
     gpus: Annotated[float, Field(ge=0), RUN_TIME] = 0
     """Accelerators of each worker; 0 runs on the CPU."""
+    expert_parallel: Annotated[bool, RUN_TIME] = False
+    """vLLM spreads whole experts over them, where it would cut each expert otherwise."""
     shard_size: Annotated[int, Field(ge=1), RUN_TIME] = 64
     """Requests whose responses are written together."""
 

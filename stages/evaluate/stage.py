@@ -22,12 +22,14 @@ from stages.statistics import summarise
 
 
 def run(spec: EvaluateSpec, inputs: dict[str, Path], output: Path) -> None:
-    """Evaluate a checkpoint in this process.
+    """Evaluate a checkpoint in this process, by transformers.
 
     Writes ``requests.parquet``, ``responses/<shard>.parquet`` and what ``score_node`` writes.
     """
     from stages.evaluate.engine import Engine, device_of
 
+    if spec.engine != "transformers":
+        raise StageFailed(f"engine: {spec.engine} runs under Ray (moe-reliability evaluate)")
     requests = requests_for(spec.evaluation, inputs)
     pq.write_table(requests_to_table(requests), output / "requests.parquet")
     (output / "responses").mkdir()

@@ -4,6 +4,7 @@ Each is off unless named, and plain scoring does not go through any of this. How
 ``stages/evaluate/decoding.py``.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -128,6 +129,12 @@ def collected(
 
 def _sample(id: str, number: int) -> str:
     return f"{id}#sample{number}"
+
+
+def sample_seed(seed: int, request: str) -> int:
+    """The seed (below 2^63) of one sampled answer, of the technique's seed and the request's id."""
+    digest = hashlib.sha256(f"{seed}/{request}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def candidates(technique: DoLa, layers: int, tied: bool) -> tuple[int, ...]:

@@ -48,7 +48,8 @@ FIELDS = {
         {"workers", "expert_parallel", "micro_batch", "checkpoint_every", "deepspeed_config",
          "threads", "dropped", "out_of_memory_at"}),
     EvaluateSpec: (
-        {"evaluation", "dtype"}, {"workers", "cpus", "gpus", "shard_size"}),
+        {"evaluation", "dtype", "engine"},
+        {"workers", "cpus", "gpus", "expert_parallel", "shard_size"}),
     JudgeSpec: ({"kind", "source", "content"}, set()),
     CompareSpec: (
         {"title", "pairs", "recipes", "models_of", "evaluations_of", "seeds", "evaluations",

@@ -178,7 +178,8 @@ def test_identity_is_what_changes_results(monkeypatch):
     one = spec("character_edits")
     spread = spec("character_edits", workers=4, cpus=2, gpus=1, shard_size=7)
     assert one.identity() == spread.identity()
-    assert one.run_time_fields() == {"workers", "cpus", "gpus", "shard_size"}
+    assert one.run_time_fields() == {
+        "workers", "cpus", "gpus", "expert_parallel", "shard_size"}
     assert spec("character_edits", dtype="bfloat16").identity() != one.identity()
     before = one.identity()
     reworded = Template("Review: {text}\nSentiment:", TEMPLATES["sentiment"].labels)

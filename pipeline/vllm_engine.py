@@ -1,0 +1,150 @@
+"""Generations of one checkpoint by vLLM, through Ray Data's LLM processor (``ray.data.llm``).
+
+The processor is given prompts as token ids and returns token ids; none of its stages around the
+engine (chat template, tokenizer, detokenizer) is used. An actor spreads a model over all of its
+GPUs by tensor parallelism. The weights are read by vLLM from the store.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import ray.data
+from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+from pipeline.store import Store
+from pipeline.sweep import EvaluateResources
+from stages.evaluate.base import Request, Response
+from stages.evaluate.shards import Shard
+from stages.evaluate.spec import EvaluateSpec
+from stages.evaluate.vllm_requests import Interpreter
+from stages.models.families import family
+
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+"""vLLM reports its use to its makers otherwise; a checkpoint is never looked for on a hub."""
+RESTARTS = 2
+"""Of an actor, before its death is a failure."""
+ERROR = "__inference_error__"
+"""The column in which the processor says why it could not answer a row."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The responses to a shard's requests, or the reasons why some of them have none."""
+
+    responses: list[Response]
+    failures: dict[str, str]
+    """Request id to the engine's reason."""
+
+
+def answer(
+    shards: list[Shard],
+    store: Store,
+    checkpoint: str,
+    spec: EvaluateSpec,
+    resources: EvaluateResources,
+) -> Iterator[tuple[int, Answered]]:
+    """The number of each shard of generations, as soon as vLLM has dealt with all its requests.
+
+    ``checkpoint`` is the model's folder in the store.
+    """
+    interpreter = Interpreter(store.fetch(checkpoint, weights=False))
+    tables = [_table(number, shard, interpreter) for number, shard in enumerate(shards)]
+    longest = max(
+        len(tokens) + request.max_new_tokens
+        for table, shard in zip(tables, shards, strict=True)
+        for tokens, request in zip(table["prompt_tokens"], shard.requests, strict=True)
+    )
+    arguments = engine_arguments(spec, resources, interpreter.config, longest)
+    source = store.path(store.attempt_of(checkpoint))
+    process = processor(source, spec, resources, arguments, len(shards))
+    found: list[dict[int, dict]] = [{} for _ in shards]
+    for row in process(ray.data.from_arrow(tables)).iter_rows():
+        number, requests = row["shard"], shards[row["shard"]].requests
+        found[number][row["request"]] = row
+        if len(found[number]) == len(requests):
+            rows = [found[number][index] for index in range(len(requests))]
+            found[number] = {}
+            yield number, _read(interpreter, requests, rows)
+
+
+def _read(interpreter: Interpreter, requests: Sequence[Request], rows: list[dict]) -> Answered:
+    failures = {request.id: row[ERROR]
+                for request, row in zip(requests, rows, strict=True) if row[ERROR]}
+    if failures:
+        return Answered([], failures)
+    return Answered(
+        [interpreter.response(request, row["generated_tokens"])
+         for request, row in zip(requests, rows, strict=True)],
+        {})
+
+
+def _table(number: int, shard: Shard, interpreter: Interpreter) -> pa.Table:
+    """A shard's prompts, one row each: (shard, request) are their places."""
+    return pa.table({
+        "shard": pa.array([number] * len(shard.requests), pa.int32()),
+        "request": pa.array(range(len(shard.requests)), pa.int32()),
+        "prompt_tokens": pa.array(
+            [interpreter.prompt(request) for request in shard.requests], pa.list_(pa.int32())),
+        "sampling": [json.dumps(interpreter.sampling(request)) for request in shard.requests],
+    })
+
+
+def engine_arguments(
+    spec: EvaluateSpec, resources: EvaluateResources, config: dict, longest: int
+) -> dict:
+    """vLLM's arguments for a checkpoint with the ``config.json`` ``config``, whose longest prompt
+    and answer have so many tokens together."""
+    entry = family(config)
+    spread = resources.expert_parallel and bool(entry.sparse_layers(config))
+    return {
+        "dtype": spec.dtype,
+        "tensor_parallel_size": max(1, int(resources.gpus)),
+        "enable_expert_parallel": spread,  # vLLM refuses it for a dense model
+        "max_model_len": longest,
+        "generation_config": "vllm",  # the checkpoint's own sampling settings do not act
+        "disable_log_stats": True,
+    }
+
+
+def processor(
+    source: str, spec: EvaluateSpec, resources: EvaluateResources, arguments: dict, shards: int
+):
+    """The processor of ray.data.llm, from rows of ``_table`` to their generated tokens."""
+    workers = min(resources.workers, shards)
+    gpus = int(resources.gpus)
+    bundles = [{"CPU": resources.cpus, **({"GPU": 1} if gpus else {})}]
+    config = vLLMEngineProcessorConfig(
+        model_source=source,
+        engine_kwargs=arguments,
+        batch_size=spec.shard_size,
+        concurrency=(workers, workers),
+        should_continue_on_error=True,
+        log_engine_metrics=False,
+        runtime_env={"env_vars": ENVIRONMENT},
+        placement_group_config={"bundles": bundles + [{"GPU": 1}] * (gpus - 1)},
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
+    )
+    # What lies around the engine is small, and waits for no CPU that the engines hold.
+    light = {"num_cpus": 0}
+    process = build_processor(
+        config, preprocess=_asked, postprocess=_answered,
+        preprocess_map_kwargs=light, postprocess_map_kwargs=light)
+    # An actor whose engine died ends itself, and Ray Data would start it anew without end.
+    process.get_stage_by_name("vLLMEngineStage").map_batches_kwargs.update(
+        max_restarts=RESTARTS, max_task_retries=RESTARTS)
+    return process
+
+
+def _asked(row: dict) -> dict:
+    return {
+        "tokenized_prompt": row["prompt_tokens"],
+        "sampling_params": json.loads(row["sampling"]),
+    }
+
+
+def _answered(row: dict) -> dict:
+    return {name: row[name] for name in ("shard", "request", "generated_tokens")}
