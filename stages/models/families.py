@@ -230,6 +230,14 @@ _MOE = (
         **_VISION,
     ),
     Family(
+        "vit_moe_head",  # stages/models/vision_heads.py
+        router="classifier.gate",
+        experts="classifier.experts",
+        sparse_layers=lambda config: (config["num_hidden_layers"],),  # behind the last one
+        normalised="norm_topk_prob",
+        **_VISION,
+    ),
+    Family(
         "jetmoe",  # its own auxiliary loss counts the routers of attention twice, training once
         router="model.layers.*.mlp.router model.layers.*.self_attention.experts.router",
         experts=(
@@ -303,7 +311,9 @@ _DENSE = (
 _T5 = Family("t5", layer_counts=SWITCH_LAYERS, encoder_decoder=True)
 FAMILIES: dict[str, Family] = {
     entry.model_type: entry
-    for entry in (*_MOE, *map(Family, _DENSE), _T5, Family("vit", **_VISION))
+    for entry in (
+        *_MOE, *map(Family, _DENSE), _T5, Family("vit", **_VISION), Family("vit_head", **_VISION)
+    )
 }
 
 

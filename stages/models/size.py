@@ -26,6 +26,8 @@ def measure(model: PreTrainedModel, origin: str, notes: dict | None = None) -> M
     experts, top_k = entry.experts_of(config.to_dict())
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     role_of = roles(model)
+    # Their parts may have other roles: a head can hold a router and experts.
+    heads = tuple(f"{path}." for path in entry.modules(model, "head")) if entry.head else ()
     total = active = multiplied = 0
     head_size = 0
     for name, parameter in model.named_parameters():
@@ -36,7 +38,7 @@ def measure(model: PreTrainedModel, origin: str, notes: dict | None = None) -> M
         matrix = parameter.ndim >= 2 and not name.endswith(("bias", *ADDED))
         if matrix and id(parameter) not in looked_up:
             multiplied += used
-            head_size += used if role_of[name] == "head" else 0
+            head_size += used if name.startswith(heads) else 0
     notes = dict(notes or {})
     if entry.modality == "image":
         multiplied -= head_size
