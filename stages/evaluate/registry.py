@@ -17,6 +17,7 @@ from stages.evaluate.open_questions import FalsePremises, OpenQuestion
 from stages.evaluate.out_of_distribution import AdversarialSets, OutOfDistribution
 from stages.evaluate.probes import ExpertInterventions, LocalLipschitz, RouterGeometry
 from stages.evaluate.safety import Refusal
+from stages.evaluate.sharpness import Sharpness
 from stages.evaluate.text_attacks import TextAttacks
 from stages.evaluate.truthfulness import MultipleChoice
 from stages.evaluate.truthfulqa import TruthfulQA, TruthfulQAGeneration
@@ -41,7 +42,8 @@ AnyEvaluation = Annotated[
     | SafetyExperts
     | LmEval
     | ImageClassification
-    | ImageAttacks,
+    | ImageAttacks
+    | Sharpness,
     Field(discriminator="kind"),
 ]
 

@@ -98,9 +98,11 @@ class Hessian:
             each = losses()
             weights = torch.ones_like(each, requires_grad=True)
             slope = self._slope((weights * each).sum(), vectors)
-            bend = self._slope(slope, vectors)
-            (forms,) = torch.autograd.grad(bend, weights, allow_unused=True)
-            forms = torch.zeros_like(each) if forms is None else forms
+            forms = torch.zeros_like(each)
+            if slope.requires_grad:
+                bend = self._slope(slope, vectors)
+                if bend.requires_grad:
+                    (forms,) = torch.autograd.grad(bend, weights)
             found.append(forms.detach().double().cpu().numpy())
         return np.concatenate(found)
 
