@@ -78,6 +78,7 @@ _GRANITE = {
     **_LOCAL,
 }
 _VISION = {"modality": "image", "head": "classifier", "embedding": "vit.embeddings"}
+_MEMBERS = _VISION | {"head": "members.*.classifier", "embedding": "members.*.vit.embeddings"}
 _MOE = (
     _decoder("mixtral", auxiliary_loss=_AUX, **_LOCAL),
     _decoder(
@@ -230,6 +231,14 @@ _MOE = (
         **_VISION,
     ),
     Family(
+        "vit_moe_ensemble",  # stages/models/vision_ensembles.py
+        router="members.*.vit.layers.*.mlp.gate",
+        experts="members.*.vit.layers.*.mlp.experts",
+        sparse_layers=lambda config: tuple(config.get("moe_layers") or ()),
+        normalised="norm_topk_prob",
+        **_MEMBERS,
+    ),
+    Family(
         "vit_moe_head",  # stages/models/vision_heads.py
         router="classifier.gate",
         experts="classifier.experts",
@@ -312,7 +321,11 @@ _T5 = Family("t5", layer_counts=SWITCH_LAYERS, encoder_decoder=True)
 FAMILIES: dict[str, Family] = {
     entry.model_type: entry
     for entry in (
-        *_MOE, *map(Family, _DENSE), _T5, Family("vit", **_VISION), Family("vit_head", **_VISION)
+        *_MOE,
+        *map(Family, _DENSE),
+        _T5,
+        *(Family(name, **_VISION) for name in ("vit", "vit_head")),
+        Family("vit_ensemble", **_MEMBERS),
     )
 }
 

@@ -23,6 +23,7 @@ from stages.models import (  # noqa: F401 - register themselves
     gpt_neox_moe,
     llama_moe,
     moduleformer,
+    vision_ensembles,
     vision_heads,
     vision_moe,
 )

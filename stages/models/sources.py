@@ -66,8 +66,11 @@ def describe(
         if spec.has_head_experts:
             return Facts("moe", "vit_moe_head", layers, *spec.experts_of_head, (layers,))
         if spec.experts:
-            return Facts("moe", "vit_moe", layers, spec.experts, spec.top_k, spec.moe_layers)
+            name = "vit_moe_ensemble" if spec.is_deep_ensemble else "vit_moe"
+            return Facts("moe", name, layers, spec.experts, spec.top_k, spec.moe_layers)
         name = "vit_head" if spec.head == "dense" else "vit"
+        if spec.is_deep_ensemble:
+            name = "vit_ensemble"
         config = {
             "model_type": name,
             "num_hidden_layers": layers,

@@ -5,6 +5,12 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from stages.models.families import family
 from stages.models.images import ImageProcessor
+from stages.models.vision_ensembles import (
+    ViTEnsembleConfig,
+    ViTEnsembleForImageClassification,
+    ViTMoeEnsembleConfig,
+    ViTMoeEnsembleForImageClassification,
+)
 from stages.models.vision_heads import (
     ViTHeadConfig,
     ViTHeadForImageClassification,
@@ -59,21 +65,27 @@ def _model(spec: VisionSpec, fields: dict) -> PreTrainedModel:
         return ViTHeadForImageClassification(
             ViTHeadConfig(**fields, head_intermediate_size=spec.width_of_head)
         )
-    if not spec.experts:
-        return ViTForImageClassification(ViTConfig(**fields))
-    return ViTMoeForImageClassification(
-        ViTMoeConfig(
-            **fields,
-            num_experts=spec.experts,
-            num_experts_per_tok=spec.top_k,
-            moe_intermediate_size=spec.shape.neurons,
-            moe_layers=list(spec.moe_layers),
-            capacity_factor=spec.capacity_factor,
-            eval_capacity_factor=spec.eval_capacity_factor,
-            group_size=spec.group_size,
-            batch_prioritized=spec.batch_prioritized,
+    if spec.experts:
+        fields |= {
+            "num_experts": spec.experts,
+            "num_experts_per_tok": spec.top_k,
+            "moe_intermediate_size": spec.shape.neurons,
+            "moe_layers": list(spec.moe_layers),
+            "capacity_factor": spec.capacity_factor,
+            "eval_capacity_factor": spec.eval_capacity_factor,
+            "group_size": spec.group_size,
+            "batch_prioritized": spec.batch_prioritized,
+        }
+    if spec.is_deep_ensemble:
+        fields |= {"num_members": spec.ensemble}
+        if spec.experts:
+            return ViTMoeEnsembleForImageClassification(ViTMoeEnsembleConfig(**fields))
+        return ViTEnsembleForImageClassification(ViTEnsembleConfig(**fields))
+    if spec.experts:
+        return ViTMoeForImageClassification(
+            ViTMoeConfig(**fields, ensemble_size=spec.ensemble)
         )
-    )
+    return ViTForImageClassification(ViTConfig(**fields))
 
 
 @torch.no_grad()

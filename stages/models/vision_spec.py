@@ -79,6 +79,14 @@ class VisionSpec(Spec):
     head_experts: Annotated[int, Field(ge=2)] = 8
     head_top_k: Annotated[int, Field(ge=1)] = 2
     """Of ``sparse_moe``."""
+    ensemble: Annotated[int, Field(ge=1)] = 1
+    """Members whose probabilities are averaged."""
+    ensemble_of: Annotated[
+        Literal["experts", "models"],
+        Field(default_factory=lambda given: "experts" if given.get("experts") else "models"),
+    ]
+    """What a member has of its own: an equal share of the experts (E³, ``vision_moe.py``; the
+    default of a model with experts), or everything (a deep ensemble, ``vision_ensembles.py``)."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -102,6 +110,21 @@ class VisionSpec(Spec):
             raise ValueError(f"layers: names none of the {shape.depth} layers; mend it")
         if self.head != "linear" and self.experts:
             raise ValueError(f"head: {self.head} stands on a dense body; remove experts")
+        if self.ensemble > 1 and self.head != "linear":
+            raise ValueError(f"ensemble: its members have linear heads, not {self.head}; remove it")
+        if self.is_partitioned:
+            if not self.experts:
+                raise ValueError("ensemble_of: a dense model has no experts to share; use models")
+            if self.experts % self.ensemble:
+                raise ValueError(
+                    f"ensemble: {self.ensemble} does not divide the {self.experts} experts; use a "
+                    "divisor"
+                )
+            if self.top_k > self.experts // self.ensemble:
+                raise ValueError(
+                    f"top_k: {self.top_k} is more than the {self.experts // self.ensemble} experts "
+                    "of a member; lower it"
+                )
         if self.has_head_experts and self.width_of_head % self.head_experts:
             raise ValueError(
                 f"head_neurons: {self.width_of_head} cannot be shared equally by "
@@ -113,6 +136,16 @@ class VisionSpec(Spec):
                 "the head; lower it"
             )
         return self
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether it is an ensemble whose members share all but the experts."""
+        return self.ensemble > 1 and self.ensemble_of == "experts"
+
+    @property
+    def is_deep_ensemble(self) -> bool:
+        """Whether it is an ensemble whose members share nothing."""
+        return self.ensemble > 1 and self.ensemble_of == "models"
 
     @property
     def has_head_experts(self) -> bool:
@@ -157,6 +190,14 @@ class VisionSpec(Spec):
     @property
     def title(self) -> str:
         """The model's name as the paper writes it."""
+        if self.is_deep_ensemble:
+            return f"deep ensemble of {self.ensemble}: {self._member}"
+        if self.is_partitioned:
+            return f"{self._member}, experts shared by {self.ensemble} members"
+        return self._member
+
+    @property
+    def _member(self) -> str:
         if self.head != "linear":
             experts, top_k = self.experts_of_head
             mixed = f", E={experts}, K={top_k}" if self.has_head_experts else ""
@@ -182,11 +223,17 @@ class VisionSpec(Spec):
         each = sum(matrices) + sum(biases) + 4 * width
         router = self.experts * width
         block = matrices[1] + biases[1]
+        # Behind the first sparse layer, each member of a partitioned ensemble.
+        members = self.ensemble if self.is_partitioned else 1
+        tiled = depth - min(self.moe_layers) if sparse else 0
         total = rest + head + depth * each + sparse * (router + (self.experts - 1) * block)
-        active = rest + active_head + depth * each + sparse * (router + (self.top_k - 1) * block)
-        multiplied = pixels * width + depth * sum(matrices)
-        multiplied += sparse * (router + (self.top_k - 1) * matrices[1])
-        return total, active, 2 * multiplied
+        active = rest + active_head + depth * each + sparse * (
+            router + (members * self.top_k - 1) * block
+        )
+        multiplied = pixels * width + (depth + (members - 1) * tiled) * sum(matrices)
+        multiplied += members * sparse * (router + (self.top_k - 1) * matrices[1])
+        models = self.ensemble if self.is_deep_ensemble else 1
+        return models * total, models * active, models * 2 * multiplied
 
     def _head_counts(self) -> tuple[int, int]:
         """Parameters of the head, and those that an image uses."""

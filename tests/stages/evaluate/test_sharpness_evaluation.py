@@ -105,7 +105,7 @@ def test_it_may_look_at_what_a_recipe_trains_on(tmp_path):
                 "name": "s",
                 "datasets": {"digits": {"task": "images", "source": "builtin:digits",
                                         "splits": {"train": 0.5, "test": 0.5}}},
-                "models": {"a": {"vision": MODEL.model_dump()}, "b": {"vision": MODEL.model_dump()}},
+                "models": {name: {"vision": MODEL.model_dump()} for name in "ab"},
                 "pairs": [{"moe": "a", "dense": "b"}],
                 "recipes": {"r": {"data": [{"dataset": "digits"}], "steps": 1, "batch_size": 1,
                                   "learning_rate": 1e-3}},
