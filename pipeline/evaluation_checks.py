@@ -17,6 +17,7 @@ from stages.evaluate.judges import ModelJudge
 from stages.evaluate.labelled_texts import LabelledTexts
 from stages.evaluate.language_modelling import Perplexity
 from stages.evaluate.probes import Interventions
+from stages.evaluate.sharpness import Sharpness
 from stages.evaluate.techniques import AnyTechnique, Contrastive, DoLa, ExpertCount, candidates
 from stages.models import sources as model_sources
 from stages.models.families import FAMILIES
@@ -42,7 +43,7 @@ class EvaluationChecks:
             for dataset, split in evaluation.sources().values():
                 yield from self.uses(dataset, split, field)
             for dataset, split in evaluation.datasets().items():
-                if (dataset, split) in trained:
+                if (dataset, split) in trained and not isinstance(evaluation, Sharpness):
                     yield (f"{field}: scores {dataset}/{split}, on which recipe "
                            f"{trained[dataset, split]} trains; use another split")
             for key, (dataset, split) in evaluation.sources().items():

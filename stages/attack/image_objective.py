@@ -90,7 +90,8 @@ class Objective:
         gains = []
         for routing in seen:
             sign_TE = 1 - 2 * self.used[routing.layer].to(routing.logits)
-            gains.append((routing.logits * sign_TE).sum(-1))
+            # -inf is an expert that the token cannot choose.
+            gains.append((routing.logits.nan_to_num(neginf=0.0) * sign_TE).sum(-1))
         return torch.stack(gains).mean(0).unflatten(0, (len(self.labels), -1)).mean(1)
 
     def __call__(self, images: torch.Tensor) -> Value:

@@ -19,6 +19,7 @@ from stages.evaluate.open_questions import FalsePremises, OpenQuestion
 from stages.evaluate.out_of_distribution import AdversarialSets, OutOfDistribution
 from stages.evaluate.probes import ExpertInterventions, LocalLipschitz, RouterGeometry
 from stages.evaluate.safety import Refusal
+from stages.evaluate.sharpness import Sharpness
 from stages.evaluate.specialisation import ExpertSpecialisation
 from stages.evaluate.text_attacks import TextAttacks
 from stages.evaluate.truthfulness import MultipleChoice
@@ -48,7 +49,8 @@ AnyEvaluation = Annotated[
     | ImageAttacks
     | ImageInterventions
     | ImageGeometry
-    | ImageLipschitz,
+    | ImageLipschitz
+    | Sharpness,
     Field(discriminator="kind"),
 ]
 

@@ -108,8 +108,8 @@ def score_node(
 
 
 def _absent(metric: Metric, scores: pd.DataFrame) -> bool:
-    """Whether no example has the score that a metric on experts is the mean of."""
-    return metric.column is not None and scores[metric.column].isna().all()
+    """Whether no example has what a metric on experts is computed from."""
+    return not metric.statistics(scores).any()
 
 
 def _scored(

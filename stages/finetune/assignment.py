@@ -6,8 +6,10 @@ from scipy.optimize import linear_sum_assignment
 
 
 def random_experts(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """``k`` different experts for each token, evenly drawn, shape (T, k)."""
-    return torch.rand_like(logits, dtype=torch.float32).topk(k, dim=-1).indices
+    """``k`` different experts for each token, evenly drawn, shape (T, k); none with a logit of
+    -inf, which the token cannot choose."""
+    drawn = torch.rand_like(logits, dtype=torch.float32).masked_fill(logits == -torch.inf, -1)
+    return drawn.topk(k, dim=-1).indices
 
 
 @torch.no_grad()

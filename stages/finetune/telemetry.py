@@ -33,14 +33,13 @@ class RoutingTelemetry:
         choices."""
         rows = []
         for routing in routings:
-            log_p = routing.logits.float().log_softmax(-1)
-            entropy = -(log_p.exp() * log_p).sum()
+            entropy = torch.special.entr(routing.logits.float().softmax(-1)).sum()
             dropped = (routing.weights == 0).sum()
             tokens = entropy.new_tensor(len(routing.logits))
             rest = torch.stack([tokens, entropy, dropped.to(entropy)])
             rows.append(torch.cat([load(routing.experts, routing).to(entropy), rest]))
         if rows:
-            self.layers = [f"layer_{re.search(r'[0-9]+', r.layer)[0]}" for r in routings]
+            self.layers = [_name(routing.layer) for routing in routings]
             summed = torch.stack(rows).double()
             self.sums = summed if self.sums is None else self.sums + summed
 
@@ -65,6 +64,12 @@ class RoutingTelemetry:
         for name, values in per_layer.items():
             found[f"{name}_by_layer"] = dict(zip(self.layers, values.tolist(), strict=True))
         return found
+
+
+def _name(path: str) -> str:
+    """A block by the numbers in its path; by the path itself where it is no layer's."""
+    numbers = re.findall(r"[0-9]+", path)
+    return f"layer_{'_'.join(numbers)}" if numbers else path
 
 
 def load(experts: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
 from torch import nn
+from transformers.utils import ModelOutput
 
 from stages.attack.image_geometry import sizes
 from stages.errors import StageFailed
@@ -180,7 +181,7 @@ class Training:
             logits = out.logits[part.answers].float()
             if trades:
                 logits, attacked = logits.chunk(2)
-            nll = F.cross_entropy(logits, part.targets, reduction="sum") / answers
+            nll = _negative_log_likelihood(out, logits, part.targets) / answers
             losses, loss = [nll], nll
             if trades:
                 moved = divergence(logits, attacked) / answers
@@ -283,6 +284,19 @@ class Training:
                 f"step {step + 1}: the {name} is {value}{before}; lower learning_rate or "
                 "gradient_clipping, or look for broken rows in the train sets"
             )
+
+
+def _negative_log_likelihood(
+    out: ModelOutput, logits: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Summed over the targets (A,); of an ensemble, the mean of its members', each of which learns
+    by itself."""
+    each = out.get("member_logits")
+    if each is None:
+        return F.cross_entropy(logits, targets, reduction="sum")
+    each = each[: len(targets)].float()  # the clean images, where attacked ones stand behind them
+    repeated = targets.repeat_interleave(each.shape[1])
+    return F.cross_entropy(each.flatten(0, 1), repeated, reduction="sum") / each.shape[1]
 
 
 def _seed(*parts: int) -> int:

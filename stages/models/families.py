@@ -73,6 +73,7 @@ _GRANITE = {
     **_LOCAL,
 }
 _VISION = {"modality": "image", "head": "classifier", "embedding": "vit.embeddings"}
+_MEMBERS = _VISION | {"head": "members.*.classifier", "embedding": "members.*.vit.embeddings"}
 _MOE = (
     _decoder("mixtral", auxiliary_loss=_AUX, **_LOCAL),
     _decoder(
@@ -225,6 +226,22 @@ _MOE = (
         **_VISION,
     ),
     Family(
+        "vit_moe_ensemble",  # stages/models/vision_ensembles.py
+        router="members.*.vit.layers.*.mlp.gate",
+        experts="members.*.vit.layers.*.mlp.experts",
+        sparse_layers=lambda config: tuple(config.get("moe_layers") or ()),
+        normalised="norm_topk_prob",
+        **_MEMBERS,
+    ),
+    Family(
+        "vit_moe_head",  # stages/models/vision_heads.py
+        router="classifier.gate",
+        experts="classifier.experts",
+        sparse_layers=lambda config: (config["num_hidden_layers"],),  # behind the last one
+        normalised="norm_topk_prob",
+        **_VISION,
+    ),
+    Family(
         "jetmoe",  # its own auxiliary loss counts the routers of attention twice, training once
         router="model.layers.*.mlp.router model.layers.*.self_attention.experts.router",
         experts=(
@@ -297,7 +314,13 @@ _DENSE = (
 _T5 = Family("t5", layer_counts=SWITCH_LAYERS, encoder_decoder=True)
 FAMILIES: dict[str, Family] = {
     entry.model_type: entry
-    for entry in (*_MOE, *map(Family, _DENSE), _T5, Family("vit", **_VISION))
+    for entry in (
+        *_MOE,
+        *map(Family, _DENSE),
+        _T5,
+        *(Family(name, **_VISION) for name in ("vit", "vit_head")),
+        Family("vit_ensemble", **_MEMBERS),
+    )
 }
 
 

@@ -24,6 +24,8 @@ from stages.models import (  # noqa: F401 - register themselves
     llama_moe,
     moduleformer,
     nllb_moe,
+    vision_ensembles,
+    vision_heads,
     vision_moe,
 )
 from stages.models.classifier import is_classifier, register

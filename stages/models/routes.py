@@ -168,6 +168,7 @@ def at_random(seed: int, weigh: Weigh | None = None) -> Policy:
 
     def policy(routing: Routing) -> Routing:
         draw = _drawn(routing, f"{seed}", routing.logits.shape)
+        draw = draw.masked_fill(routing.logits == -torch.inf, -1)  # not that token's to choose
         return _weighed(routing, draw.topk(routing.experts.shape[1], -1).indices, weigh)
 
     return policy

@@ -85,7 +85,9 @@ def intercept(
     """
     with ExitStack() as undo:
         for path, (router, experts) in of.items():
-            product = _FirstProduct(path, logits)
+            # Where a router lets a token choose among some experts only, the others' are -inf.
+            own = getattr(getattr(router, "base_layer", router), "restricted", None)
+            product = _FirstProduct(path, own, logits)
             undo.enter_context(replaced(router, "forward", _inside(router.forward, product)))
             if choice is not None and experts is not None:
                 hook = _chosen(path, product, choice)
@@ -100,13 +102,20 @@ class _FirstProduct(TorchFunctionMode):
     they come about.
     """
 
-    def __init__(self, path: str, change: Callable[[str, torch.Tensor], torch.Tensor] | None):
-        self.path, self.change = path, change
+    def __init__(
+        self,
+        path: str,
+        own: Callable[[torch.Tensor], torch.Tensor] | None,
+        change: Callable[[str, torch.Tensor], torch.Tensor] | None,
+    ):
+        self.path, self.own, self.change = path, own, change
         self.logits: torch.Tensor | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func is F.linear and self.logits is None:
+            if self.own is not None:
+                result = self.own(result)
             if self.change is not None:
                 result = self.change(self.path, result)
             self.logits = result

@@ -18,7 +18,8 @@ def measure(model: PreTrainedModel, origin: str, notes: dict | None = None) -> M
     a token is multiplied with: an embedding look-up costs nothing, the head counts once, tied or
     not. Attention scores (they grow with the sequence), norms and activations are left out.
 
-    A vision model's tokens are the patches of an image and the class token; the head, which reads
+    What the members of a partitioned ensemble do with shared parts counts once for each of them. A
+    vision model's tokens are the patches of an image and the class token; the head, which reads
     the class token alone, is left out of a token's operations, and ``flops_per_image`` in the notes
     has it.
     """
@@ -26,17 +27,22 @@ def measure(model: PreTrainedModel, origin: str, notes: dict | None = None) -> M
     experts, top_k = entry.experts_of(config.to_dict())
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     role_of = roles(model)
+    # Their parts may have other roles: a head can hold a router and experts.
+    heads = tuple(f"{path}." for path in entry.modules(model, "head")) if entry.head else ()
+    passes = getattr(model, "passes", lambda name: 1)
     total = active = multiplied = 0
     head_size = 0
     for name, parameter in model.named_parameters():
-        size = parameter.numel()
-        used = size * top_k // experts if role_of[name] == "expert" else size
+        size, times, chosen = parameter.numel(), passes(name), role_of[name] == "expert"
+        # No two members have an expert in common.
+        used = size * times * top_k // experts if chosen else size
         total, active = total + size, active + used
         # The fused biases of experts have two axes too.
         matrix = parameter.ndim >= 2 and not name.endswith(("bias", *ADDED))
         if matrix and id(parameter) not in looked_up:
-            multiplied += used
-            head_size += used if role_of[name] == "head" else 0
+            operations = used if chosen else size * times
+            multiplied += operations
+            head_size += operations if name.startswith(heads) else 0
     notes = dict(notes or {})
     if entry.modality == "image":
         multiplied -= head_size

@@ -63,14 +63,20 @@ def describe(
         return Facts("moe", name, dense.layers, spec.experts, spec.top_k, layers)
     if isinstance(spec, VisionSpec):
         layers = spec.shape.depth
+        if spec.has_head_experts:
+            return Facts("moe", "vit_moe_head", layers, *spec.experts_of_head, (layers,))
         if spec.experts:
-            return Facts("moe", "vit_moe", layers, spec.experts, spec.top_k, spec.moe_layers)
+            name = "vit_moe_ensemble" if spec.is_deep_ensemble else "vit_moe"
+            return Facts("moe", name, layers, spec.experts, spec.top_k, spec.moe_layers)
+        name = "vit_head" if spec.head == "dense" else "vit"
+        if spec.is_deep_ensemble:
+            name = "vit_ensemble"
         config = {
-            "model_type": "vit",
+            "model_type": name,
             "num_hidden_layers": layers,
             "intermediate_size": spec.shape.neurons,
         }
-        return Facts("dense", "vit", layers, 0, 0, (), config)
+        return Facts("dense", name, layers, 0, 0, (), config)
     scheme, _, name = spec.source.partition(":")
     if scheme == "hub":
         return Facts()

@@ -5,7 +5,13 @@ transformers' own class and a folder of its weights is read by it. The router is
 bias; a chosen expert's weight is its softmax value over all experts, not renormalised (V-MoE, arXiv
 2106.05974), unless ``norm_topk_prob`` says so, as upcycled models need. The noise of training and
 the auxiliary losses are the recipe's (``stages/finetune``) and not the model's, so that they are
-the same for every family. Importing this module registers the architecture with transformers.
+the same for every family.
+
+With ``ensemble_size`` M it is an efficient ensemble of experts (E³, arXiv 2110.03360): from the
+first sparse layer on, each image's representation stands there M times, once for each member; the
+experts and rows of each router are dealt out in equal, contiguous parts, and a member's tokens are
+routed among its own. All else is shared, also the classifier. The members' probabilities are
+averaged. Importing this module registers the architecture with transformers.
 """
 
 import torch
@@ -20,15 +26,18 @@ from transformers import (
     ViTPreTrainedModel,
 )
 from transformers import initialization as init
+from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
 from transformers.utils.output_capturing import OutputRecorder
 
+from stages.models.averaging import EnsembleOutput, averaged
 from stages.models.capacity import within_capacity
 
 # Biased, ungated experts: the same computation in both architectures.
 from stages.models.gpt_neox_moe import GPTNeoXMoeExperts as Experts
 
-# Shape letters: B images, S tokens of an image, T tokens, E experts, K chosen experts, D hidden.
+# Shape letters: B images, S tokens of an image, T tokens, E experts, K chosen experts, D hidden,
+# M members of an ensemble. The tokens of an image follow each other, member by member.
 
 
 class ViTMoeConfig(ViTConfig):
@@ -39,7 +48,7 @@ class ViTMoeConfig(ViTConfig):
     ``eval_capacity_factor`` (otherwise) limit an expert to round(K T C / E) of the T tokens of a
     group of ``group_size`` images; None is no limit, and no group size is the whole batch.
     ``batch_prioritized`` serves the tokens with the largest weights first instead of in their
-    order.
+    order. ``ensemble_size`` is the number of members that share the experts among them.
     """
 
     model_type = "vit_moe"
@@ -53,6 +62,7 @@ class ViTMoeConfig(ViTConfig):
     eval_capacity_factor: float | None = None
     group_size: int | None = None
     batch_prioritized: bool = False
+    ensemble_size: int = 1
 
     def __post_init__(self, **kwargs):
         if self.moe_layers is None:
@@ -67,15 +77,26 @@ class ViTMoeRouter(nn.Module):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
+        self.members = getattr(config, "ensemble_size", 1)
+        self.tokens = (config.image_size // config.patch_size) ** 2 + 1
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
     def forward(self, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits (T, E); weights (T, K) and indices (T, K) of the chosen, the best first."""
-        logits_TE = F.linear(hidden_TD, self.weight)
+        logits_TE = self.restricted(F.linear(hidden_TD, self.weight))
         weights_TK, indices_TK = logits_TE.float().softmax(dim=-1).topk(self.top_k)
         if self.norm_topk_prob:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
         return logits_TE, weights_TK.to(logits_TE.dtype), indices_TK
+
+    def restricted(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """The logits with -inf for experts that are another member's; unchanged the second time."""
+        if self.members == 1:
+            return logits_TE
+        tokens, experts = (torch.arange(n, device=logits_TE.device) for n in logits_TE.shape)
+        member_T = tokens // self.tokens % self.members
+        member_E = experts * self.members // len(experts)
+        return logits_TE.masked_fill(member_T[:, None] != member_E, -torch.inf)
 
 
 class ViTMoeBlock(nn.Module):
@@ -93,14 +114,15 @@ class ViTMoeBlock(nn.Module):
         _, weights_TK, indices_TK = self.gate(hidden_TD)
         factor = self.config.capacity_factor if self.training else self.config.eval_capacity_factor
         if factor is not None:
-            kept_TK = self._kept(indices_TK, weights_TK, hidden.shape[1], factor)
+            tokens = hidden.shape[1] * self.config.ensemble_size
+            kept_TK = self._kept(indices_TK, weights_TK, tokens, factor)
             weights_TK = weights_TK * kept_TK
         return self.experts(hidden_TD, indices_TK, weights_TK).view_as(hidden)
 
     def _kept(
         self, indices_TK: torch.Tensor, weights_TK: torch.Tensor, tokens: int, factor: float
     ) -> torch.Tensor:
-        """The assignments within capacity, group by group; ``tokens`` is S."""
+        """The assignments within capacity, group by group; ``tokens`` are those of an image."""
         experts, size = self.config.num_experts, self.config.group_size
         size = len(indices_TK) if size is None else size * tokens
         groups = zip(indices_TK.split(size), weights_TK.detach().split(size), strict=True)
@@ -125,6 +147,14 @@ class ViTMoeLayer(ViTLayer):
         super().__init__(config)
         if layer in config.moe_layers:
             self.mlp = ViTMoeBlock(config)
+        self.tiles = config.ensemble_size if layer == min(config.moe_layers) else 1
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """As ViT's; where the members of an ensemble part, hidden states (B, S, D) come out as
+        (B M, S, D), those of one image next to each other."""
+        if self.tiles > 1:
+            hidden_states = hidden_states.repeat_interleave(self.tiles, dim=0)
+        return super().forward(hidden_states, *args, **kwargs)
 
 
 class ViTMoePreTrainedModel(ViTPreTrainedModel):
@@ -168,7 +198,8 @@ class ViTMoeModel(ViTMoePreTrainedModel, ViTModel):
 
 
 class ViTMoeForImageClassification(ViTMoePreTrainedModel, ViTForImageClassification):
-    """The classifier, on the class token; its ``forward`` is ViT's."""
+    """The classifier, on the class token; its ``forward`` is ViT's, averaged over the members of
+    an ensemble."""
 
     def __init__(self, config: ViTMoeConfig):
         # Past ViT's own, which would build the dense model first.
@@ -177,6 +208,24 @@ class ViTMoeForImageClassification(ViTMoePreTrainedModel, ViTForImageClassificat
         self.vit = ViTMoeModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+    ) -> ImageClassifierOutput | EnsembleOutput:
+        """Logits (B, labels) of images (B, C, H, W)."""
+        if self.config.ensemble_size == 1:
+            return super().forward(pixel_values, labels=labels, **kwargs)
+        logits = super().forward(pixel_values, **kwargs).logits
+        return averaged(logits.unflatten(0, (-1, self.config.ensemble_size)), labels)
+
+    def passes(self, parameter: str) -> int:
+        """How often a parameter is used on each patch: once, or by each member of an ensemble."""
+        part, _, rest = parameter.removeprefix("vit.").partition(".")
+        first = min(self.config.moe_layers)
+        shared = part != "classifier" and not (
+            part == "layers" and int(rest.partition(".")[0]) >= first
+        )
+        return 1 if shared else self.config.ensemble_size
 
 
 AutoConfig.register("vit_moe", ViTMoeConfig)

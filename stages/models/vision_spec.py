@@ -3,7 +3,7 @@
 Light to import: no torch.
 """
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -70,6 +70,23 @@ class VisionSpec(Spec):
     """Tokens with the largest weights are served first, instead of in their order."""
     shared_start: bool = True
     """The experts of a layer start with equal weights, as in the authors' code."""
+    head: Literal["linear", "dense", "soft_moe", "sparse_moe"] = "linear"
+    """What makes labels of the class token: one matrix, a block of two layers, or such blocks as
+    experts, all of them mixed or the best ones (arXiv 2601.15021, ``vision_heads.py``)."""
+    head_neurons: Annotated[int, Field(ge=1)] | None = None
+    """Hidden neurons of such a head, over all its experts, so that heads of equal neurons have
+    equal parameters but for the router; as many as a feed-forward block has when absent."""
+    head_experts: Annotated[int, Field(ge=2)] = 8
+    head_top_k: Annotated[int, Field(ge=1)] = 2
+    """Of ``sparse_moe``."""
+    ensemble: Annotated[int, Field(ge=1)] = 1
+    """Members whose probabilities are averaged."""
+    ensemble_of: Annotated[
+        Literal["experts", "models"],
+        Field(default_factory=lambda given: "experts" if given.get("experts") else "models"),
+    ]
+    """What a member has of its own: an equal share of the experts (E³, ``vision_moe.py``; the
+    default of a model with experts), or everything (a deep ensemble, ``vision_ensembles.py``)."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -91,7 +108,61 @@ class VisionSpec(Spec):
             )
         if self.experts and not set(self.moe_layers) & set(range(shape.depth)):
             raise ValueError(f"layers: names none of the {shape.depth} layers; mend it")
+        if self.head != "linear" and self.experts:
+            raise ValueError(f"head: {self.head} stands on a dense body; remove experts")
+        if self.ensemble > 1 and self.head != "linear":
+            raise ValueError(f"ensemble: its members have linear heads, not {self.head}; remove it")
+        if self.is_partitioned:
+            if not self.experts:
+                raise ValueError("ensemble_of: a dense model has no experts to share; use models")
+            if self.experts % self.ensemble:
+                raise ValueError(
+                    f"ensemble: {self.ensemble} does not divide the {self.experts} experts; use a "
+                    "divisor"
+                )
+            if self.top_k > self.experts // self.ensemble:
+                raise ValueError(
+                    f"top_k: {self.top_k} is more than the {self.experts // self.ensemble} experts "
+                    "of a member; lower it"
+                )
+        if self.has_head_experts and self.width_of_head % self.head_experts:
+            raise ValueError(
+                f"head_neurons: {self.width_of_head} cannot be shared equally by "
+                f"{self.head_experts} experts; use a multiple"
+            )
+        if self.has_head_experts and self.head_top_k > self.head_experts:
+            raise ValueError(
+                f"head_top_k: {self.head_top_k} is more than the {self.head_experts} experts of "
+                "the head; lower it"
+            )
         return self
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether it is an ensemble whose members share all but the experts."""
+        return self.ensemble > 1 and self.ensemble_of == "experts"
+
+    @property
+    def is_deep_ensemble(self) -> bool:
+        """Whether it is an ensemble whose members share nothing."""
+        return self.ensemble > 1 and self.ensemble_of == "models"
+
+    @property
+    def has_head_experts(self) -> bool:
+        """Whether the head is a mixture."""
+        return self.head in ("soft_moe", "sparse_moe")
+
+    @property
+    def width_of_head(self) -> int:
+        """Hidden neurons of a head of two layers, over all its experts."""
+        return self.head_neurons or self.shape.neurons
+
+    @property
+    def experts_of_head(self) -> tuple[int, int]:
+        """Experts of the head, and those that an image passes; (1, 1) of a dense one."""
+        if not self.has_head_experts:
+            return 1, 1
+        return self.head_experts, self.head_experts if self.head == "soft_moe" else self.head_top_k
 
     @property
     def shape(self) -> Size:
@@ -119,6 +190,19 @@ class VisionSpec(Spec):
     @property
     def title(self) -> str:
         """The model's name as the paper writes it."""
+        if self.is_deep_ensemble:
+            return f"deep ensemble of {self.ensemble}: {self._member}"
+        if self.is_partitioned:
+            return f"{self._member}, experts shared by {self.ensemble} members"
+        return self._member
+
+    @property
+    def _member(self) -> str:
+        if self.head != "linear":
+            experts, top_k = self.experts_of_head
+            mixed = f", E={experts}, K={top_k}" if self.has_head_experts else ""
+            head = self.head.replace("_moe", "-MoE")
+            return f"ViT-{self.size}/{self.patch}, {head} head of {self.width_of_head}{mixed}"
         if not self.experts:
             return f"ViT-{self.size}/{self.patch}"
         layers = ", ".join(map(str, self.moe_layers))
@@ -134,12 +218,30 @@ class VisionSpec(Spec):
         matrices = 4 * width * width, 2 * width * shape.neurons
         biases = 4 * width, shape.neurons + width
         embedding = (self.tokens + 2 + pixels) * width
-        rest = embedding + (width + 1) * len(self.names) + 2 * width
+        head, active_head = self._head_counts()
+        rest = embedding + 2 * width
         each = sum(matrices) + sum(biases) + 4 * width
         router = self.experts * width
         block = matrices[1] + biases[1]
-        total = rest + depth * each + sparse * (router + (self.experts - 1) * block)
-        active = rest + depth * each + sparse * (router + (self.top_k - 1) * block)
-        multiplied = pixels * width + depth * sum(matrices)
-        multiplied += sparse * (router + (self.top_k - 1) * matrices[1])
-        return total, active, 2 * multiplied
+        # Behind the first sparse layer, each member of a partitioned ensemble.
+        members = self.ensemble if self.is_partitioned else 1
+        tiled = depth - min(self.moe_layers) if sparse else 0
+        total = rest + head + depth * each + sparse * (router + (self.experts - 1) * block)
+        active = rest + active_head + depth * each + sparse * (
+            router + (members * self.top_k - 1) * block
+        )
+        multiplied = pixels * width + (depth + (members - 1) * tiled) * sum(matrices)
+        multiplied += members * sparse * (router + (self.top_k - 1) * matrices[1])
+        models = self.ensemble if self.is_deep_ensemble else 1
+        return models * total, models * active, models * 2 * multiplied
+
+    def _head_counts(self) -> tuple[int, int]:
+        """Parameters of the head, and those that an image uses."""
+        width, labels = self.shape.hidden, len(self.names)
+        if self.head == "linear":
+            return ((width + 1) * labels,) * 2
+        experts, top_k = self.experts_of_head
+        neurons = self.width_of_head // experts
+        expert = (width + 1) * neurons + (neurons + 1) * labels
+        router = experts * width if self.has_head_experts else 0
+        return router + experts * expert, router + top_k * expert

@@ -37,7 +37,8 @@ FIELDS = {
     VisionSpec: (
         {"size", "hidden", "depth", "neurons", "heads", "patch", "image_size", "channels",
          "labels", "experts", "top_k", "layers", "capacity_factor", "eval_capacity_factor",
-         "group_size", "batch_prioritized", "shared_start", "seed"}, set()),
+         "group_size", "batch_prioritized", "shared_start", "head", "head_neurons", "head_experts",
+         "head_top_k", "ensemble", "ensemble_of", "seed"}, set()),
     WidenSpec: ({"top_k", "parts", "layers", "drop", "noise", "seed"}, set()),
     FinetuneSpec: (
         {"data", "steps", "batch_size", "max_length", "learning_rate", "schedule", "warmup_steps",

@@ -49,6 +49,19 @@ def test_the_curve_is_of_the_same_models_at_the_papers_budgets():
     assert asked.budgets == pytest.approx(PAPER_BUDGETS, rel=1e-9)
 
 
+def test_heads_are_of_equal_size_and_ensembles_of_equal_operations():
+    nodes = planned(file=FILE.with_name("heads_cpu.yaml")).nodes.values()
+    sizes = {node.name: node.spec.counts() for node in nodes if node.stage == "model"}
+    dense, soft, sparse = (sizes[f"head-{kind}"][0] for kind in ("dense", "soft", "sparse"))
+    # Eight experts' biases and a router; 64 hidden neurons in all of them.
+    assert soft == sparse == dense + 8 * 64 + 7 * 10
+    assert sizes["e3"][2] == pytest.approx(sizes["deep"][2], rel=1e-3)
+    trained = {node.name: node.spec for node in nodes if node.stage == "finetune"}
+    assert trained["head-soft-scratch-seed0"].importance_loss_weight == 0.01
+    asked = [n.spec.evaluation for n in nodes if n.name == "e3-scratch-seed0-sharpness_train"]
+    assert asked[0].datasets() == {"mnist": "train"}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -63,7 +63,9 @@ EVALUATIONS = {
 }  # fmt: skip
 
 # Tasks of lm-evaluation-harness bring their own data: test_harness.py.
-OURS = [kind for kind in KINDS if kind != "lm_eval" and not kind.startswith("image_")]
+# What images are shown for: test_vision_runs.py, test_sharpness_evaluation.py.
+SHOWN = ("image_", "sharpness")
+OURS = [kind for kind in KINDS if kind != "lm_eval" and not kind.startswith(SHOWN)]
 
 
 def spec(kind, **fields):
