@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from stages.errors import StageFailed
 from stages.finetune.recipe import Alternate, Recipe
 from stages.finetune.schedules import epoch
-from stages.models.families import roles
+from stages.models.families import family, roles
 
 
 def trained_roles(model: PreTrainedModel) -> dict[str, str]:
@@ -26,7 +26,7 @@ def freeze(model: PreTrainedModel, recipe: Recipe) -> None:
 
     Raises StageFailed when a role that the recipe names has no parameters in this model.
     """
-    role_of = trained_roles(model)
+    entry, role_of = family(model), trained_roles(model)
     adapted = recipe.lora.roles if recipe.lora else ()
     for role in (*recipe.train, *recipe.freeze, *adapted):
         if role != "all" and role not in role_of.values():
@@ -37,7 +37,8 @@ def freeze(model: PreTrainedModel, recipe: Recipe) -> None:
                 f"({reason}); remove it from the recipe's train, freeze and lora.roles"
             )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(recipe.trains(role_of[name]))
+        trained = recipe.trains(role_of[name]) and not entry.biases_choice(name)
+        parameter.requires_grad_(trained)
 
 
 def groups(model: PreTrainedModel, recipe: Recipe) -> list[dict]:

@@ -16,6 +16,8 @@ def load_balancing_loss(routings: list[Routing]) -> torch.Tensor:
     f_e is the number of times expert e was chosen per token (so Σ f_e = K), P_e the mean of the
     softmax of the router logits (Switch Transformers, arXiv 2101.03961, equations 4 to 6; pooled
     over the layers as transformers' ``load_balancing_loss_func`` does). Gradients flow through P_e.
+    Where a bias moves the choice (MiniMax-M2, Laguna, ERNIE), the experts that were chosen count;
+    transformers counts those of the largest logits there.
     """
     stacks: dict[bool, list[Routing]] = {}
     for routing in routings:

@@ -116,6 +116,7 @@ _MOE = (
         shared="mlp.shared_experts",
         sparse_layers=after("num_dense_layers", 1),
         scores="sigmoid",
+        choice_bias="model.layers.*.mlp.expert_bias",
         masks_by_position=False,
     ),
     _decoder(
@@ -130,6 +131,7 @@ _MOE = (
         shared="mlp.shared_experts",
         sparse_layers=listed(1),
         scores="sigmoid",
+        choice_bias="model.layers.*.mlp.gate.e_score_correction_bias",
         auxiliary_loss=_AUX,
     ),
     _decoder("granitemoe", **_GRANITE),
@@ -156,6 +158,7 @@ _MOE = (
         sparse_layers=ernie_layers,
         num_experts="moe_num_experts",
         top_k="moe_k",
+        choice_bias="model.layers.*.mlp.gate.moe_statics.e_score_correction_bias",
         auxiliary_loss=_AUX,
     ),
     _decoder("hunyuan_v1_moe", shared="mlp.shared_mlp", top_k="moe_topk"),

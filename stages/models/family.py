@@ -59,6 +59,9 @@ class Family:
     """Place of the chosen experts' weights; None where they cannot be read off."""
     index: int | None = 2
     """Place of the chosen experts' numbers; None where they cannot be read off."""
+    choice_bias: str = ""
+    """Parameters that are added to the scores for the choice alone: no gradient reaches them, so
+    recipes never train them (nor let weight decay move them)."""
     auxiliary_loss: tuple[str, ...] = ()
     """What ``forward(output_router_logits=True)`` calls the load-balancing loss, unweighted, or its
     parts, whose sum it is; empty where it returns none."""
@@ -128,7 +131,15 @@ class Family:
 
         The same paths before and after ``expert_parallel.convert``.
         """
-        paths = getattr(self, "experts" if role == "expert" else role).split()
-        pattern = re.compile("|".join(re.escape(p).replace(r"\*", r"[^.]+") for p in paths))
+        pattern = _pattern(getattr(self, "experts" if role == "expert" else role))
         # The root module's path is empty, like the path of a part that the family lacks.
         return {name: m for name, m in model.named_modules() if name and pattern.fullmatch(name)}
+
+    def biases_choice(self, parameter: str) -> bool:
+        """Whether a parameter of this name shifts the choice of experts and nothing else."""
+        return _pattern(self.choice_bias).fullmatch(parameter) is not None
+
+
+def _pattern(paths: str) -> re.Pattern:
+    """One or the other of the paths, where ``*`` stands for one component."""
+    return re.compile("|".join(re.escape(p).replace(r"\*", r"[^.]+") for p in paths.split()))

@@ -29,11 +29,21 @@ def trained(model):
 @pytest.mark.parametrize("name", MOE)
 def test_freezing_the_router_freezes_the_routers_and_nothing_else(name):
     model = model_of(name)
+    routers = {id(p) for router, _ in blocks(model).values() for p in router.parameters()}
+    biases = {id(p) for n, p in model.named_parameters() if FAMILIES[name].biases_choice(n)}
     freeze(model, recipe(freeze=["router"]))
-    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
-    assert frozen == {id(p) for router, _ in blocks(model).values() for p in router.parameters()}
+    assert {id(p) for p in model.parameters() if not p.requires_grad} == routers | biases
     freeze(model, recipe(train=["router"]))
-    assert {id(p) for p in model.parameters() if p.requires_grad} == frozen
+    assert {id(p) for p in model.parameters() if p.requires_grad} == routers - biases
+
+
+@pytest.mark.parametrize("name", ["afmoe", "laguna", "ernie4_5_moe"])
+def test_what_shifts_the_choice_alone_is_never_trained(name):
+    model = model_of(name)
+    freeze(model, recipe())
+    still = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert len(still) == len(blocks(model))
+    assert all(n.endswith(("expert_bias", "e_score_correction_bias")) for n in still)
 
 
 def test_projections_called_gate_are_no_routers():

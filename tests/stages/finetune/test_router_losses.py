@@ -46,6 +46,22 @@ def test_load_balancing_equals_transformers(name):
     assert load_balancing_loss(seen).item() == pytest.approx(out.aux_loss.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["minimax_m2", "laguna", "ernie4_5_moe"])
+def test_where_a_bias_moves_the_choice_the_chosen_experts_count(name):
+    model, seen = tiny_model(name, tiny_tokenizer(), seed=3), []
+    with intercept(blocks(model), choice=seen.append):
+        out = model(input_ids=torch.arange(3, 60)[None], output_router_logits=True)
+    logits = torch.cat([r.logits for r in seen]).float()
+    expected = []
+    for chosen in (torch.cat([r.experts for r in seen]), logits.topk(2).indices):
+        share = torch.nn.functional.one_hot(chosen, 4).sum(1).float().mean(0)
+        expected.append(4 * (share * logits.softmax(-1).mean(0)).sum().item())
+    ours, transformers = expected
+    assert load_balancing_loss(seen).item() == pytest.approx(ours, rel=1e-6)
+    assert out.aux_loss.item() == pytest.approx(transformers, rel=1e-6)  # by the largest logits
+    assert abs(ours / transformers - 1) > 2e-5
+
+
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3", "glm4_moe"])
 @pytest.mark.parametrize("loss", [load_balancing_loss, z_loss])
 def test_families_whose_head_returns_none_have_the_gradient_all_the_same(name, loss):
