@@ -91,7 +91,8 @@ class Attacker(Shown):
         """The routing change of two even random choices; NaN for a dense model."""
         if not self.routes:
             return float("nan")
-        return chance(self.routes[0].logits.shape[-1], self.routes[0].experts.shape[-1])
+        first = self.routes[0]  # a member of an ensemble can choose among its own alone
+        return chance(int(first.logits[0].isfinite().sum()), first.experts.shape[-1])
 
     @cached_property
     def weigh(self) -> Weigh | None:

@@ -1,6 +1,5 @@
 """Sharpness of an image classifier's minimum: how curved the loss is around its weights."""
 
-import base64
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -8,9 +7,9 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from stages.data.spec import Task
-from stages.evaluate.base import Evaluation, Metric, Request, Response, mean_of
-from stages.evaluate.examples import qualified, results
+from stages.evaluate.base import Metric, Request, Response, mean_of
+from stages.evaluate.examples import results
+from stages.evaluate.labelled_images import LabelledImages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +22,7 @@ AT_ONCE = 50
 """Images in memory at once."""
 
 
-class Sharpness(Evaluation):
+class Sharpness(LabelledImages):
     """Largest eigenvalue and trace of the Hessian of the mean cross-entropy of some images, with
     respect to the model's weights (``stages/probe/sharpness.py``), without auxiliary losses.
 
@@ -36,7 +35,6 @@ class Sharpness(Evaluation):
     """
 
     kind: Literal["sharpness"] = "sharpness"
-    dataset: str
     split: str = "test"
     """May be one that recipes train on."""
     limit: Annotated[int, Field(ge=1)] = 100
@@ -53,36 +51,25 @@ class Sharpness(Evaluation):
     axis: ClassVar[str] = "adversarial"
     primary: ClassVar[str] = "eigenvalue"
 
-    def datasets(self) -> dict[str, str]:
-        """The set and its split."""
-        return {self.dataset: self.split}
-
-    def tasks(self) -> dict[str, Task]:
-        """Images."""
-        return {self.dataset: "images"}
-
     def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:
         """One, with all images."""
-        frame = self._frame(data)
-        images = [base64.b64encode(image).decode() for image in frame["image"]]
-        row = {"images": images, "labels": list(frame["label"])}
-        return [self.procedure_request(self._id, row)]
+        images = self.rows(self._first(data)[self.dataset])
+        return [self.procedure_request(self._id, {"images": images})]
 
     @property
     def _id(self) -> str:
         return f"{self.dataset}/{self.split}"
 
-    def _frame(self, data: dict[str, pd.DataFrame]) -> pd.DataFrame:
-        return data[self.dataset].head(self.limit)
+    def _first(self, data: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+        return {self.dataset: data[self.dataset].head(self.limit)}
 
     def procedure(
         self, model: "PreTrainedModel", tokenizer: "ImageProcessor", rows: Sequence[dict]
     ) -> Iterable[dict]:
         """For the row with all images: their predictions, losses and parts of the sharpness."""
-        import torch
         from torch.nn.functional import cross_entropy
 
-        from stages.models.images import Classifier
+        from stages.evaluate.showing import Shown
         from stages.probe.sharpness import (
             ALL,
             Hessian,
@@ -91,24 +78,21 @@ class Sharpness(Evaluation):
             twice_differentiable,
         )
 
-        classifier = Classifier(model, tokenizer)
         for row in rows:
-            pixels = tokenizer.decode([base64.b64decode(image) for image in row["images"]])
-            pixels = pixels.to(model.device)
-            labels = torch.tensor([tokenizer.label(label) for label in row["labels"]])
-            labels = labels.to(model.device)
-            batches = list(zip(pixels.split(AT_ONCE), labels.split(AT_ONCE), strict=True))
+            shown = Shown(self, model, tokenizer, row["images"])
+            logits, _ = shown.seen(shown.pixels)
+            found = {
+                "predictions": shown.predictions(logits),
+                "losses": shown.losses(logits).tolist(),
+                "sharpness": {},
+            }
+            batches = zip(shown.pixels.split(AT_ONCE), shown.labels.split(AT_ONCE), strict=True)
             losses = [
-                lambda x=x, y=y: cross_entropy(classifier(x).float(), y, reduction="none")
+                lambda x=x, y=y, of=shown.classifier: cross_entropy(
+                    of(x).float(), y, reduction="none"
+                )
                 for x, y in batches
             ]
-            with torch.no_grad():
-                outputs = torch.cat([classifier(x).argmax(1) for x, _ in batches])
-                found = {
-                    "predictions": [tokenizer.labels[output] for output in outputs.tolist()],
-                    "losses": torch.cat([each() for each in losses]).tolist(),
-                    "sharpness": {},
-                }
             with twice_differentiable(model):
                 for part in (ALL, *self.parts):
                     parameters = parameters_of(model, part)
@@ -129,22 +113,17 @@ class Sharpness(Evaluation):
         """One row per image: ``correct``, ``loss``, and its parts of ``eigenvalue``, of ``trace``,
         by random vector ``trace/0`` and so on, and of ``trace_per_parameter``; of a role R
         ``eigenvalue/R`` and so on, NaN where the model has no such part."""
-        frame, (found,) = self._frame(data), results([self._id], responses)
+        about, (found,) = self.about(self._first(data)), results([self._id], responses)
         scores = {
-            "example_id": qualified(self.dataset, frame["id"]),
-            "document": qualified(self.dataset, frame["document"]),
-            "subset": self.dataset,
-            "prompt": "",
-            "gold": frame["label"].to_numpy(),
             "prediction": found["predictions"],
             "answer": "",
-            "correct": (frame["label"].to_numpy() == found["predictions"]).astype(float),
+            "correct": (about["gold"] == found["predictions"]).astype(float),
             "loss": found["losses"],
         }
         missing = {
             "parameters": 1,
-            "eigenvalue": [np.nan] * len(frame),
-            "trace": [[np.nan] * len(frame)] * self.vectors,
+            "eigenvalue": [np.nan] * len(about),
+            "trace": [[np.nan] * len(about)] * self.vectors,
         }
         for part in ("all", *self.parts):
             there, of = found["sharpness"].get(part, missing), _suffix(part)
@@ -154,7 +133,7 @@ class Sharpness(Evaluation):
             scores[f"trace_per_parameter{of}"] = trace / there["parameters"]
             for vector, values in enumerate(there["trace"]):
                 scores[f"trace{of}/{vector}"] = values
-        return pd.DataFrame(scores)
+        return about.assign(**scores)
 
     def metrics(self) -> tuple[Metric, ...]:
         """Eigenvalue and trace, first those of all weights, with the trace's error; the loss."""

@@ -1,14 +1,17 @@
 """Ensembles of vision models: partitioned experts and deep ensembles, against their parts."""
 
+import base64
+import io
 import json
 
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 
 from stages.attack.image_objective import Objective
-from stages.attack.image_spec import APGD
-from stages.evaluate.vision import _routing_changes
+from stages.attack.image_spec import APGD, PGD
+from stages.evaluate.image_attacks import ImageAttacks
 from stages.finetune.assignment import balanced_experts, random_experts
 from stages.finetune.telemetry import RoutingTelemetry
 from stages.models.averaging import averaged
@@ -23,6 +26,7 @@ from stages.models.sources import describe
 from stages.models.stage import run
 from stages.models.vision import from_scratch
 from stages.models.vision_spec import VisionSpec
+from stages.probe.change import chance
 
 DENSE = VisionSpec(
     size="tiny", hidden=32, neurons=48, depth=4, patch=7, image_size=28, channels=1, labels=10,
@@ -235,9 +239,26 @@ def test_attacks_climb_on_the_averaged_prediction(folders, name, routing):
     if routing == "as_is":
         expected = -classifier(IMAGES).softmax(1)[range(3), labels].log()
         torch.testing.assert_close(value.loss, expected.detach())
-    with torch.no_grad(), routed(classifier.model) as before:
-        classifier(IMAGES)
-    assert _routing_changes(classifier, IMAGES, before) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["shared", *DEEP])
+def test_an_ensemble_is_attacked_as_one_model(folders, name):
+    model, processor = load(folders[name]), load_processor(folders[name])
+    file = io.BytesIO()
+    Image.new("L", (28, 28), 90).save(file, "PNG")
+    image = base64.b64encode(file.getvalue()).decode()
+    rows = [{"id": "a", "image": image, "label": "3", "checked": True}]
+    asked = ImageAttacks(
+        dataset="x", budgets=(0.1,), attacks={"pgd": PGD(steps=2, restarts=1)}
+    )
+    (found,) = asked.procedure(model, processor, rows)
+    with torch.no_grad():
+        logits = Classifier(model, processor)(torch.full((1, 1, 28, 28), 90 / 255))
+    assert found["prediction"] == str(logits.argmax().item())
+    if name != "dense":
+        assert set(found["noise"]) == set(blocks(model))
+        # A member chooses 1 of 2, a whole model 2 of 4.
+        assert found["chance"] == pytest.approx(chance(2, 1) if name == "shared" else chance(4, 2))
 
 
 def test_averaging_by_hand():
