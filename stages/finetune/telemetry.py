@@ -40,7 +40,7 @@ class RoutingTelemetry:
             rest = torch.stack([tokens, entropy, dropped.to(entropy)])
             rows.append(torch.cat([load(routing.experts, routing).to(entropy), rest]))
         if rows:
-            self.layers = [f"layer_{re.search(r'[0-9]+', r.layer)[0]}" for r in routings]
+            self.layers = [_name(routing.layer) for routing in routings]
             summed = torch.stack(rows).double()
             self.sums = summed if self.sums is None else self.sums + summed
 
@@ -65,6 +65,15 @@ class RoutingTelemetry:
         for name, values in per_layer.items():
             found[f"{name}_by_layer"] = dict(zip(self.layers, values.tolist(), strict=True))
         return found
+
+
+def _name(path: str) -> str:
+    """``layer_3`` and what tells it from a router of the same number: the stack of an
+    encoder-decoder, and whether it routes attention."""
+    parts = path.split(".")
+    stack = next((f"{part}_" for part in ("encoder", "decoder") if part in parts), "")
+    attention = "_attention" if any(part.startswith(("attn", "self_att")) for part in parts) else ""
+    return f"{stack}layer_{re.search(r'[0-9]+', path)[0]}{attention}"
 
 
 def load(experts: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -199,8 +199,7 @@ class Training:
             # ZeRO averages the workers' gradients; at stage 0 they are summed.
             share = (torch.distributed.get_world_size() if self.zero else 1) / ascents
             engine.backward(loss * share, scale_wrt_gas=False)
-            if self.knobs.sees_choice:
-                telemetry.add(routings)
+            telemetry.add(routings)
             sums += torch.stack([part.detach().double() for part in losses]) / ascents
             if adversarial:
                 self.evidence.mean("adversarial", f"loss_share_in_ascent_{ascent + 1}", nll)
