@@ -42,6 +42,7 @@ from stages.finetune.telemetry import RoutingTelemetry, model_flops_utilisation
 from stages.models.balance import gshard_loss, importance_loss, load_loss
 from stages.models.families import family
 from stages.models.images import Classifier
+from stages.models.routing import Routing
 
 AUXILIARY = {
     "auxiliary_loss_weight": ("auxiliary_loss", load_balancing_loss),
@@ -185,15 +186,17 @@ class Training:
                 moved = divergence(logits, attacked) / answers
                 loss = loss + trades.beta * moved
                 self.evidence.mean("adversarial", "divergence", moved * answers / len(examples))
-            for knob, (_, of) in self.weighed.items():
-                own = self.own_argument and of is load_balancing_loss
-                # The load is a probability over the noise, so its loss must know it.
-                noise = (self.knobs.clean, self.knobs.noise) if of is load_loss else ()
-                auxiliary = self._own(out) if own else of(routings, *noise)
-                if self.evidence.open:
-                    # The engine's outputs allow no backward pass but its own.
-                    again = {"use_cache": False, **arguments, **self.own_argument}
-                    self._measure(knob, self._own(engine.module(**again)) if own else auxiliary)
+            for knob in self.weighed:
+                auxiliary = self._auxiliary(knob, routings, out)
+                if self.evidence.open and family(engine.module).encoder_decoder:
+                    # The encoder's states are among the engine's outputs, which allow no backward
+                    # pass but its own.
+                    with self.knobs.forward() as again:
+                        second = engine.module(**arguments, use_cache=False, **self.own_argument)
+                    again = part.without_padding(again)
+                    self._measure(knob, self._auxiliary(knob, again, second))
+                elif self.evidence.open:
+                    self._measure(knob, auxiliary)
                 losses.append(auxiliary / parts)
                 loss = loss + losses[-1] * getattr(self.spec, knob)
             # ZeRO averages the workers' gradients; at stage 0 they are summed.
@@ -224,9 +227,14 @@ class Training:
             return pixels
         return torch.cat([part.arguments["pixel_values"], pixels])
 
-    def _own(self, out) -> torch.Tensor:
-        """The load-balancing loss as the family computed it."""
-        return sum(out[name] for name in self.own_loss)
+    def _auxiliary(self, knob: str, routings: list[Routing], out) -> torch.Tensor:
+        """The loss of a knob over one forward pass, unweighted."""
+        _, of = self.weighed[knob]
+        if self.own_argument and of is load_balancing_loss:
+            return sum(out[name] for name in self.own_loss)
+        # The load is a probability over the noise, so its loss must know it.
+        noise = (self.knobs.clean, self.knobs.noise) if of is load_loss else ()
+        return of(routings, *noise)
 
     def _measure(self, knob: str, auxiliary: torch.Tensor) -> None:
         """The norm of the routers' gradient of an auxiliary loss alone, with weight 1."""

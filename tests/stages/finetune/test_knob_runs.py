@@ -71,7 +71,8 @@ def runs(models, data, tmp_path_factory):
         plan(name, "mixtral", spec(expert_parallel=2, deepspeed_config=file))
     for name in CAPACITY:
         for size in (1, 2):
-            limited = spec(router={"capacity": 6}, expert_parallel=size)
+            losses = {"auxiliary_loss_weight": 0.05, "z_loss_weight": 0.01}
+            limited = spec(router={"capacity": 6}, expert_parallel=size, **losses)
             plan(f"capacity-{name}-ep{size}", name, limited)
     plan("shared", "qwen2_moe", spec(expert_parallel=2, train=("shared_expert",)))
     plan("experts_lora", "mixtral", spec(lora={"roles": ("expert", "router"), "rank": 2}))
@@ -142,6 +143,10 @@ def test_a_capacity_drops_the_same_with_spread_experts(runs, name):
     for column in ("loss", "gradient_norm", "dropped_choices", "expert_load_variation"):
         assert two[column].to_numpy() == pytest.approx(one[column].to_numpy(), rel=2e-5), column
     assert (one["dropped_choices"] > 0.1).all()
+    for knob in ("auxiliary_loss_weight", "z_loss_weight"):
+        found = [measured(runs / f"capacity-{name}-ep{size}", knob) for size in (1, 2)]
+        one, two = (part["router_gradient_norm"] for part in found)
+        assert one > 1e-2 and two == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["router_rate", "alternate", "freelb", "losses"])
