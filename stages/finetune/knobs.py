@@ -93,8 +93,11 @@ class Knobs:
                 inner = getattr(module, "base_layer", module)
                 undo.enter_context(replaced(inner, name, router.capacity))
         seen = {"choice": self._choose(routings)}
-        if router.noise or not self.sees_choice:
+        if router.noise or self.knows_choice and not self.sees_choice:
             seen["logits"] = self._logits(routings)
+        if not self.knows_choice:
+            for path, (module, _) in self.blocks.items():
+                undo.enter_context(module.register_forward_hook(self._best(path, routings)))
         undo.enter_context(intercept(self.blocks, **seen))
         if self.recipe.experts.dropout:
             p, name = self.recipe.experts.dropout, "experts.dropout"
@@ -107,15 +110,26 @@ class Knobs:
                 noise = self.noise * torch.randn_like(logits)
                 self.evidence.mean("router.noise", "mean_square_of_the_noise", noise.square())
                 logits = logits + noise
-            if not self.sees_choice:
+            if self.knows_choice and not self.sees_choice:
                 rows = logits.flatten(0, -2)
                 router = self.blocks[layer][0]
-                k = getattr(router, "base_layer", router).top_k if self.knows_choice else 0
+                k = getattr(router, "base_layer", router).top_k
                 none = rows.new_zeros(len(rows), 0)
                 routings.append(Routing(layer, rows, rows.topk(k).indices, none))
             return logits
 
         return noisy
+
+    def _best(self, layer: str, routings: list[Routing]) -> Callable:
+        """Notes the one expert of each token that a router of Switch names, of weight 0 where it
+        came too late for its capacity."""
+
+        def note(module: nn.Module, args: tuple, output: tuple) -> None:
+            mask, probability, logits = (part.flatten(0, -2) for part in output)
+            kept = probability * mask.sum(-1, keepdim=True)
+            routings.append(Routing(layer, logits, logits.argmax(-1, keepdim=True), kept))
+
+        return note
 
     def _jitter(self, module: nn.Module, args: tuple) -> tuple:
         width = self.recipe.router.jitter

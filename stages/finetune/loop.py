@@ -115,7 +115,7 @@ def train(spec: FinetuneSpec, inputs: dict[str, Path], output: Path, callbacks: 
         pd.DataFrame(curve).to_parquet(output / CURVE_FILE, index=False)
         run = _run_facts(training, curve) | {"data": _audit(spec, inputs, output)}
         evidence_file.write(output, spec, training.evidence, run)
-        if training.knobs.sees_choice:
+        if training.knobs.blocks:
             routing_figure(curve, output / ROUTING_FIGURE)
         write_folder(state, spec, inputs["model"], output, probe, logits, last)
 

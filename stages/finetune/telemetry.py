@@ -67,9 +67,14 @@ class RoutingTelemetry:
 
 
 def _name(path: str) -> str:
-    """A block by the numbers in its path; by the path itself where it is no layer's."""
-    numbers = re.findall(r"[0-9]+", path)
-    return f"layer_{'_'.join(numbers)}" if numbers else path
+    """``layer_3`` and what tells it from a router of the same number: member of an ensemble, stack
+    of an encoder-decoder, and whether it routes attention; the path where it is no layer's."""
+    numbers, parts = re.findall(r"[0-9]+", path), path.split(".")
+    if not numbers:
+        return path
+    stack = next((f"{part}_" for part in ("encoder", "decoder") if part in parts), "")
+    attention = "_attention" if any(part.startswith(("attn", "self_att")) for part in parts) else ""
+    return f"{stack}layer_{'_'.join(numbers)}{attention}"
 
 
 def load(experts: torch.Tensor, routing: Routing) -> torch.Tensor:

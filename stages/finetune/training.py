@@ -191,22 +191,23 @@ class Training:
                 turned = self._turned(routings, len(examples))
                 loss = loss + trades.router_beta * turned / answers
                 self.evidence.mean("adversarial", "router_divergence", turned / len(examples))
-            for knob, (_, of) in self.weighed.items():
-                own = self.own_argument and of is load_balancing_loss
-                # The load is a probability over the noise, so its loss must know it.
-                noise = (self.knobs.clean, self.knobs.noise) if of is load_loss else ()
-                auxiliary = self._own(out) if own else of(routings, *noise)
-                if self.evidence.open:
-                    # The engine's outputs allow no backward pass but its own.
-                    again = {"use_cache": False, **arguments, **self.own_argument}
-                    self._measure(knob, self._own(engine.module(**again)) if own else auxiliary)
+            for knob in self.weighed:
+                auxiliary = self._auxiliary(knob, routings, out)
+                if self.evidence.open and family(engine.module).encoder_decoder:
+                    # The encoder's states are among the engine's outputs, which allow no backward
+                    # pass but its own.
+                    with self.knobs.forward() as again:
+                        second = engine.module(**arguments, use_cache=False, **self.own_argument)
+                    again = part.without_padding(again)
+                    self._measure(knob, self._auxiliary(knob, again, second))
+                elif self.evidence.open:
+                    self._measure(knob, auxiliary)
                 losses.append(auxiliary / parts)
                 loss = loss + losses[-1] * getattr(self.spec, knob)
             # ZeRO averages the workers' gradients; at stage 0 they are summed.
             share = (torch.distributed.get_world_size() if self.zero else 1) / ascents
             engine.backward(loss * share, scale_wrt_gas=False)
-            if self.knobs.sees_choice:
-                telemetry.add(routings)
+            telemetry.add(routings)
             sums += torch.stack([part.detach().double() for part in losses]) / ascents
             if adversarial:
                 self.evidence.mean("adversarial", f"loss_share_in_ascent_{ascent + 1}", nll)
@@ -237,9 +238,14 @@ class Training:
         logits = (self.knobs.clean.get(r.layer, r.logits) for r in routings)
         return router_divergence([each.chunk(2) for each in logits], images)
 
-    def _own(self, out) -> torch.Tensor:
-        """The load-balancing loss as the family computed it."""
-        return sum(out[name] for name in self.own_loss)
+    def _auxiliary(self, knob: str, routings: list[Routing], out) -> torch.Tensor:
+        """The loss of a knob over one forward pass, unweighted."""
+        _, of = self.weighed[knob]
+        if self.own_argument and of is load_balancing_loss:
+            return sum(out[name] for name in self.own_loss)
+        # The load is a probability over the noise, so its loss must know it.
+        noise = (self.knobs.clean, self.knobs.noise) if of is load_loss else ()
+        return of(routings, *noise)
 
     def _measure(self, knob: str, auxiliary: torch.Tensor) -> None:
         """The norm of the routers' gradient of an auxiliary loss alone, with weight 1."""

@@ -38,6 +38,7 @@ KNOBS = {
     "freelb": {"adversarial": {"kind": "freelb", "max_norm": 0.03}},
     "sgd": {"optimizer": {"kind": "sgd", "momentum": 0.9}, "weight_decay": 0.1},
 }
+CAPACITY = ("switch_transformers", "nllb-moe")
 LAYOUTS = {
     "nodes": "gpu_moe_expert_parallel_zero2_nodes.json",
     "offload": "gpu_moe_expert_parallel_zero2_cpu_offload.json",
@@ -68,6 +69,11 @@ def runs(models, data, tmp_path_factory):
         plan(f"{name}-zero2", "mixtral", spec(expert_parallel=2, **KNOBS[name], **ZERO2))
     for name, file in LAYOUTS.items():
         plan(name, "mixtral", spec(expert_parallel=2, deepspeed_config=file))
+    for name in CAPACITY:
+        for size in (1, 2):
+            losses = {"auxiliary_loss_weight": 0.05, "z_loss_weight": 0.01}
+            limited = spec(router={"capacity": 6}, expert_parallel=size, **losses)
+            plan(f"capacity-{name}-ep{size}", name, limited)
     plan("shared", "qwen2_moe", spec(expert_parallel=2, train=("shared_expert",)))
     plan("experts_lora", "mixtral", spec(lora={"roles": ("expert", "router"), "rank": 2}))
     epochs = {"epochs": 2, "steps": None, "warmup_ratio": 0.34}
@@ -129,6 +135,18 @@ def test_expert_parallel_training_equals_that_of_one_copy(runs, name):
     plain = curve(runs / "default-ep2")
     if name != "default":
         assert (two["loss"] - plain["loss"]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", CAPACITY)
+def test_a_capacity_drops_the_same_with_spread_experts(runs, name):
+    one, two = (curve(runs / f"capacity-{name}-ep{size}") for size in (1, 2))
+    for column in ("loss", "gradient_norm", "dropped_choices", "expert_load_variation"):
+        assert two[column].to_numpy() == pytest.approx(one[column].to_numpy(), rel=2e-5), column
+    assert (one["dropped_choices"] > 0.1).all()
+    for knob in ("auxiliary_loss_weight", "z_loss_weight"):
+        found = [measured(runs / f"capacity-{name}-ep{size}", knob) for size in (1, 2)]
+        one, two = (part["router_gradient_norm"] for part in found)
+        assert one > 1e-2 and two == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["router_rate", "alternate", "freelb", "losses"])

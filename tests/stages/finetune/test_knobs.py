@@ -27,7 +27,8 @@ def recipe(**fields):
 
 @pytest.fixture(scope="module")
 def models():
-    return {n: tiny_model(n, tiny_tokenizer(), seed=3) for n in ("mixtral", "qwen2_moe", "llama")}
+    names = ("mixtral", "qwen2_moe", "llama", "nllb-moe")
+    return {name: tiny_model(name, tiny_tokenizer(), seed=3) for name in names}
 
 
 def run(model, seed=0, **fields):
@@ -36,14 +37,15 @@ def run(model, seed=0, **fields):
     knobs = Knobs(model, recipe(**fields), evidence)
     knobs.attach()
     torch.manual_seed(seed)
-    with torch.no_grad(), knobs.forward() as routings:
-        logits = model(input_ids=TOKENS, use_cache=False).logits
+    with knobs.forward() as routings:
+        logits = plain(model)
     return logits, routings, evidence
 
 
 def plain(model):
+    asked = {"labels": TOKENS} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        return model(input_ids=TOKENS, use_cache=False).logits
+        return model(input_ids=TOKENS, **asked, use_cache=False).logits
 
 
 ALL = [
@@ -58,8 +60,13 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize(("knob", "fields"), ALL)
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize(
+    ("name", "knob", "fields"),
+    [
+        *((name, *case) for name in ("mixtral", "qwen2_moe") for case in ALL),
+        *(("nllb-moe", *case) for case in ALL if case[0] != "dropout.residual"),
+    ],
+)
 def test_a_knob_changes_training_passes_alone_and_says_so(models, name, knob, fields):
     model = models[name]
     before = plain(model)
@@ -236,9 +243,15 @@ def test_attention_dropout_acts_in_training_mode(models):
         ("gemma2", {"dropout": {"residual": 0.1}}, "dropout.residual: .* not plainly added"),
         ("gpt2", {"dropout": {"residual": 0.1}}, "dropout.residual: .* not an attention and"),
         ("gpt2", {"dropout": {"attention": 0.1}}, "dropout.attention: gpt2 has no attention drop"),
+        ("nllb-moe", {"dropout": {"residual": 0.1}}, "dropout.residual: .* not an attention and"),
+        ("nllb-moe", {"dropout": {"attention": 0.1}}, "dropout.attention: nllb-moe has no attent"),
     ],
 )
-def test_what_an_architecture_cannot_do_is_refused(name, fields, reason):
+def test_what_an_architecture_cannot_do_is_refused(name, fields, reason, models):
+    if name in models:
+        with pytest.raises(StageFailed, match=reason):
+            Knobs(models[name], recipe(**fields), Evidence())
+        return
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 99, "head_dim": 16}
@@ -261,21 +274,24 @@ def test_evaluation_leaves_every_module_in_the_mode_it_was_in(models):
     model.eval()
 
 
-def test_capacity_drops_tokens_in_training_passes_alone():
-    model = tiny_model("switch_transformers", tiny_tokenizer(), seed=3)
+@pytest.mark.parametrize("name", ["switch_transformers", "nllb-moe"])
+def test_capacity_drops_tokens_in_training_passes_alone(name):
+    model = tiny_model(name, tiny_tokenizer(), seed=3).train()  # no dropout of its own
     routers = [router for router, _ in blocks(model).values()]
     own, kept = routers[0].expert_capacity, []
-    hook = routers[0].register_forward_hook(lambda m, a, out: kept.append(out[0].sum(-2).max()))
 
-    def logits(**fields):
-        knobs = Knobs(model, recipe(**fields), Evidence())
-        knobs.attach()
-        with torch.no_grad(), knobs.forward():
-            return model(input_ids=TOKENS, labels=TOKENS, use_cache=False).logits
+    def largest(router, args, out):
+        if name == "switch_transformers":
+            kept.append(out[0].sum(-2).max().item())
+        else:
+            weights, experts, _ = out
+            kept.append(torch.bincount(experts[weights > 0]).max().item())
 
-    plain, limited = logits(), logits(router={"capacity": 2})
+    hook = routers[0].register_forward_hook(largest)
+    before, *_ = run(model)
+    limited, *_ = run(model, router={"capacity": 2})
     hook.remove()
-    assert (limited - plain).abs().max() > 1e-3 and kept[0] > kept[1] == 2
+    assert (limited - before).abs().max() > 1e-3 and kept[0] > kept[1] == 2
     assert all(router.expert_capacity == own for router in routers)
     given = recipe(router={"capacity": 2})
     assert [f for f, _ in inapplicable(given, Facts("moe", "mixtral"))] == ["router.capacity"]

@@ -96,3 +96,15 @@ def test_routers_are_drawn_anew_by_the_seed_and_nothing_else_is():
         else:
             assert (parameter == before[name]).all()
     assert change == pytest.approx(squares**0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("switch_transformers", "initializer_factor"), ("nllb-moe", "init_std")]
+)
+def test_a_family_may_name_the_width_otherwise(name, field):
+    model = model_of(name)
+    del model.config.initializer_range  # that of tiny models alone
+    setattr(model.config, field, 0.5)
+    draw_routers(model, seed=1)
+    for router, _ in blocks(model).values():
+        assert router.classifier.weight.std().item() == pytest.approx(0.5, rel=0.2)

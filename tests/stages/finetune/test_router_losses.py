@@ -38,12 +38,16 @@ def test_a_case_worked_by_hand():
     assert z_loss(seen).item() == pytest.approx((math.log(4) ** 2 + math.log(2) ** 2) / 2)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "olmoe", "granitemoe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen2_moe", "olmoe", "granitemoe", "gpt_oss", "nllb-moe"]
+)
 def test_load_balancing_equals_transformers(name):
-    model, seen = tiny_model(name, tiny_tokenizer(), seed=3), []
+    model, seen, tokens = tiny_model(name, tiny_tokenizer(), seed=3), [], torch.arange(3, 60)[None]
+    asked = {"labels": tokens[:, :9]} if model.config.is_encoder_decoder else {}
     with intercept(blocks(model), choice=seen.append):
-        out = model(input_ids=torch.arange(3, 60)[None], output_router_logits=True)
-    assert load_balancing_loss(seen).item() == pytest.approx(out.aux_loss.item(), rel=1e-6)
+        out = model(input_ids=tokens, **asked, output_router_logits=True)
+    expected = sum(out[part] for part in family(model).auxiliary_loss).item()
+    assert load_balancing_loss(seen).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["minimax_m2", "laguna", "ernie4_5_moe"])
