@@ -179,12 +179,14 @@ def test_an_attack_that_does_not_work_is_found_out(both, data):
 
 def test_checks_by_hand():
     """Ten images, two budgets; two of them attacked again."""
-    evaluation = spec(attacks={"a": PGD(), "b": PGD(routing="soft"), "t": Transfer()})
+    evaluation = spec(attacks={"a": PGD(), "b": PGD(routing="soft"), "j": PGD(routing="joint"),
+                               "t": Transfer()})
     scores = pd.DataFrame({
         "robust/a/7.65": [1.0] * 10, "robust/a/25.5": [0.0] * 4 + [1.0] * 6,
         "robust/b/7.65": [0.0] + [1.0] * 9, "robust/b/25.5": [1.0] * 3 + [0.0] * 4 + [1.0] * 3,
+        "robust/j/7.65": [1.0] * 10, "robust/j/25.5": [1.0] * 10,
         "robust/t/7.65": [1.0] * 10, "robust/t/25.5": [0.0] * 5 + [1.0] * 5,
-        **{f"zero_gradient/{n}/7.65": [0.0] * 9 + [0.5] for n in "abt"},
+        **{f"zero_gradient/{n}/7.65": [0.0] * 9 + [0.5] for n in "abjt"},
         "check/a/7.65/steps": [0.0, 1.0] + [np.nan] * 8,
         "check/a/25.5/steps": [1.0, 1.0] + [np.nan] * 8,
         "check/a/unbounded": [1.0, 0.0] + [np.nan] * 8,
@@ -193,11 +195,13 @@ def test_checks_by_hand():
     values = {key: (round(c["value"], 3), c["n"]) for key, c in found.items()}
     assert values == {
         ("a", "gradients"): (0.05, 10), ("b", "gradients"): (0.05, 10),
-        ("t", "gradients"): (0.05, 10),
-        ("a", "monotone"): (0.0, 10), ("b", "monotone"): (0.1, 10), ("t", "monotone"): (0.0, 10),
+        ("j", "gradients"): (0.05, 10), ("t", "gradients"): (0.05, 10),
+        ("a", "monotone"): (0.0, 10), ("b", "monotone"): (0.1, 10),
+        ("j", "monotone"): (0.0, 10), ("t", "monotone"): (0.0, 10),
         ("a at 7.65/255", "twice the steps"): (0.5, 2),
         ("a", "unbounded"): (0.5, 2),
         ("a at 25.5/255", "not weaker than b"): (0.3, 10),  # 4, 5 and 6
+        ("a at 7.65/255", "not weaker than j"): (0.0, 10),
         ("a at 25.5/255", "not weaker than t"): (0.1, 10),
         ("b at 25.5/255", "not weaker than t"): (0.3, 10),
     }
