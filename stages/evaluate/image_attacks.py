@@ -269,16 +269,22 @@ class ImageAttacks(LabelledImages):
 
 
 def _should_beat(strong: AnyImageAttack, weak: AnyImageAttack) -> bool:
-    """Whether one attack must find, image by image, what the other does: it has gradients and the
-    other has none or another model's; or the other goes around the choice of experts, and there
-    would be more to find than the plain one sees."""
-    aimed = isinstance(strong, PGD | APGD) and strong.routing != "targeted"
+    """Whether one attack must find, image by image, what the other does.
+
+    It has the model's gradients and the other has none, or another model's. Or it is the plain
+    attack and the other the same through, around or on the choice of experts: what that finds in
+    addition, the plain one was blind to. Attacks that aim at routers as well need only beat noise.
+    """
+    if isinstance(strong, Square):
+        return isinstance(weak, Noise)
+    if not isinstance(strong, PGD | APGD):
+        return False
     if isinstance(weak, Noise):
-        return aimed or isinstance(strong, Square)
+        return strong.routing != "targeted"
     if isinstance(weak, Square | Transfer):
-        return aimed
-    plain = aimed and strong.routing == "as_is" != weak.routing
-    return plain and (strong.kind, strong.loss) == (weak.kind, weak.loss)
+        return strong.routing in ("as_is", "soft", "frozen")
+    around = strong.routing == "as_is" != weak.routing
+    return around and (strong.kind, strong.loss) == (weak.kind, weak.loss)
 
 
 def _success(scores: pd.DataFrame, attack: str, budget: str) -> np.ndarray:

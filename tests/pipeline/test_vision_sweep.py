@@ -1,11 +1,13 @@
 """The study of vision models plans, and what cannot be is refused with its field."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from pipeline.checks import check, check_plan
-from pipeline.plan import build
+from pipeline.plan import Builder, build, build_evaluations
+from pipeline.single import single_model
 from pipeline.sweep_file import load
 from stages.attack.image_spec import PAPER_BUDGETS
 from stages.errors import BadInput
@@ -23,7 +25,7 @@ def planned(*overrides, file=FILE):
 def test_the_study_as_it_is_written():
     nodes = planned().nodes.values()
     stages = [node.stage for node in nodes]
-    assert (stages.count("finetune"), stages.count("evaluate"), stages.count("data")) == (15, 30, 8)
+    assert (stages.count("finetune"), stages.count("evaluate"), stages.count("data")) == (15, 63, 8)
     models = {node.name: node.spec for node in nodes if node.stage == "model"}
     assert [models[f"vmoe-{e}"].experts for e in (4, 8, 16)] == [4, 8, 16]
     # One expert, as wide as the dense block: only the routers are computed in addition.
@@ -37,6 +39,53 @@ def test_the_study_as_it_is_written():
     assert trained["vit-scratch-seed1"].dropped == left_out
     attacks = next(n for n in nodes if n.name == "vmoe-8-scratch-seed0-attacks").spec.evaluation
     assert attacks.attacks["square"].queries == 500 and attacks.budgets == (0.02, 0.05)
+    # Experts trained from scratch need no untuned twin beside them; a dense model has none.
+    probed = {n.name.rpartition("-")[2] for n in nodes if n.stage == "evaluate"
+              and n.name.startswith("vit-scratch-seed0")}
+    assert probed == {"images", "attacks", "slopes"}
+
+
+@pytest.mark.parametrize(
+    ("named", "surrogates"),
+    [("", {"vit": "vmoe-4", "vit-wide": "vmoe-8", "vmoe-4": "vit", "vmoe-8": "vit",
+           "vmoe-16": "vit"}),
+     ("vmoe-16", {"vit": "vmoe-16", "vit-wide": "vmoe-16", "vmoe-4": "vmoe-16",
+                  "vmoe-8": "vmoe-16", "vmoe-16": "vit"})],
+)
+def test_transfer_is_from_the_checkpoint_of_the_same_recipe_and_seed(named, surrogates):
+    override = [f"evaluations.attacks.attacks.transfer.from={named}"] if named else []
+    plan = planned(*override)
+    keys = list(plan.nodes)
+    for model, other in surrogates.items():
+        for seed in (0, 2):
+            node = plan.nodes[f"evaluate/{model}-scratch-seed{seed}-attacks"]
+            upstream = f"finetune/{other}-scratch-seed{seed}"
+            assert {role: key for role, key in node.inputs.items() if "surrogate" in role} == {
+                f"surrogate/{other}": upstream}
+            assert node.spec.evaluation.attacks["transfer"].model == other
+            assert keys.index(upstream) < keys.index(node.key)
+    # Another partner is another result; the other evaluations do not know of it.
+    fine = "evaluate/vit-scratch-seed0-attacks"
+    assert (plan.nodes[fine].fingerprint == planned().nodes[fine].fingerprint) == (not named)
+
+
+def test_one_model_alone_is_attacked_from_a_model_of_the_sweep():
+    def alone(override):
+        options = Namespace(sweep=FILE, set=[override] if override else [], evaluations="attacks",
+                            model="tiny:vit")
+        sweep, name = single_model(options)
+        return build_evaluations(sweep, name, {})
+
+    nodes = alone("evaluations.attacks.attacks.transfer.from=vmoe-4").nodes
+    assert nodes["evaluate/tiny-vit-none-attacks"].inputs["surrogate/vmoe-4"] == "model/vmoe-4"
+    with pytest.raises(BadInput, match="transfer to tiny-vit has no other model to attack"):
+        alone(None)
+
+
+def test_a_trial_of_a_search_has_no_partner():
+    builder = Builder(load(FILE, []), {})
+    with pytest.raises(BadInput, match="search: attacks attacks another checkpoint"):
+        builder.scores("label", builder.model("vit"), "vit", "attacks")
 
 
 def test_the_curve_is_of_the_same_models_at_the_papers_budgets():
@@ -73,6 +122,13 @@ def test_heads_are_of_equal_size_and_ensembles_of_equal_operations():
         ("recipes.scratch.head=classification", "head"),
         ("recipes.scratch.adversarial={kind: freelb}", "adversarial: vmoe-4: vit_moe reads images"),
         ("evaluations.attacks.attacks.pgd.norm=l2", "attacks: differ in norm"),
+        ("evaluations.attacks.attacks.transfer.from=vmo-4",
+         "evaluations.attacks.attacks: from: unknown model 'vmo-4'"),
+        ("recipes.scratch.models=[vmoe-8]",
+         "transfer from vit, which recipe scratch does not train"),
+        ("evaluations.interventions.top_k=[5]",
+         "evaluations.interventions.top_k: 5 is more than the 4 experts of vmoe-4"),
+        ("evaluations.interventions.template=sentiment", "unknown field"),
         ("models.vit.source=tiny:llama", "exactly one of source, upcycle, widen, vision"),
     ],
 )

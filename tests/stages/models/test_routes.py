@@ -165,6 +165,18 @@ def test_a_share_of_the_tokens(mixtral):
                        whole.experts)
 
 
+def test_a_policy_for_each_input_of_a_batch(mixtral):
+    pair = torch.cat([OTHERS, TOKENS])
+    with routed(mixtral) as clean:
+        logits_of(mixtral, pair)
+    with routed(mixtral, routes.per_input([lambda routing: None, routes.at_random(5)])) as forced:
+        logits_of(mixtral, pair)
+    (first, second), (free, _) = forced[0].split(2), clean[0].split(2)
+    assert torch.equal(first.experts, free.experts) and torch.equal(first.weights, free.weights)
+    # What the other is given is what it is given alone.
+    assert torch.equal(second.experts, one(mixtral, routes.at_random(5))[1].experts)
+
+
 def test_another_k_is_the_configured_k(mixtral):
     model = model_of("mixtral")
     for router, _ in blocks(model).values():

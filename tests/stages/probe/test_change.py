@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stages.models.routing import Routing
-from stages.probe.change import chance, overlap, routing_change
+from stages.probe.change import chance, overlap, routing_change, routing_changes
 
 
 def sets(*members, experts=4):
@@ -39,6 +39,16 @@ def test_one_of_two_experts_swapped_is_two_thirds():
     # An expert without weight adds nothing and is not selected.
     dropped = routing([[0, 1]] * 3, [[1.0, 0.0]] * 3)
     assert routing_change([before], [dropped])["x"] == pytest.approx(0.5)
+
+
+def test_each_input_of_a_batch_has_its_own_change():
+    before = [routing([[0, 1]] * 4, layer="a"), routing([[0, 1]] * 4, layer="b")]
+    after = [routing([[0, 1], [1, 2], [2, 3], [2, 3]], layer="a"),
+             routing([[0, 1]] * 4, [[1.0, 1.0], [0.0, 0.0], [1.0, 0.0], [1.0, 1.0]], layer="b")]
+    first, second = routing_changes(before, after, 2)
+    assert first == pytest.approx({"a": (0 + 2 / 3) / 2, "b": (0 + 1) / 2})
+    assert second == pytest.approx({"a": 1, "b": (1 / 2 + 0) / 2})
+    assert routing_changes([], [], 2) == [{}, {}]
 
 
 @pytest.mark.parametrize(

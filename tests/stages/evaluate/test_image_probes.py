@@ -1,0 +1,182 @@
+"""Probes of image classifiers: each number against the model asked by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from stages.attack.image_spec import PGD
+from stages.attack.images import attack_images
+from stages.errors import StageFailed
+from stages.evaluate.image_probes import ImageGeometry, ImageInterventions, ImageLipschitz
+from stages.evaluate.image_probing import ImageIntervenor
+from stages.evaluate.probes import GEOMETRY, ExpertInterventions
+from stages.evaluate.showing import Shown
+from stages.models import routes
+from stages.models.images import load_processor
+from stages.models.load import load
+from stages.models.routing import weighing
+from stages.probe.geometry import watched
+from tests.stages.evaluate.shown_images import made, scores_of
+
+LAYERS = ["vit.layers.0.mlp", "vit.layers.1.mlp"]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def data(both):
+    return {"digits": both[1]["test"], "digits#train": both[1]["train"]}
+
+
+def shown(both, evaluation):
+    rows = evaluation.rows(both[1]["test"])
+    folder = both[0]["sparse"]
+    return Shown(evaluation, load(folder).requires_grad_(False), load_processor(folder), rows)
+
+
+def test_interventions_are_what_the_model_says_under_them(both, data):
+    evaluation = ImageInterventions(
+        dataset="digits", shares=(0.5, 1.0), top_k=(1, 3), prune=(1,), calibration_rows=8,
+        random_masks=3)
+    scores = scores_of(both[0]["sparse"], evaluation, data)
+    this = shown(both, evaluation)
+    weigh = weighing(this.model)
+    gold = this.labels.numpy()
+    plain, routing = this.seen(this.pixels)
+    assert (scores["correct"] == (plain.argmax(1).numpy() == gold)).all()
+    assert np.allclose(scores["loss"], this.losses(plain), atol=1e-4)
+    for name, policy in {"next_ranked_1": routes.next_ranked(), "top_3": routes.another_k(3, weigh),
+                         "drop_output_1": routes.without_output()}.items():
+        under, _ = this.seen(this.pixels, policy)
+        assert (scores[f"correct/{name}"] == (under.argmax(1).numpy() == gold)).all()
+        assert (scores[f"changed/{name}"] == (under.argmax(1) != plain.argmax(1)).numpy()).all()
+        rise = this.losses(under) - this.losses(plain)
+        assert rise.abs().max() > 0.01 and np.allclose(scores[f"loss/{name}"], rise, atol=1e-3)
+    # The configured K changes nothing, and with one expert dropping the first drops everything.
+    assert np.allclose(scores["loss/top_1"], 0, atol=1e-4)
+    assert np.allclose(scores["loss/drop_first_1"], scores["loss/drop_output_1"], atol=1e-4)
+    assert not np.allclose(scores["loss/random_0.5"], scores["loss/random_1"], atol=1e-3)
+    layers = [metric.name for metric in evaluation.curves(scores)]
+    assert layers == [f"criticality/{layer}" for layer in LAYERS]
+    # The largest of three masks, each of half the experts of one layer.
+    rises = []
+    for number in range(3):
+        seed = routes.hash_of(f"0/{LAYERS[1]}/{number}")
+        gone = torch.randperm(4, generator=torch.Generator().manual_seed(seed))[:2].tolist()
+        under, _ = this.seen(this.pixels, routes.masked({LAYERS[1]: gone}, weigh))
+        rises.append(this.losses(under) - this.losses(plain))
+    assert np.allclose(scores[layers[1]], torch.stack(rises).amax(0), atol=1e-3)
+    # The least used expert of each layer on the calibration images is the one that goes.
+    _, counted = this.seen(this.decoded(evaluation.rows(both[1]["train"].head(8))))
+    gone = {each.layer: [int(torch.bincount(each.experts[:, 0], minlength=4).argmin())]
+            for each in counted}
+    under, _ = this.seen(this.pixels, routes.masked(gone, weigh))
+    rise = this.losses(under) - this.losses(plain)
+    assert np.allclose(scores["loss/prune_least_used_1"], rise, atol=1e-3)
+
+
+def test_the_names_are_those_of_texts():
+    told = {"shares": (0.5,), "top_k": (2,), "prune": (1,)}
+    texts = ExpertInterventions(dataset="d", template="sentiment", **told)
+    images = ImageInterventions(dataset="d", **told)
+    assert [m.name for m in images.metrics()] == [m.name for m in texts.metrics()]
+    assert images.of_experts and ImageGeometry(dataset="d").of_experts
+    assert images.sources() == {"d": ("d", "test"), "d#train": ("d", "train")}
+    with pytest.raises(ValidationError, match="no intervention is named"):
+        ImageInterventions(dataset="d", substitutions=())
+
+
+def test_random_experts_are_drawn_for_each_image(both, data):
+    """By its id alone: not by its place in the batch, nor the same for all."""
+    evaluation = ImageInterventions(dataset="digits", substitutions=("random",))
+    whole = scores_of(both[0]["sparse"], evaluation, data)
+    single = scores_of(both[0]["sparse"], evaluation, data, size=16)
+    assert np.allclose(whole["loss/random_1"], single["loss/random_1"], atol=1e-3)
+    this = shown(both, evaluation)
+    rows = [json.loads(request.row) for request in evaluation.requests(data)]
+    intervenor = ImageIntervenor(evaluation, this.model, this.classifier.processor, rows)
+    drawn = []
+    for id in intervenor.ids[:2]:
+        (_, policy), = intervenor.policies(id, LAYERS, None)
+        drawn.append(this.seen(this.pixels[:1], policy)[1][0].experts)
+    assert not torch.equal(*drawn)
+
+
+def test_geometry_is_that_of_each_images_tokens(both, data):
+    evaluation = ImageGeometry(dataset="digits", budget=0.1, steps=4)
+    scores = scores_of(both[0]["sparse"], evaluation, data)
+    assert set(GEOMETRY) < set(scores)
+    for name in GEOMETRY:
+        columns = [f"{name}/{layer}" for layer in LAYERS]
+        assert np.allclose(scores[columns].mean(axis=1), scores[name], equal_nan=True)
+    this = shown(both, evaluation)
+    with torch.no_grad(), watched(this.model) as blocks:
+        logits = this.classifier(this.pixels)
+    # Token by token, with the experts asked one by one.
+    block = blocks[1]
+    p, order = block.routing.logits.softmax(-1).sort(-1, descending=True)
+    one, other = (block.expert(block.hidden, order[:, rank]) for rank in (0, 1))
+    rows = block.scorers[order[:, 0]] - block.scorers[order[:, 1]]
+    distance = (one - other).norm(dim=-1)
+    for name, value in {
+        "router_margin": p[:, 0] - p[:, 1],
+        "disagreement": 2 * distance / (one.norm(dim=-1) + other.norm(dim=-1)),
+        "jump": p[:, 0] * distance,
+        "routing_term": p[:, 0] * p[:, 1] * distance * rows.norm(dim=-1),
+    }.items():
+        assert np.allclose(scores[f"{name}/{LAYERS[1]}"], value.view(16, -1).mean(1), rtol=1e-3)
+    outcome = attack_images(this.classifier, PGD(steps=4), this.pixels, this.labels, 0.1,
+                            this.seeds("attack"))
+    rise = this.losses(outcome.logits) - this.losses(logits)
+    assert rise.mean() > 0.1 and np.allclose(scores["loss_rise"], rise, atol=1e-3)
+    metric = evaluation.metrics()[-1]
+    found = metric.value(metric.statistics(scores).sum(0))
+    assert found == pytest.approx(scores["routing_term"].corr(scores["loss_rise"]))
+    # Fixed routing, statements F1 and F2, on a trained router; and against random groups.
+    fits = scores.dropna(subset=["smoothness"])
+    assert len(fits) and (fits["smoothness"] >= 1 - 1e-6).all()
+    assert (fits["smoothness_frobenius"] >= fits["smoothness_bound"] - 1e-6).all()
+    assert fits["overlap"].between(0, 1 + 1e-6).all()
+    gain = fits["smoothness"] - fits["smoothness_random"]
+    assert np.allclose(fits["smoothness_gain"], gain)
+
+
+def test_slopes_around_an_image(both, data):
+    evaluation = ImageLipschitz(dataset="digits", steps=8, samples=4, radius=0.2)
+    scores = scores_of(both[0]["sparse"], evaluation, data)
+    assert (scores["lipschitz"] > scores["lipschitz_random"]).all()
+    this = shown(both, evaluation)
+    _, routing = this.seen(this.pixels[:1])
+
+    def norm(function):
+        jacobian = torch.autograd.functional.jacobian(function, this.pixels[:1])
+        return torch.linalg.matrix_norm(jacobian.reshape(10, 64), 2).item()
+
+    def kept(images):
+        with routes.routed(this.model, routes.imposed(routing)):
+            return this.classifier(images)
+
+    assert scores["jacobian"][0] == pytest.approx(norm(this.classifier), rel=1e-2)
+    assert scores["jacobian_frozen"][0] == pytest.approx(norm(kept), rel=1e-2)
+    assert abs(norm(kept) / norm(this.classifier) - 1) > 0.02
+    # Without a choice there is no jump; with one, ascent finds the jumps of some images.
+    assert (scores["routing_share"] > 1.2).any()
+    assert (scores["lipschitz_frozen"] >= 0.5 * scores["jacobian_frozen"]).all()
+    alone = scores_of(both[0]["sparse"], evaluation, data, size=16)
+    assert np.allclose(alone["jacobian"], scores["jacobian"], rtol=1e-2)
+    dense = scores_of(both[0]["dense"], evaluation, data)
+    assert dense[["lipschitz", "jacobian"]].gt(0).all(axis=None)
+    assert dense[["lipschitz_frozen", "jacobian_frozen", "routing_share"]].isna().all(axis=None)
+    assert not evaluation.of_experts
+
+
+def test_dense_models_are_refused(both, data):
+    for evaluation in (ImageInterventions(dataset="digits"), ImageGeometry(dataset="digits")):
+        with pytest.raises(StageFailed, match="vit.* has no experts"):
+            scores_of(both[0]["dense"], evaluation, data)
