@@ -19,13 +19,29 @@ EVALUATIONS = {
             "noise": {"kind": "noise"},
         },
     },
-    "slopes": {"kind": "local_lipschitz", "dataset": "mnist", "template": "sentiment"},
+    "slopes": {"kind": "image_lipschitz", "dataset": "mnist"},
     "interventions": {
-        "kind": "expert_interventions", "dataset": "mnist", "template": "sentiment",
-        "shares": [0.5, 1.0], "top_k": [2],
+        "kind": "image_interventions", "dataset": "mnist", "shares": [0.5, 1.0], "top_k": [2],
     },
-    "geometry": {"kind": "router_geometry", "dataset": "mnist", "template": "sentiment"},
+    "geometry": {"kind": "image_geometry", "dataset": "mnist"},
 }  # fmt: skip
+OF_TEXTS = {"dataset": "shop", "template": "sentiment"}
+TEXTS = {
+    "attacks": {
+        "kind": "text_attacks", **OF_TEXTS,
+        "attacks": [
+            {"kind": "embedding_pgd"},
+            {"kind": "embedding_pgd", "name": "joint", "routing": "joint"},
+            {"kind": "deep_word_bug"},
+        ],
+    },
+    "slopes": {"kind": "local_lipschitz", **OF_TEXTS},
+    "interventions": {
+        "kind": "expert_interventions", **OF_TEXTS, "shares": [0.5, 1.0], "top_k": [2],
+    },
+    "geometry": {"kind": "router_geometry", **OF_TEXTS},
+}  # fmt: skip
+LAYERS = ("model.layers.1.mlp", "model.layers.3.mlp")
 EXPERTS = {"vit": 0, "vmoe-4": 4, "vmoe-8": 8}
 
 
@@ -83,7 +99,9 @@ def attacks(robust=0.5, moe=True, change=0.6, at_random=0.2, noise=0.0, kept=1.0
             # An attack on the routes changes them all: it must not count as a finding.
             level = {"pgd": change, "joint": 1.0, "noise": 0.0}[attack] + ripple
             values[f"routing_change/{attack}/{budget}"] = level if moe else nan
-            for layer in (1, 3):
+            for column in ("loss_rise", "zero_gradient"):
+                values[f"{column}/{attack}/{budget}"] = np.zeros(n)
+            for layer in LAYERS:
                 values[f"routing_change/{attack}/{budget}/{layer}"] = level if moe else nan
         values[f"routing_change_random/{budget}"] = at_random + ripple / 2 if moe else nan
         values[f"swap_clean_attacked/{budget}"] = share(kept, n) if moe else nan
@@ -92,16 +110,6 @@ def attacks(robust=0.5, moe=True, change=0.6, at_random=0.2, noise=0.0, kept=1.0
     values["routing_change_noise"] = np.full(n, noise) if moe else nan
     values["routing_change_chance"] = np.full(n, 0.82) if moe else nan
     return examples(n, **values)
-
-
-TEXT = {
-    "kind": "text_attacks", "dataset": "shop", "template": "sentiment",
-    "attacks": [
-        {"kind": "embedding_pgd"},
-        {"kind": "embedding_pgd", "name": "joint", "routing": "joint"},
-        {"kind": "deep_word_bug"},
-    ],
-}  # fmt: skip
 
 
 def text_attacks(robust=0.5, moe=True, change=0.3, clean=0.9, n=N):
@@ -117,7 +125,7 @@ def text_attacks(robust=0.5, moe=True, change=0.3, clean=0.9, n=N):
         values |= {f"{c}/{attack}": np.zeros(n) for c in ("queries", "zero_gradients")}
         moved = 1.0 if attack == "joint" else change
         for column, level_of in (("routing_change", moved), ("routing_change_random", 0.1)):
-            for end in ("", "/0", "/1"):
+            for end in ("", *(f"/{layer}" for layer in LAYERS)):
                 values[f"{column}/{attack}{end}"] = np.full(n, level_of) if moe else nan
         for swap in ("clean_attacked", "attacked_clean"):
             for what in ("routes", "experts"):

@@ -13,7 +13,7 @@ from stages.statistics import holm
 from tests.stages.compare import attacked
 from tests.stages.compare.attacked import (
     EVALUATIONS,
-    TEXT,
+    TEXTS,
     attacks,
     card,
     geometry,
@@ -191,6 +191,13 @@ def test_h4_is_the_correlation(tmp_path, slope, verdict):
     assert -1 < found["ci_low"][0] < found["ci_high"][0] < 1
 
 
+def test_h4_does_not_drown_in_the_size_of_its_columns(tmp_path):
+    far = geometry(1.0).assign(loss_rise=lambda scores: scores["loss_rise"] + 1e5)
+    plain, moved = (of(verdicts(tmp_path / name, geometry=scores), "H4")
+                    for name, scores in (("plain", geometry(1.0)), ("far", far)))  # fmt: skip
+    assert moved["ci_low"][0] == pytest.approx(plain["ci_low"][0], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("second", "drawn", "verdict"),
     [
@@ -287,9 +294,7 @@ def test_scores_that_lack_something_are_not_tested(tmp_path, changes, hypothesis
 
 
 def text_spec(**changes):
-    evaluations = {"attacks": TEXT} | {n: e for n, e in EVALUATIONS.items() if n != "attacks"}
-    pairs = (("vmoe-4", "vit"),)
-    return spec_of(pairs=pairs, seeds=(0,), evaluations=evaluations, **changes)
+    return spec_of(pairs=(("vmoe-4", "vit"),), seeds=(0,), evaluations=TEXTS, **changes)
 
 
 def text_study(model, seed):

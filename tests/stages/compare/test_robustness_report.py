@@ -15,7 +15,7 @@ from stages.compare.table import render_verdicts
 from stages.statistics import estimate, paired
 from tests.stages.compare.attacked import (
     EVALUATIONS,
-    TEXT,
+    TEXTS,
     attacks,
     card,
     interventions,
@@ -24,7 +24,6 @@ from tests.stages.compare.attacked import (
     text_attacks,
 )
 
-TEXTS = EVALUATIONS | {"attacks": TEXT}
 ALIKE = {
     "pairs": (("vmoe-4", "vit"),), "seeds": (0,), "recipes": ("none", "sft"),
     "evaluations": TEXTS, "upcycled": ("vmoe-4",),
