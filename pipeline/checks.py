@@ -57,6 +57,7 @@ class _Checks(EvaluationChecks):
         yield from self.recipes()
         yield from self.evaluations()
         yield from self.engine()
+        yield from self.hypotheses()
         yield from self.resources()
 
     def dataset(self, name: str, dataset: Dataset) -> Iterator[str]:

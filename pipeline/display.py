@@ -118,7 +118,7 @@ class Watcher:
 
 def finish_lines(plan: Plan, outcomes: dict[str, Outcome], store: Store) -> list[str]:
     """The comparison table, what failed, and where the report lies."""
-    from stages.compare.table import render_text
+    from stages.compare.table import VERDICTS_FILE, render_text, render_verdicts
 
     lines = []
     folder = report_folder(plan.sweep.name)
@@ -127,6 +127,9 @@ def finish_lines(plan: Plan, outcomes: dict[str, Outcome], store: Store) -> list
 
         with store.fs.open_input_file(f"{store.root}/{folder}/comparison.parquet") as file:
             lines += ["", render_text(pd.read_parquet(file)), ""]
+        if VERDICTS_FILE in store.files(folder):
+            with store.fs.open_input_file(f"{store.root}/{folder}/{VERDICTS_FILE}") as file:
+                lines += [render_verdicts(pd.read_parquet(file)), ""]
         lines.append(f"report  {store.path(folder)}/report.html")
     failed = {key: o for key, o in outcomes.items() if o.status == "failed"}
     blocked = sum(o.status == "blocked" for o in outcomes.values())

@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline.plan import recipe_evaluations, recipe_models, surrogate, sweep_recipes
 from pipeline.sweep import UNTUNED, Sweep
 from pipeline.sweep_file import located, nearest
+from stages.compare.quantities import PARTS
 from stages.data.templates import TEMPLATES
 from stages.errors import StageFailed
 from stages.evaluate.base import Evaluation
@@ -148,6 +149,27 @@ class EvaluationChecks:
             if entry is not None and (reason := lacks(entry)):
                 yield (f"generation_engine: {name} is of the {entry.model_type} architecture: "
                        f"{reason}; use transformers")
+
+    def hypotheses(self) -> Iterator[str]:
+        """Problems of what the verdicts are asked of."""
+        asked = self.sweep.hypotheses
+        if asked is None:
+            return
+        for part, kinds in PARTS.items():
+            name = getattr(asked, part)
+            of_kind = [n for n, each in self.sweep.evaluations.items() if each.kind in kinds]
+            if name is not None and name not in of_kind:
+                yield (f"hypotheses.{part}: no evaluation {name!r} of kind {' or '.join(kinds)}"
+                       f"{nearest(name, of_kind)}")
+            if part == "attacks" and not of_kind:
+                yield (f"hypotheses: no evaluation attacks the models; add {' or '.join(kinds)}, "
+                       "or remove hypotheses")
+        pairs, moes = {pair.name for pair in self.sweep.pairs}, {p.moe for p in self.sweep.pairs}
+        for field, known in (("equal_flops", pairs), ("series", moes)):
+            for name in getattr(asked, field) or ():
+                if name not in known:
+                    what = {"equal_flops": "pair", "series": "MoE model of the pairs"}[field]
+                    yield f"hypotheses.{field}: unknown {what} {name!r}{nearest(name, list(known))}"
 
     def heads(self, name: str, field: str) -> Iterator[str]:
         """Problems of an evaluation with the classification heads that recipes train."""

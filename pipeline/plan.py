@@ -153,6 +153,8 @@ def build(
         evaluations=sweep.evaluations,
         resamples=sweep.statistics.resamples,
         seed=sweep.statistics.seed,
+        hypotheses=sweep.hypotheses,
+        upcycled=tuple(name for name in members if sweep.models[name].upcycle),
     )
     builder.plan.add("compare", sweep.name, spec, inputs, sweep.resources.compare)
     return builder.plan

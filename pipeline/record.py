@@ -18,7 +18,7 @@ from pipeline.plan import Node, Plan
 from pipeline.store import Store
 from pipeline.sweep import UNTUNED
 from pipeline.tracking import Tracker
-from stages.compare.table import render_text
+from stages.compare.table import VERDICTS_FILE, render_text, render_verdicts
 from stages.data.card import DataCard
 from stages.finetune.spec import EVIDENCE_FILE, ROUTING_FIGURE
 from stages.models.card import ModelCard
@@ -36,6 +36,8 @@ def record(plan: Plan, store: Store, uri: str) -> list[str]:
     known = store.read_json(memory) or {}
     if known.get("fingerprint") != fingerprint or known.get("uri") != uri:
         table = render_text(pd.read_parquet(report / "comparison.parquet"))
+        if (report / VERDICTS_FILE).exists():
+            table += f"\n\n{render_verdicts(pd.read_parquet(report / VERDICTS_FILE))}"
         logged = Tracker(uri).log_sweep(
             sweep.name, children, report,
             description=f"{sweep.description}\n\n```\n{table}\n```",

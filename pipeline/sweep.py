@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.search.spec import Search
+from stages.compare.spec import AskedHypotheses
 from stages.data.spec import DataSpec, Task
 from stages.evaluate.engines import EngineName
 from stages.evaluate.registry import AnyEvaluation
@@ -195,6 +196,8 @@ class Sweep(Spec):
     generation_engine: EngineName = "transformers"
     """What writes the answers that are texts; other requests stay with transformers."""
     statistics: Statistics = Statistics()
+    hypotheses: AskedHypotheses = None
+    """Verdicts on H1 to H5 about attacks and experts; ``true``, or which evaluations and models."""
     resources: AllResources = AllResources()
     assumptions: Assumptions = Assumptions()
     search: Search | None = None

@@ -26,8 +26,6 @@ SIZE_TOLERANCE = 0.05
 """FLOPs per token that differ by no more than this share count as equal."""
 _LOG = Metric("log", VALUE.statistics, lambda sums: np.log(VALUE.value(sums)))
 _PEARSON = correlation("routing_term", "loss_rise", "")
-_FISHER = Metric("fisher", _PEARSON.statistics, lambda sums: np.arctanh(_PEARSON.value(sums)))
-"""Fisher's transform of the correlation, whose spread does not depend on its size."""
 _ABOUT_EXPERTS = ("H3", "H4", "H5")
 _GIVES = {
     "attacks": "attacks the models; add image_attacks or text_attacks",
@@ -37,6 +35,22 @@ _GIVES = {
 }
 Value = Callable[[pd.DataFrame], pd.Series]
 """What is measured on each example of a score table."""
+
+
+def _standardised(scores: pd.DataFrame) -> np.ndarray:
+    """Sums of squares of columns far from 0 would drown the correlation in rounding."""
+    both = scores[["routing_term", "loss_rise"]].astype(float)
+    return _PEARSON.statistics((both - both.mean()) / both.std())
+
+
+def _fisher(sums: np.ndarray) -> np.ndarray:
+    """Fisher's transform of the correlation, whose spread does not depend on its size. Resamples of
+    two distinct examples correlate perfectly; they count as finite."""
+    most = 1 - 1e-6
+    return np.arctanh(np.clip(_PEARSON.value(sums), -most, most))
+
+
+_FISHER = Metric("fisher", _standardised, _fisher)
 
 
 class NotTested(Exception):

@@ -4,6 +4,7 @@ What is about the experts of an upcycled model is drawn as change from its untun
 sweep has that.
 """
 
+import re
 from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
@@ -128,14 +129,20 @@ def loss_figure(measured: Measured, recipe: str, file: Path) -> bool:
     return True
 
 
-def _by_layer(columns: Iterable[str], there: list[str]) -> dict[int, tuple[str, ...]]:
-    """Layer to the columns that hold its part of some scores, the first layer first."""
-    found: dict[int, list[str]] = {}
+def _by_layer(columns: Iterable[str], there: list[str]) -> dict[str, tuple[str, ...]]:
+    """Layer to the columns that hold its part of some scores, in the order of the model.
+
+    A layer is named by the first number in the path of its module, or by the whole path where that
+    does not tell the layers apart, as in an encoder-decoder.
+    """
+    found: dict[str, list[str]] = {}
     for column in columns:
         for c in there:
-            if c.rpartition("/")[0] == column and c.rpartition("/")[2].isdecimal():
-                found.setdefault(int(c.rpartition("/")[2]), []).append(c)
-    return {layer: tuple(of) for layer, of in sorted(found.items())}
+            if c.startswith(f"{column}/"):
+                found.setdefault(c.removeprefix(f"{column}/"), []).append(c)
+    numbers = {path: number[0] for path in found if (number := re.search(r"\d+", path))}
+    told = len(set(numbers.values())) == len(found)
+    return {numbers[path] if told else path: tuple(of) for path, of in found.items()}
 
 
 def _lines_by_layer(
@@ -144,7 +151,7 @@ def _lines_by_layer(
     model: str,
     recipe: str,
     wanted: dict[str, tuple[str, ...]],
-    by_layer: dict[str, dict[int, tuple[str, ...]]],
+    by_layer: dict[str, dict[str, tuple[str, ...]]],
 ) -> bool:
     """Draw attack and baselines of one model; whether they are changes from its untuned twin."""
     change = False
@@ -152,7 +159,7 @@ def _lines_by_layer(
     for name, (label, colour, marker) in lines.items():
         look = {"color": colour, "label": label}
         levels = {
-            str(layer): measured.level("attacks", columns, model, recipe, learned=True)
+            layer: measured.level("attacks", columns, model, recipe, learned=True)
             for layer, columns in by_layer[name].items()
         }
         levels = {layer: level for layer, level in levels.items() if level is not None}

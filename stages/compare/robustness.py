@@ -12,11 +12,19 @@ from stages.compare.hypotheses import NOT_TESTED, REFUTED, SUPPORTED, UNDECIDED,
 from stages.compare.measured import Measured
 from stages.compare.robustness_figures import Drawn, robustness_figures
 from stages.compare.spec import UNTUNED, CompareSpec
-from stages.compare.table import FEW_SEEDS, GAP, count, interval, number, p_value, recipe_title
+from stages.compare.table import (
+    FEW_SEEDS,
+    GAP,
+    VERDICTS_FILE,
+    count,
+    interval,
+    number,
+    p_value,
+    recipe_title,
+)
 from stages.models.card import ModelCard
 
 HEADLINE_FILE = "headline.parquet"
-VERDICTS_FILE = "hypotheses.parquet"
 _TONES = {SUPPORTED: "improved", REFUTED: "worsened", UNDECIDED: "neutral", NOT_TESTED: "neutral"}
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from stages.evaluate.registry import AnyEvaluation
 from stages.spec import Spec
@@ -44,11 +44,16 @@ class Hypotheses(Spec):
     """How many times a baseline a change of routes must be to lie far above it (H3)."""
 
 
-def _all_defaults(value: object) -> object:
-    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+def _by_default(value: Hypotheses | bool | None) -> Hypotheses | None:
+    return Hypotheses() if value is True else value or None
 
 
-AskedHypotheses = Annotated[Hypotheses | None, BeforeValidator(_all_defaults)]
+# Told apart before they are read, so that a mistake in the section is not also told as a bad flag.
+AskedHypotheses = Annotated[
+    Annotated[Hypotheses, Tag("section")] | Annotated[bool | None, Tag("flag")],
+    Discriminator(lambda value: "section" if isinstance(value, dict | Hypotheses) else "flag"),
+    AfterValidator(_by_default),
+]
 
 
 class CompareSpec(Spec):

@@ -9,6 +9,7 @@ from stages.compare.spec import UNTUNED
 from stages.statistics import CONFIDENCE
 
 GAP = "—"
+VERDICTS_FILE = "hypotheses.parquet"
 FEW_SEEDS = 5
 """Below so many training seeds the spread between runs is itself poorly known."""
 AXIS_TITLES = {
@@ -112,6 +113,20 @@ def render_text(comparison: pd.DataFrame) -> str:
     if seeds == {1}:
         closing.append("One training seed: the intervals cover the test examples, not another run.")
     lines += [line for text in closing for line in textwrap.wrap(text, _WIDTH)]
+    return "\n".join(lines)
+
+
+def render_verdicts(verdicts: pd.DataFrame) -> str:
+    """The verdicts on hypotheses, a line each, as text of at most 110 columns."""
+    lines = ["Verdicts at the scale of this sweep (p: Holm-corrected over the hypotheses tested)"]
+    several = verdicts["recipe"].nunique() > 1
+    for _, row in verdicts.drop_duplicates(["recipe", "hypothesis"]).iterrows():
+        p = "" if pd.isna(row["p_holm"]) else f" (p {p_value(row['p_holm'])})"
+        recipe = f"{recipe_title(row['recipe'])} " if several else ""
+        mark = "; see its caution in the report" if row["caution"] else ""
+        why = f": {row['reason']}" if row["reason"] else mark
+        text = f"{recipe}{row['hypothesis']} {row['verdict']}{p}. {row['title']}{why}"
+        lines += textwrap.wrap(text, _WIDTH - 2, initial_indent="  ", subsequent_indent="     ")
     return "\n".join(lines)
 
 

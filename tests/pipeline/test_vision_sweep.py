@@ -10,6 +10,7 @@ from pipeline.plan import Builder, build, build_evaluations
 from pipeline.single import single_model
 from pipeline.sweep_file import load
 from stages.attack.image_spec import PAPER_BUDGETS
+from stages.compare.spec import Hypotheses
 from stages.errors import BadInput
 
 FILE = Path(__file__).parents[2] / "sweeps/adversarial_moe/vision_cpu.yaml"
@@ -43,6 +44,8 @@ def test_the_study_as_it_is_written():
     probed = {n.name.rpartition("-")[2] for n in nodes if n.stage == "evaluate"
               and n.name.startswith("vit-scratch-seed0")}
     assert probed == {"images", "attacks", "slopes"}
+    compare = planned().compare.spec
+    assert compare.hypotheses == Hypotheses() and compare.upcycled == ()
 
 
 @pytest.mark.parametrize(
@@ -120,6 +123,16 @@ def test_heads_are_of_equal_size_and_ensembles_of_equal_operations():
         ("models.vit={source: 'tiny:llama'}", "mnist is of task images, vit reads texts"),
         ("recipes.scratch.router.noise=0", "scratch.load_loss_weight: is a probability"),
         ("recipes.scratch.head=classification", "head"),
+        ("hypotheses={attacks: images}", "hypotheses.attacks: no evaluation 'images' of kind "
+         "image_attacks or text_attacks; known: attacks"),
+        ("hypotheses={equal_flops: [vmoe-4 vs vitt]}", "hypotheses.equal_flops: unknown pair "
+         "'vmoe-4 vs vitt'; did you mean 'vmoe-4 vs vit'?"),
+        ("hypotheses={series: [vmoe-4, vit]}", "hypotheses.series: unknown MoE model of the pairs "
+         "'vit'"),
+        ("hypotheses={margins: 0.1}", "hypotheses.margins: unknown field; did you mean 'margin'?"),
+        ("hypotheses={margin: 2}", "hypotheses.margin: input should be less than 1; found 2"),
+        ("evaluations={images: {kind: image_classification, dataset: mnist}}",
+         "hypotheses: no evaluation attacks the models; add image_attacks or text_attacks"),
         ("recipes.scratch.adversarial={kind: freelb}", "adversarial: vmoe-4: vit_moe reads images"),
         ("evaluations.attacks.attacks.pgd.norm=l2", "attacks: differ in norm"),
         ("evaluations.attacks.attacks.transfer.from=vmo-4",

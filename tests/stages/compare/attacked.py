@@ -19,13 +19,29 @@ EVALUATIONS = {
             "noise": {"kind": "noise"},
         },
     },
-    "slopes": {"kind": "local_lipschitz", "dataset": "mnist", "template": "sentiment"},
+    "slopes": {"kind": "image_lipschitz", "dataset": "mnist"},
     "interventions": {
-        "kind": "expert_interventions", "dataset": "mnist", "template": "sentiment",
-        "shares": [0.5, 1.0], "top_k": [2],
+        "kind": "image_interventions", "dataset": "mnist", "shares": [0.5, 1.0], "top_k": [2],
     },
-    "geometry": {"kind": "router_geometry", "dataset": "mnist", "template": "sentiment"},
+    "geometry": {"kind": "image_geometry", "dataset": "mnist"},
 }  # fmt: skip
+OF_TEXTS = {"dataset": "shop", "template": "sentiment"}
+TEXTS = {
+    "attacks": {
+        "kind": "text_attacks", **OF_TEXTS,
+        "attacks": [
+            {"kind": "embedding_pgd"},
+            {"kind": "embedding_pgd", "name": "joint", "routing": "joint"},
+            {"kind": "deep_word_bug"},
+        ],
+    },
+    "slopes": {"kind": "local_lipschitz", **OF_TEXTS},
+    "interventions": {
+        "kind": "expert_interventions", **OF_TEXTS, "shares": [0.5, 1.0], "top_k": [2],
+    },
+    "geometry": {"kind": "router_geometry", **OF_TEXTS},
+}  # fmt: skip
+LAYERS = ("model.layers.1.mlp", "model.layers.3.mlp")
 EXPERTS = {"vit": 0, "vmoe-4": 4, "vmoe-8": 8}
 
 
@@ -59,9 +75,9 @@ def card(name, **changes):
     return ModelCard(**fields | changes)
 
 
-def share(of, n=N, first=0):
-    """0/1 scores of which a share are 1, from the example ``first`` on."""
-    return np.roll((np.arange(n) < round(of * n)).astype(float), first)
+def share(of, n=N):
+    """0/1 scores of which a share are 1: the first ones."""
+    return (np.arange(n) < round(of * n)).astype(float)
 
 
 def examples(n=N, **columns):
@@ -71,7 +87,8 @@ def examples(n=N, **columns):
 
 def attacks(robust=0.5, moe=True, change=0.6, at_random=0.2, noise=0.0, kept=1.0, n=N):
     """``robust`` accuracy at the first budget, half of it at the second."""
-    values = {"correct": share(0.95, n), "worst/8": share(robust, n), "worst/16": share(robust / 2, n)}
+    values = {"correct": share(0.95, n)}
+    values |= {"worst/8": share(robust, n), "worst/16": share(robust / 2, n)}
     values["robust"] = (values["worst/8"] + values["worst/16"]) / 2
     nan = np.full(n, np.nan)
     ripple = 0.01 * (np.arange(n) % 5 - 2)
@@ -82,7 +99,9 @@ def attacks(robust=0.5, moe=True, change=0.6, at_random=0.2, noise=0.0, kept=1.0
             # An attack on the routes changes them all: it must not count as a finding.
             level = {"pgd": change, "joint": 1.0, "noise": 0.0}[attack] + ripple
             values[f"routing_change/{attack}/{budget}"] = level if moe else nan
-            for layer in (1, 3):
+            for column in ("loss_rise", "zero_gradient"):
+                values[f"{column}/{attack}/{budget}"] = np.zeros(n)
+            for layer in LAYERS:
                 values[f"routing_change/{attack}/{budget}/{layer}"] = level if moe else nan
         values[f"routing_change_random/{budget}"] = at_random + ripple / 2 if moe else nan
         values[f"swap_clean_attacked/{budget}"] = share(kept, n) if moe else nan
@@ -90,6 +109,30 @@ def attacks(robust=0.5, moe=True, change=0.6, at_random=0.2, noise=0.0, kept=1.0
         values[f"swap_attacked_clean/{budget}"] = share(kept / 2, n) if moe else nan
     values["routing_change_noise"] = np.full(n, noise) if moe else nan
     values["routing_change_chance"] = np.full(n, 0.82) if moe else nan
+    return examples(n, **values)
+
+
+def text_attacks(robust=0.5, moe=True, change=0.3, clean=0.9, n=N):
+    """The second attack finds what the first misses: it fails the check of that."""
+    nan = np.full(n, np.nan)
+    values = {"clean": share(clean, n), "correct": share(robust, n)}
+    values |= {"noise": np.full(n, 0.01) if moe else nan, "chance": np.full(n, 0.6) if moe else nan}
+    levels = {"embedding_pgd": robust + 0.1, "joint": robust, "deep_word_bug": 0.7}
+    for attack, level in levels.items():
+        values |= {f"correct/{attack}": share(level, n), f"random/{attack}": share(clean, n)}
+        values[f"changed/{attack}"] = 1 - values[f"correct/{attack}"]
+        values[f"success/{attack}"] = values[f"changed/{attack}"]
+        values |= {f"{c}/{attack}": np.zeros(n) for c in ("queries", "zero_gradients")}
+        moved = 1.0 if attack == "joint" else change
+        for column, level_of in (("routing_change", moved), ("routing_change_random", 0.1)):
+            for end in ("", *(f"/{layer}" for layer in LAYERS)):
+                values[f"{column}/{attack}{end}"] = np.full(n, level_of) if moe else nan
+        for swap in ("clean_attacked", "attacked_clean"):
+            for what in ("routes", "experts"):
+                kept = share(clean, n) if moe and attack != "deep_word_bug" else nan
+                values[f"swap_{swap}_{what}/{attack}"] = kept
+        checked = np.where(np.arange(n) < 4, 1.0, np.nan)
+        values |= {f"check/{attack}/budget {b}": checked for b in ("0.05", "0.1")}
     return examples(n, **values)
 
 
