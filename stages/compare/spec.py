@@ -43,6 +43,8 @@ class CompareSpec(Spec):
     resamples: Annotated[int, Field(ge=100)]
     """Bootstrap resamples, and random permutations where no exact test exists."""
     seed: int = 0
+    notes: tuple[str, ...] = ()
+    """What the reader must know and no score shows, such as how the recipes were found."""
 
     def seeds_of(self, recipe: str) -> tuple[int, ...]:
         """The seeds that a recipe was trained with."""

@@ -52,7 +52,7 @@ FIELDS = {
     JudgeSpec: ({"kind", "source", "content"}, set()),
     CompareSpec: (
         {"title", "pairs", "recipes", "models_of", "evaluations_of", "seeds", "evaluations",
-         "resamples", "seed"},
+         "resamples", "seed", "notes"},
         set()),
 }
 
