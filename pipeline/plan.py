@@ -125,12 +125,16 @@ class Plan:
 
 
 def build(
-    sweep: Sweep, contents: dict[str, str] | None = None, searched: Searched | None = None
+    sweep: Sweep,
+    contents: dict[str, str] | None = None,
+    searched: Searched | None = None,
+    notes: Sequence[str] = (),
 ) -> Plan:
     """The graph of a checked sweep.
 
     ``contents`` maps a ``file:`` source to the digest of what lies there (``checks.check``);
-    ``searched`` has the recipes that are not the same for all models.
+    ``searched`` has the recipes that are not the same for all models; ``notes`` are shown first
+    among what limits the conclusions.
     """
     builder = Builder(sweep, contents or {}, searched)
     members = list(dict.fromkeys(m for pair in sweep.pairs for m in (pair.moe, pair.dense)))
@@ -155,6 +159,7 @@ def build(
         seed=sweep.statistics.seed,
         hypotheses=sweep.hypotheses,
         upcycled=tuple(name for name in members if sweep.models[name].upcycle),
+        notes=tuple(notes),
     )
     builder.plan.add("compare", sweep.name, spec, inputs, sweep.resources.compare)
     return builder.plan

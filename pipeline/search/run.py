@@ -21,6 +21,7 @@ from pipeline.plan import Plan, build
 from pipeline.search.checks import maximized
 from pipeline.search.ledger import Ledger, Report, Trial
 from pipeline.search.plan import (
+    WINNER,
     Measured,
     Member,
     final_sweep,
@@ -36,7 +37,7 @@ from pipeline.search.tracking import record_trials
 from pipeline.store import Store
 from pipeline.survey import adopt, survey
 from pipeline.sweep import Sweep
-from stages.compare.search_report import REPORT_FILE, TRIALS_FILE, write
+from stages.compare.search_report import REPORT_FILE, TRIALS_FILE, fairness, write
 from stages.compare.search_results import choose
 from stages.compare.search_spec import Goal, Knob, SearchContent, SearchedModel
 from stages.errors import StageFailed
@@ -261,16 +262,22 @@ def final_plan(
         for each in searches
     }
     final, searched = final_sweep(sweep, found)
-    plan = build(final, contents, searched)
+    content = content_of(sweep, searches, store)
+    goals = ", ".join(goal.definition for goal in content.goals)
+    notes = [
+        f"Recipes called {WINNER} differ by model: each is the best that a search "
+        f"({content.algorithm}, from recipe {content.base}) found for {goals}, on examples that "
+        f"are not in this report. {report_folder(f'{sweep.name}-trials')}/{REPORT_FILE} shows them."
+    ]
+    plan = build(final, contents, searched, [*notes, *fairness(content)])
     adopt(plan, store)
     return plan
 
 
-def report(sweep: Sweep, searches: list[ModelSearch], store: Store, uri: str) -> str:
-    """Write the search's report into the store and bring MLflow up to date; where it lies."""
-    search, name = sweep.search, f"{sweep.name}-trials"
-    place, space = report_folder(name), Space(sweep.recipes[search.base], search.space)
-    content = SearchContent(
+def content_of(sweep: Sweep, searches: list[ModelSearch], store: Store) -> SearchContent:
+    """What the report of a search is made from."""
+    search, space = sweep.search, Space(sweep.recipes[sweep.search.base], sweep.search.space)
+    return SearchContent(
         title=sweep.description or sweep.name,
         algorithm=search.algorithm.kind,
         base=search.base,
@@ -290,6 +297,12 @@ def report(sweep: Sweep, searches: list[ModelSearch], store: Store, uri: str) ->
         final_seeds=search.final_seeds,
         winners_report=f"{report_folder(f'{sweep.name}-search')}/report.html",
     )
+
+
+def report(sweep: Sweep, searches: list[ModelSearch], store: Store, uri: str) -> str:
+    """Write the search's report into the store and bring MLflow up to date; where it lies."""
+    search, name = sweep.search, f"{sweep.name}-trials"
+    place, content = report_folder(name), content_of(sweep, searches, store)
     with tempfile.TemporaryDirectory(prefix="search-report-") as folder:
         write(content, Path(folder))
         store.publish(Path(folder), place)

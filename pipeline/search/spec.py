@@ -102,7 +102,11 @@ class Asha(_Halving):
 
 
 class Hyperband(_Halving):
-    """Random draws in brackets that differ in how early they stop trials (Li et al. 2018)."""
+    """Random draws in brackets that differ in how early they stop trials (Li et al. 2018).
+
+    With r rungs and reduction factor f, a round of r + 1 brackets takes the sum over s = 0..r of
+    ceil((r + 1) / (s + 1) · f^s) trials: 17 for 2 and 3. Another number leaves a bracket unfilled.
+    """
 
     kind: Literal["hyperband"] = "hyperband"
 

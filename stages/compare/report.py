@@ -130,7 +130,7 @@ def _warnings(content: Content) -> list[str]:
     """What limits the conclusions, for the whole report."""
     spec, comparison = content.spec, content.comparison
     primary = comparison[comparison["primary"]]
-    warnings = []
+    warnings = [*spec.notes]
     gaps = primary[primary["gap"] != ""]
     if len(gaps):
         warnings.append(

@@ -94,8 +94,8 @@ def _cautions(content: SearchContent) -> list[str]:
             found.append(f"{each.model}: {failed} of {len(each.table)} trials failed; the table of "
                          "all trials says why.")
         if each.idle:
-            found.append(f"{each.model}: {', '.join(each.idle)} change nothing in this model and "
-                         "were left out of its search.")
+            found.append(f"Left out of the search of {each.model}, where they change nothing: "
+                         f"{', '.join(each.idle)}.")
     return found
 
 

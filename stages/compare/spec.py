@@ -83,6 +83,8 @@ class CompareSpec(Spec):
     hypotheses: AskedHypotheses = None
     upcycled: tuple[str, ...] = ()
     """Models whose experts were made of one dense block each, and start alike."""
+    notes: tuple[str, ...] = ()
+    """What the reader must know and no score shows, such as how the recipes were found."""
 
     def seeds_of(self, recipe: str) -> tuple[int, ...]:
         """The seeds that a recipe was trained with."""

@@ -54,7 +54,7 @@ FIELDS = {
     JudgeSpec: ({"kind", "source", "content"}, set()),
     CompareSpec: (
         {"title", "pairs", "recipes", "models_of", "evaluations_of", "seeds", "evaluations",
-         "resamples", "seed", "hypotheses", "upcycled"},
+         "resamples", "seed", "notes", "hypotheses", "upcycled"},
         set()),
 }
 

@@ -228,16 +228,36 @@ def test_a_longer_chain_of_a_trial_finds_its_beginning():
     assert len(short) == 1 and len(long) == 2 and short < long
 
 
+def entered(each: run.ModelSearch, store: Store, trials: int, failed: bool = False) -> None:
+    """Trials of 700 tokens each in a search's ledger; the later, the better."""
+    ledger = Ledger(store, each.folder)
+    for number in range(trials):
+        trial = ledger.begin(number, lambda n: Trial(n, {"learning_rate": 0.01 * (n + 1)}))
+        if not failed:
+            trial.reports = [Report(1, [0.5 + 0.25 * number], 0.5, 6, 700, {}, trial.values)]
+        ledger.end(trial, *(["failed", "the loss is nan"] if failed else ["finished"]))
+
+
+def test_the_winners_report_says_how_they_were_found_and_where_budgets_differed(tmp_path):
+    sweep, store = searching(budget={"dense": {"trials": 1}}), Store(str(tmp_path / "store"))
+    contents = check_search(sweep, SMOKE)
+    moe, dense = searches = run.model_searches(sweep, contents)
+    entered(moe, store, 2)
+    entered(dense, store, 1)
+    plan = run.final_plan(sweep, searches, contents, store)
+    assert plan.nodes["finetune/tiny-moe-searched-seed101"].spec.learning_rate == 0.02
+    found, trials, tokens = plan.compare.spec.notes
+    assert found.startswith("Recipes called searched differ by model: each is the best that a "
+                            "search (random, from recipe sft) found for edits/clean_accuracy ↑, on")
+    assert trials.startswith("tiny-moe had 2 trials, tiny 1: ")
+    assert tokens.startswith("The trials of tiny-moe trained on 1,400 tokens, those of tiny on 700")
+
+
 def test_a_search_that_found_nothing_is_reported_beside_one_that_did(tmp_path):
     sweep, store = searching(), Store(str(tmp_path / "store"))
     moe, dense = searches = run.model_searches(sweep, check_search(sweep, SMOKE))
-    for each in searches:
-        ledger = Ledger(store, each.folder)
-        for number in range(2):
-            trial = ledger.begin(number, lambda n: Trial(n, {"learning_rate": 0.01 * (n + 1)}))
-            if each is moe:
-                trial.reports = [Report(1, [0.5 + 0.25 * number], 0.5, 6, 700, {}, trial.values)]
-            ledger.end(trial, *(["finished"] if each is moe else ["failed", "the loss is nan"]))
+    entered(moe, store, 2)
+    entered(dense, store, 2, failed=True)
     assert run.best_lines(sweep, searches, store) == [
         "best of tiny-moe: trial 1, edits/clean_accuracy 0.75 · learning_rate 0.02"]
     text = Path(run.report(sweep, searches, store, f"sqlite:///{tmp_path}/m.db")).read_text()

@@ -30,6 +30,7 @@ def spec_of(recipes=("none", "sft"), seeds=(0,), pairs=(("moe", "dense"),), **ch
         "seeds": seeds,
         "evaluations": EVALUATIONS,
         "resamples": 200,
+        "notes": ["Recipes were found by a <search>."],
     }
     return CompareSpec(**fields | changes)
 
@@ -239,6 +240,7 @@ def test_the_page_stands_alone_and_shows_no_text_of_a_model(inputs, output):
     for text in ("SECRET", "<b>bold</b>", "<i>tuned</i>"):
         assert text not in html and text not in (output / "report.md").read_text()
     assert "&lt;b&gt;bold&lt;/b&gt;" in html
+    assert "<li>Recipes were found by a &lt;search&gt;.</li>" in html
 
 
 def test_the_report_cites_data_sets_and_tells_counts_that_differ(inputs, output):

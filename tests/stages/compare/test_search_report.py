@@ -61,7 +61,7 @@ def test_report_stands_alone_and_shows_every_trial(report):
         ("False", ["—", "—"])]
     assert "&lt;b&gt;loss&lt;/b&gt; is nan" in text and "<b>loss" not in text
     assert "moe-model: 1 of 20 trials failed" in text
-    assert "dense-model: nested change nothing in this model" in text
+    assert "Left out of the search of dense-model, where they change nothing: nested." in text
     assert f"rate ↓ ({RATE})" in text and f"<th>{RATE}" not in text
     assert text.count("data:image/svg+xml") == 5
     trials = pd.read_parquet(report.folder / "trials.parquet")
