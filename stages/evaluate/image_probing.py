@@ -7,7 +7,7 @@ import torch
 from stages.attack.image_geometry import Draws
 from stages.attack.image_spec import PGD
 from stages.attack.images import attack_images
-from stages.evaluate.intervening import Intervening
+from stages.evaluate.intervening import Intervening, refuse_dense
 from stages.evaluate.showing import Shown
 from stages.models.routes import Policy, Weigh, hash_of, imposed, per_input, routed
 from stages.models.routing import Routing, weighing
@@ -21,7 +21,7 @@ class ImageIntervenor(Intervening, Shown):
 
     def run(self) -> list[dict]:
         """Predictions under each intervention."""
-        self.refuse_dense()
+        refuse_dense(self.spec, self.model)
         found, losses, routing = self._answers()
         layers = [each.layer for each in routing]
         used = None

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stages.errors import StageFailed
+from stages.evaluate.base import Evaluation
 from stages.evaluate.probes import WAYS, Interventions
 from stages.models import routes
 from stages.models.families import family
@@ -15,19 +16,20 @@ from stages.models.routing import Routing, weighing
 from stages.probe.usage import pruned
 
 
+def refuse_dense(spec: Evaluation, model: PreTrainedModel) -> None:
+    """Raise StageFailed for a model without experts."""
+    if not family(model).is_moe:
+        raise StageFailed(
+            f"{spec.kind}: {model.config.model_type} has no experts; name a Mixture-of-Experts "
+            "model"
+        )
+
+
 class Intervening:
     """The policies of an evaluation's interventions."""
 
     spec: Interventions
     model: PreTrainedModel
-
-    def refuse_dense(self) -> None:
-        """Raise StageFailed for a model without experts."""
-        if not family(self.model).is_moe:
-            raise StageFailed(
-                f"{self.spec.kind}: {self.model.config.model_type} has no experts; name a "
-                "Mixture-of-Experts model"
-            )
 
     @cached_property
     def weigh(self) -> routes.Weigh:

@@ -9,7 +9,7 @@ from stages.attack.objectives import Objective, repeated
 from stages.attack.questions import Question, cross_entropy, tokens_of
 from stages.attack.text_spec import EmbeddingPGD
 from stages.evaluate.asking import Asker
-from stages.evaluate.intervening import Intervening
+from stages.evaluate.intervening import Intervening, refuse_dense
 from stages.models import routes
 from stages.models.routes import Policy, hash_of, imposed
 from stages.models.routing import Routing, weighing
@@ -25,7 +25,7 @@ class Intervenor(Intervening, Asker):
 
     def run(self, rows: Sequence[dict]) -> Iterator[dict]:
         """Answers under each intervention, row by row."""
-        self.refuse_dense()
+        refuse_dense(self.spec, self.model)
         for row in rows:
             question = self.question(row, row["text"])
             plain, routing = self._answer(question)
