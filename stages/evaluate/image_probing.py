@@ -22,13 +22,18 @@ class ImageIntervenor(Intervening, Shown):
     def run(self) -> list[dict]:
         """Predictions under each intervention."""
         refuse_dense(self.spec, self.model)
+        if self.spec.budget:
+            attack, seeds = PGD(steps=self.spec.steps), self.seeds("attack")
+            self.pixels = attack_images(
+                self.classifier, attack, self.pixels, self.labels, self.spec.budget, seeds
+            ).images
         found, losses, routing = self._answers()
         layers = [each.layer for each in routing]
         used = None
         if self.spec.prune:
             used = usage(self.seen(self.decoded(self.rows[0]["calibration"]))[1])
         for row in found:
-            row |= {"interventions": {}, "criticality": {}}
+            row |= {"interventions": {}, "criticality": {}, "operations": self.operations()}
         for each in zip(*(self.policies(id, layers, used) for id in self.ids), strict=True):
             name = each[0][0]
             answers, _, _ = self._answers(per_input([policy for _, policy in each]))
