@@ -21,6 +21,11 @@ class ImageInterventions(Interventions, LabelledImages):
     """
 
     kind: Literal["image_interventions"] = "image_interventions"
+    budget: Annotated[float, Field(ge=0)] = 0.0
+    """Above 0 every image in [0, 1] is attacked first (``pgd``, l-infinity), and all is asked about
+    the attacked ones."""
+    steps: Annotated[int, Field(ge=1)] = 20
+    """Of that attack."""
     seed: int = 0
 
     def procedure(

@@ -7,7 +7,7 @@ import torch
 from stages.attack.image_geometry import Draws
 from stages.attack.image_spec import PGD
 from stages.attack.images import attack_images
-from stages.evaluate.intervening import Intervening
+from stages.evaluate.intervening import Intervening, refuse_dense
 from stages.evaluate.showing import Shown
 from stages.models.routes import Policy, Weigh, hash_of, imposed, per_input, routed
 from stages.models.routing import Routing, weighing
@@ -21,14 +21,19 @@ class ImageIntervenor(Intervening, Shown):
 
     def run(self) -> list[dict]:
         """Predictions under each intervention."""
-        self.refuse_dense()
+        refuse_dense(self.spec, self.model)
+        if self.spec.budget:
+            attack, seeds = PGD(steps=self.spec.steps), self.seeds("attack")
+            self.pixels = attack_images(
+                self.classifier, attack, self.pixels, self.labels, self.spec.budget, seeds
+            ).images
         found, losses, routing = self._answers()
         layers = [each.layer for each in routing]
         used = None
         if self.spec.prune:
             used = usage(self.seen(self.decoded(self.rows[0]["calibration"]))[1])
         for row in found:
-            row |= {"interventions": {}, "criticality": {}}
+            row |= {"interventions": {}, "criticality": {}, "operations": self.operations()}
         for each in zip(*(self.policies(id, layers, used) for id in self.ids), strict=True):
             name = each[0][0]
             answers, _, _ = self._answers(per_input([policy for _, policy in each]))

@@ -7,12 +7,23 @@ import torch
 from transformers import PreTrainedModel
 
 from stages.errors import StageFailed
+from stages.evaluate.base import Evaluation
 from stages.evaluate.probes import WAYS, Interventions
 from stages.models import routes
-from stages.models.families import family
+from stages.models.families import family, roles
 from stages.models.routes import Policy, hash_of
 from stages.models.routing import Routing, weighing
+from stages.models.size import measure
 from stages.probe.usage import pruned
+
+
+def refuse_dense(spec: Evaluation, model: PreTrainedModel) -> None:
+    """Raise StageFailed for a model without experts."""
+    if not family(model).is_moe:
+        raise StageFailed(
+            f"{spec.kind}: {model.config.model_type} has no experts; name a Mixture-of-Experts "
+            "model"
+        )
 
 
 class Intervening:
@@ -20,14 +31,6 @@ class Intervening:
 
     spec: Interventions
     model: PreTrainedModel
-
-    def refuse_dense(self) -> None:
-        """Raise StageFailed for a model without experts."""
-        if not family(self.model).is_moe:
-            raise StageFailed(
-                f"{self.spec.kind}: {self.model.config.model_type} has no experts; name a "
-                "Mixture-of-Experts model"
-            )
 
     @cached_property
     def weigh(self) -> routes.Weigh:
@@ -61,6 +64,19 @@ class Intervening:
             for which in WAYS:
                 gone = pruned(used, layers, count, which, spec.seed)
                 yield f"prune_{which}_{count}", routes.masked(gone, self.weigh)
+
+    def operations(self) -> dict[str, float]:
+        """Operations per token with other numbers of experts, in those of the model as it is."""
+        experts, chosen = family(self.model).experts_of(self.model.config.to_dict())
+        own, role_of = measure(self.model, "").flops_per_token, roles(self.model)
+        every = sum(
+            2 * parameter.numel() for name, parameter in self.model.named_parameters()
+            if role_of[name] == "expert" and parameter.ndim > 1 and not name.endswith("bias")
+        )  # fmt: skip
+        return {
+            f"top_{count}": 1 + (count - chosen) * every / experts / own
+            for count in self.spec.top_k
+        }
 
     def masks(self, routing: Sequence[Routing]) -> Iterator[tuple[str, list[Policy]]]:
         """By layer, the random masks of half its experts that its criticality is measured by."""

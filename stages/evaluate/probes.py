@@ -91,8 +91,8 @@ class Interventions(Evaluation):
 
     def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
         """One row per example: ``correct`` and ``loss`` as the model is; for each intervention I
-        ``correct/I``, ``loss/I`` (its rise) and ``changed/I``; for each layer
-        ``criticality/LAYER``."""
+        ``correct/I``, ``loss/I`` (its rise) and ``changed/I``; ``operations/top_K`` (per token, in
+        those of the model as it is); for each layer ``criticality/LAYER``."""
         about, rows = self.about(data), []
         for label, found in zip(
             about["gold"], results(about["example_id"], responses), strict=True
@@ -104,6 +104,8 @@ class Interventions(Evaluation):
                 row[f"correct/{name}"] = float(other["prediction"] == label)
                 row[f"changed/{name}"] = float(other["prediction"] != plain)
                 row[f"loss/{name}"] = other["loss"] - found["loss"]
+            for name, ratio in found["operations"].items():
+                row[f"operations/{name}"] = ratio
             for layer, rise in found["criticality"].items():
                 row[f"criticality/{layer}"] = rise
             rows.append(row)
@@ -112,10 +114,9 @@ class Interventions(Evaluation):
     def metrics(self) -> tuple[Metric, ...]:
         """Accuracy as the model is and under each intervention; predictions changed, loss added."""
         experts = {"of_experts": True}
-        found = []
+        lower, found = {"higher_is_better": False} | experts, []
         for name in self.interventions:
             title = name.replace("_", " ")
-            lower = {"higher_is_better": False} | experts
             found += [
                 mean_of(f"correct/{name}", label=f"accuracy, {title}", **experts),
                 mean_of(f"changed/{name}", label=f"predictions changed, {title}", **lower),
@@ -125,7 +126,11 @@ class Interventions(Evaluation):
         mean = difference(
             self.primary, accuracies, [], label="accuracy, mean of interventions", **experts
         )  # fmt: skip
-        return (mean, mean_of("correct", "accuracy", **experts), *found)
+        costs = [
+            mean_of(f"operations/top_{count}", label=f"operations per token, top {count}", **lower)
+            for count in self.top_k
+        ]
+        return (mean, mean_of("correct", "accuracy", **experts), *found, *costs)
 
     def curves(self, scores: pd.DataFrame) -> tuple[Metric, ...]:
         """The criticality of each layer."""
@@ -136,6 +141,11 @@ class ExpertInterventions(Interventions, LabelledTexts):
     """Interventions while texts are classified."""
 
     kind: Literal["expert_interventions"] = "expert_interventions"
+    epsilon: Annotated[float, Field(ge=0)] = 0.0
+    """Above 0 every text is attacked first (``embedding_pgd`` with that radius), and all is asked
+    about the attacked ones."""
+    steps: Annotated[int, Field(ge=1)] = 10
+    """Of that attack."""
 
     def procedure(
         self,

@@ -9,7 +9,7 @@ from stages.attack.objectives import Objective, repeated
 from stages.attack.questions import Question, cross_entropy, tokens_of
 from stages.attack.text_spec import EmbeddingPGD
 from stages.evaluate.asking import Asker
-from stages.evaluate.intervening import Intervening
+from stages.evaluate.intervening import Intervening, refuse_dense
 from stages.models import routes
 from stages.models.routes import Policy, hash_of, imposed
 from stages.models.routing import Routing, weighing
@@ -25,31 +25,52 @@ class Intervenor(Intervening, Asker):
 
     def run(self, rows: Sequence[dict]) -> Iterator[dict]:
         """Answers under each intervention, row by row."""
-        self.refuse_dense()
+        refuse_dense(self.spec, self.model)
         for row in rows:
             question = self.question(row, row["text"])
-            plain, routing = self._answer(question)
+            asked = self._attacked(row, question) if self.spec.epsilon else None
+            plain, routing = self._answer(question, asked)
             layers = [each.layer for each in routing]
             used = self._usage(row) if self.spec.prune else None
             yield plain | {
                 "interventions": {
-                    name: self._answer(question, policy)[0]
+                    name: self._answer(question, asked, policy)[0]
                     for name, policy in self.policies(row["id"], layers, used)
                 },
+                "operations": self.operations(),
                 # By layer, the largest rise of the loss over random masks of half its experts.
                 "criticality": {
                     layer: max(
-                        self._answer(question, policy)[0]["loss"] - plain["loss"]
+                        self._answer(question, asked, policy)[0]["loss"] - plain["loss"]
                         for policy in policies
                     )
                     for layer, policies in self.masks(routing)
                 },
             }
 
+    def _attacked(self, row: dict, question: Question) -> torch.Tensor:
+        """The embeddings (n, D) of the text under the attack."""
+        attack = EmbeddingPGD(epsilon=self.spec.epsilon, steps=self.spec.steps)
+        seed = hash_of(f"{self.spec.seed}/{row['id']}/attack")
+        clean = self.victim.table[question.tokens]
+        found = ascend(
+            Objective(self.victim, question, attack), clean, question.editable,
+            attack.epsilon * scale(self.victim.table, attack.norm), norm=attack.norm,
+            steps=attack.steps, restarts=attack.restarts,
+            generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+        return clean + found.delta
+
     @torch.no_grad()
-    def _answer(self, question: Question, force: Policy | None = None) -> tuple[dict, list]:
-        embedded = self.victim.table[question.tokens][None]
-        logprobs, found = self.victim.routes(embedded, question, force)
+    def _answer(
+        self,
+        question: Question,
+        embedded: torch.Tensor | None = None,
+        force: Policy | None = None,
+    ) -> tuple[dict, list]:
+        """The answer to a text as it is, or with other embeddings (n, D), and its routes."""
+        asked = self.victim.table[question.tokens] if embedded is None else embedded
+        logprobs, found = self.victim.routes(asked[None], question, force)
         answer = {
             "prediction": self.labels[int(logprobs.argmax())],
             "loss": cross_entropy(logprobs, question).item(),

@@ -20,7 +20,7 @@ from stages.evaluate.out_of_distribution import AdversarialSets, OutOfDistributi
 from stages.evaluate.probes import ExpertInterventions, LocalLipschitz, RouterGeometry
 from stages.evaluate.safety import Refusal
 from stages.evaluate.sharpness import Sharpness
-from stages.evaluate.specialisation import ExpertSpecialisation
+from stages.evaluate.specialisation import ExpertSpecialisation, ImageSpecialisation
 from stages.evaluate.text_attacks import TextAttacks
 from stages.evaluate.truthfulness import MultipleChoice
 from stages.evaluate.truthfulqa import TruthfulQA, TruthfulQAGeneration
@@ -50,6 +50,7 @@ AnyEvaluation = Annotated[
     | ImageInterventions
     | ImageGeometry
     | ImageLipschitz
+    | ImageSpecialisation
     | Sharpness,
     Field(discriminator="kind"),
 ]

@@ -12,11 +12,14 @@ import pandas as pd
 
 from stages.evaluate.base import Evaluation, Metric, Response
 from stages.evaluate.examples import results
+from stages.evaluate.labelled_images import LabelledImages
 from stages.evaluate.labelled_texts import LabelledTexts
 from stages.probe.specialisation import information, purity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from stages.models.images import ImageProcessor
 
 TOKEN_CLASSES = ("word", "word_part", "digits", "punctuation", "other")
 """What part of a text a token is: letters that begin a word, letters within one, digits, signs that
@@ -206,3 +209,27 @@ class ExpertSpecialisation(Specialisation, LabelledTexts):
             return of
 
         return tables("tokens/"), tables("permuted/")
+
+
+class ImageSpecialisation(Specialisation, LabelledImages):
+    """Of an image's tokens (patches and class token), whether an expert is chosen for the images of
+    one class."""
+
+    kind: Literal["image_specialisation"] = "image_specialisation"
+
+    FEATURES: ClassVar[dict[str, str]] = {"label": "classes"}
+
+    def procedure(
+        self, model: "PreTrainedModel", tokenizer: "ImageProcessor", rows: Sequence[dict]
+    ) -> Iterable[dict]:
+        """How often each image's tokens chose each expert (``specialising.py``)."""
+        from stages.evaluate.specialising import ImageProfiler
+
+        return ImageProfiler(self, model, tokenizer, rows).run()
+
+    def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
+        """One row per image; for each layer ``used/LAYER``, choices of each expert."""
+        about = self.about(data)
+        found = results(about["example_id"], responses)
+        predictions = [result["prediction"] for result in found]
+        return self.labelled(about.assign(prediction=predictions, answer=""), found)

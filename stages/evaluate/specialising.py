@@ -1,4 +1,4 @@
-"""Which experts take which tokens, on a loaded model: the procedure of ``specialisation.py``."""
+"""Which experts take which tokens, on a loaded model: the procedures of ``specialisation.py``."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from stages.attack.questions import tokens_of
-from stages.errors import StageFailed
 from stages.evaluate.asking import Asker, pieces
 from stages.evaluate.base import Request
+from stages.evaluate.intervening import refuse_dense
+from stages.evaluate.showing import Shown
 from stages.evaluate.specialisation import TOKEN_CLASSES, token_class
 from stages.models.routes import hash_of, selected
 from stages.probe.specialisation import table
@@ -20,11 +21,7 @@ class Profiler(Asker):
     @torch.no_grad()
     def run(self, rows: Sequence[dict]) -> Iterator[dict]:
         """Choices by expert and token class, row by row, layer by layer."""
-        if not self.victim.moe:
-            raise StageFailed(
-                f"expert_specialisation: {self.model.config.model_type} has no experts; name a "
-                "Mixture-of-Experts model"
-            )
+        refuse_dense(self.spec, self.model)
         for row in rows:
             question = self.question(row, row["text"])
             embedded = self.victim.table[question.tokens][None]
@@ -45,3 +42,19 @@ class Profiler(Asker):
                     counts = table(chosen, feature, len(TOKEN_CLASSES))
                     found[kind][each.layer] = counts.flatten().tolist()
             yield {"prediction": self.labels[int(logprobs.argmax())]} | found
+
+
+class ImageProfiler(Shown):
+    """Counts the experts of each image's tokens."""
+
+    def run(self) -> Iterator[dict]:
+        """Choices by expert, image by image, layer by layer."""
+        refuse_dense(self.spec, self.model)
+        logits, routes = self.seen(self.pixels)
+        counts = {
+            each.layer: [selected(part).sum(0).tolist() for part in each.split(len(self.ids))]
+            for each in routes
+        }
+        for index, prediction in enumerate(self.predictions(logits)):
+            used = {layer: images[index] for layer, images in counts.items()}
+            yield {"prediction": prediction, "used": used}

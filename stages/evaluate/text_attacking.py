@@ -1,7 +1,7 @@
 """Attacks on labelled texts, run on a loaded model: the procedure of ``text_attacks``."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cached_property
@@ -23,7 +23,7 @@ from stages.attack.wordnet import WordNet, folder
 from stages.errors import StageFailed
 from stages.evaluate.asking import Asker, allowed_tokens, are_texts
 from stages.evaluate.text_attacks import BUDGETS, SWAPS
-from stages.models.routes import hash_of, imposed
+from stages.models.routes import Weigh, hash_of, imposed
 from stages.models.routing import Routing, weighing
 from stages.probe.change import chance, routing_change
 
@@ -81,6 +81,15 @@ class Attacker(Asker):
         return words, torch.nn.functional.normalize(table.float(), dim=-1)
 
     @cached_property
+    def rules(self) -> dict[str, Weigh | None]:
+        """How the experts of other routes are weighed: as they were, and by the family's rule where
+        that is known."""
+        try:
+            return {"routes": None, "experts": weighing(self.model)}
+        except StageFailed:
+            return {"routes": None}
+
+    @cached_property
     def wordnet(self) -> WordNet:
         """Synonyms, read once."""
         return WordNet(folder())
@@ -105,9 +114,12 @@ class Attacker(Asker):
             beside = torch.stack([clean.embedded, clean.embedded.flip(0)])
             batch = self.victim.routes(beside, question)[1]
         first = [r.only(torch.arange(len(r.logits)) < len(r.logits) // 2) for r in batch]
+        with torch.autocast(self.model.device.type, torch.bfloat16):
+            rounded = self._asked(clean)[1]
         found = {
             "prediction": self.labels[int(answer.argmax())],
             "noise": routing_change(routes, first),
+            "noise_bfloat16": routing_change(routes, rounded),
             "chance": chance(routes[0].logits.shape[-1], routes[0].experts.shape[-1])
             if routes
             else float("nan"),
@@ -140,13 +152,20 @@ class Attacker(Asker):
             "size": made.size,
             "routing": self._change(clean, routes, made, now, aligned),
             "random_routing": self._change(clean, routes, control, random_now, aligned),
+            "untouched_routing": self._change(clean, routes, made, now, aligned, untouched=True),
             "swap": {},
+            "swap_layers": {},
             "checks": {},
         }
         if routes and len(made.embedded) == len(clean.embedded) and not isinstance(
             attack, GreedyEdits
         ):
             found["swap"] = self._swapped(clean, routes, made, now)
+            if self.spec.swap_layers:
+                found["swap_layers"] = {
+                    each.layer: self._swapped(clean, routes, made, now, {each.layer})
+                    for each in routes
+                }
         if row["checked"]:
             for key, variant in variants(attack):
                 other, _ = self._asked(self.attempt(variant, row, clean))
@@ -265,35 +284,35 @@ class Attacker(Asker):
 
     def _change(
         self, clean: Attempt, routes: list[Routing], made: Attempt, now: list[Routing],
-        aligned: bool,
+        aligned: bool, untouched: bool = False,
     ) -> dict[str, float]:
-        """The routing change by layer, over the tokens that both inputs have."""
+        """The routing change by layer, over the tokens that both inputs have, or over those alone
+        whose embeddings are the same in both."""
         if not routes:
             return {}
-        length = len(clean.embedded)
         if aligned:
-            pairs = torch.arange(length), torch.arange(length)
+            places = torch.arange(len(clean.embedded))
+            if untouched:
+                places = places[(clean.embedded == made.embedded).all(-1).cpu()]
+            pairs = places, places
         else:
             pairs = common(clean.question.tokens.tolist(), made.question.tokens.tolist())
         return routing_change(routes, now, pairs)
 
     @torch.no_grad()
     def _swapped(
-        self, clean: Attempt, routes: list[Routing], made: Attempt, now: list[Routing]
+        self, clean: Attempt, routes: list[Routing], made: Attempt, now: list[Routing],
+        layers: Collection[str] | None = None,
     ) -> dict[str, str]:
-        """The answer to each input under the routes of the other: with their weights (``routes``)
-        and, where the family's rule is known, weighed anew (``experts``)."""
-        rules = {"routes": None}
-        try:
-            rules["experts"] = weighing(self.model)
-        except StageFailed:
-            pass
+        """The answer to each input under the routes of the other, in some layers or all: with their
+        weights (``routes``) and, where the family's rule is known, weighed anew (``experts``)."""
         found = {}
         for swap, (attempt, other) in zip(SWAPS, ((clean, now), (made, routes)), strict=True):
-            for what, weigh in rules.items():
+            for what, weigh in self.rules.items():
                 answer, _ = self.victim.routes(
-                    attempt.embedded[None], attempt.question, imposed(other, weigh=weigh)
-                )
+                    attempt.embedded[None], attempt.question,
+                    imposed(other, weigh=weigh, layers=layers),
+                )  # fmt: skip
                 found[f"{swap}/{what}"] = self.labels[int(answer.argmax())]
         return found
 

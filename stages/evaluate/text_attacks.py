@@ -36,6 +36,8 @@ class TextAttacks(LabelledTexts):
     checked: Annotated[int, Field(ge=0)] = 8
     """Examples on which each attack is checked: with twice the effort, with other budgets and
     without a bound. 0 leaves the checks out that need further attacks."""
+    swap_layers: bool = False
+    """Exchange the routes of the clean and the attacked text also in one layer at a time."""
 
     axis: ClassVar[str] = "adversarial"
     primary: ClassVar[str] = "robust_accuracy"
@@ -78,8 +80,11 @@ class TextAttacks(LabelledTexts):
         Columns, for each attack A: ``correct/A`` and ``random/A`` (0 or 1, under attack and under
         the control), ``changed/A`` (the prediction is another), ``success/A`` (wrong, of those that
         were right), ``margin/A``, ``queries/A``, ``gradients/A``, ``edits/A``, and with routes
-        ``routing_change/A``, ``routing_change_random/A``, each also by layer. ``noise`` is the
-        routing change of the same input in another batch, ``chance`` that of two random choices.
+        ``routing_change/A``, ``routing_change_random/A``, each also by layer, and
+        ``routing_change_untouched/A`` over the tokens that the attack left as they were; ``swap_…``
+        (0 or 1) under the routes of the other text. ``noise`` is the routing change of the same
+        input in another batch, ``noise_bfloat16`` in that precision, ``chance`` that of two random
+        choices.
         """
         about = self.about(data)
         rows = []
@@ -97,6 +102,7 @@ class TextAttacks(LabelledTexts):
                     float(result["attacks"][a.label]["prediction"] == label) for a in self.attacks
                 ),
                 "noise": _mean(result["noise"]),
+                "noise_bfloat16": _mean(result["noise_bfloat16"]),
                 "chance": result["chance"],
             }
             for attack in self.attacks:
@@ -114,6 +120,7 @@ class TextAttacks(LabelledTexts):
             f"success/{name}": wrong if right else np.nan,
             f"routing_change/{name}": _mean(under["routing"]),
             f"routing_change_random/{name}": _mean(under["random_routing"]),
+            f"routing_change_untouched/{name}": _mean(under["untouched_routing"]),
         }
         for key in ("margin", "queries", "gradients", "edits", "zero_gradients", "size"):
             row[f"{key}/{name}"] = under[key]
@@ -126,6 +133,10 @@ class TextAttacks(LabelledTexts):
                 answer = under["swap"].get(f"{swap}/{what}")
                 value = np.nan if answer is None else float(answer == label)
                 row[f"swap_{swap}_{what}/{name}"] = value
+                for layer, answers in under["swap_layers"].items():
+                    if f"{swap}/{what}" in answers:
+                        right_there = float(answers[f"{swap}/{what}"] == label)
+                        row[f"swap_{swap}_{what}/{name}/{layer}"] = right_there
         for key, answer in under["checks"].items():
             row[f"check/{name}/{key}"] = float(answer != label)
         return row
@@ -147,6 +158,7 @@ class TextAttacks(LabelledTexts):
                 mean_of(f"queries/{name}", label=f"queries of {title}"),
                 _routes(f"routing_change/{name}", f"routing change, {title}"),
                 _routes(f"routing_change_random/{name}", f"routing change, random like {title}"),
+                _routes(f"routing_change_untouched/{name}", f"the same of other tokens, {title}"),
             ]
             if not isinstance(attack, GreedyEdits):
                 found += [
@@ -161,12 +173,14 @@ class TextAttacks(LabelledTexts):
         return (
             *found,
             _routes("noise", "routing change, other batch"),
+            _routes("noise_bfloat16", "routing change, bfloat16"),
             _routes("chance", "routing change, chance"),
         )
 
     def curves(self, scores: pd.DataFrame) -> tuple[Metric, ...]:
-        """Routing change by layer, accuracy by budget."""
-        layers = [c for c in scores if c.startswith("routing_change") and c.count("/") == 2]
+        """Routing change and exchanged routes by layer, accuracy by budget."""
+        by_layer = ("routing_change", "swap_")
+        layers = [c for c in scores if c.startswith(by_layer) and c.count("/") == 2]
         budgets = [c for c in scores if c.startswith("check/")]
         return tuple(mean_of(column) for column in (*layers, *budgets))
 

@@ -1,15 +1,27 @@
 """Expert specialisation on a tiny model, against tables counted token by token."""
 
+import io
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from stages.errors import StageFailed
+from stages.evaluate.base import Response
 from stages.evaluate.engine import Engine
-from stages.evaluate.specialisation import TOKEN_CLASSES, ExpertSpecialisation, token_class
+from stages.evaluate.specialisation import (
+    TOKEN_CLASSES,
+    ExpertSpecialisation,
+    ImageSpecialisation,
+    token_class,
+)
 from stages.models.routes import routed
 from stages.models.tiny import tiny_model, tiny_tokenizer
+from stages.models.vision import from_scratch
+from stages.models.vision_spec import VisionSpec
 from stages.probe.specialisation import information, purity
 from stages.statistics import estimate, summarise
 
@@ -135,3 +147,37 @@ def test_the_interval_is_over_documents(scores):
 def test_a_dense_model_is_refused(engines, data):
     with pytest.raises(StageFailed, match="expert_specialisation: llama has no experts"):
         engines["llama"].respond(SPEC.requests(data))
+
+
+def test_images_of_a_class_and_their_experts():
+    spec = VisionSpec(size="tiny", hidden=16, neurons=16, depth=2, heads=2, patch=4, image_size=8,
+                      channels=1, labels=3, experts=4, top_k=2, shared_start=False)
+    model, processor = from_scratch(spec)
+    model.vit.layers[1].mlp.gate.weight.data *= 5
+    images = [Image.fromarray(np.full((8, 8), 40 * n, np.uint8)) for n in range(6)]
+    encoded = []
+    for image in images:
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        encoded.append(file.getvalue())
+    ids = [str(n) for n in range(6)]
+    shown = {"shop": pd.DataFrame({"id": ids, "document": ids, "image": encoded,
+                                   "label": ["0", "1", "2"] * 2})}
+    evaluation = ImageSpecialisation(dataset="shop")
+    rows = [json.loads(request.row) for request in evaluation.requests(shown)]
+    found = list(evaluation.procedure(model, processor, rows))
+    with torch.no_grad(), routed(model) as routes:
+        model(pixel_values=processor.normalised(processor.decode(encoded)))
+    chosen = routes[0].experts.view(6, 5, 2)
+    counts = [torch.bincount(each.flatten(), minlength=4).tolist() for each in chosen]
+    assert [result["used"]["vit.layers.1.mlp"] for result in found] == counts
+    responses = {row["id"]: Response(row["id"], result=json.dumps(result))
+                 for row, result in zip(rows, found, strict=True)}
+    scores = evaluation.score(shown, responses)
+    table = np.stack([np.sum(counts[n::3], axis=0) for n in range(3)], axis=1)
+    summary = summarise(scores, evaluation.metrics(), resamples=100)
+    assert summary["information_label"]["value"] == pytest.approx(information(table))
+    assert summary["purity_label"]["value"] == pytest.approx(purity(table))
+    dense, processor = from_scratch(spec.model_copy(update={"experts": 0}))
+    with pytest.raises(StageFailed, match="image_specialisation: vit has no experts"):
+        list(evaluation.procedure(dense, processor, rows))

@@ -13,7 +13,7 @@ from stages.attack.objectives import routing_loss
 from stages.attack.questions import Victim
 from stages.errors import StageFailed
 from stages.evaluate import refusal
-from stages.evaluate.base import Request
+from stages.evaluate.base import Request, Response
 from stages.evaluate.engine import Engine
 from stages.evaluate.generate import generate
 from stages.evaluate.held_prompts import SafetyExperts, TargetAttack
@@ -148,7 +148,35 @@ def test_scores_and_metrics_of_silenced_experts(engines, data, monkeypatch):
     lost = evaluation.metrics()[0]
     scores["before"], scores["refused/safety_2"] = [np.nan, 1] * 4, [np.nan, 1, np.nan, 0] * 2
     assert lost.value(lost.statistics(scores).sum(0)) == 0.5
+    scores["refused/topic_2"], scores["refused/random_2"] = [np.nan, 0] * 4, [np.nan, 1] * 4
+    beyond = {m.name: m.value(m.statistics(scores).sum(0)) for m in evaluation.metrics()[1:3]}
+    # Silencing by safety leaves half of the refusals, by topic none, at random all of them.
+    assert beyond == {"refusals_lost_beyond_topic": -0.5, "refusals_lost_beyond_random": 0.5}
     assert evaluation.of_experts
+
+
+def test_a_broken_answer_is_neither_refused_nor_answered(engines, data, monkeypatch):
+    outcomes = iter(["refusal", "compliance"] * 4 + ["incoherent", "compliance", "refusal"] * 12)
+    monkeypatch.setattr(
+        refusal, "judge", lambda p, a: SimpleNamespace(outcome=next(outcomes)))
+    evaluation = SafetyExperts(harmful=["bad"], benign=["fine"], silenced=[1], max_new_tokens=1)
+    prompts = json.loads(evaluation.requests(data)[0].row)["prompts"]
+    # Ranked are the first, third …, of which all are refused: one has to comply.
+    prompts[2]["measured"], prompts[3]["measured"] = True, False
+    silencer = Silencer(evaluation, engines["mixtral"].model, engines["mixtral"].tokenizer)
+    (found,) = silencer.run([{"prompts": prompts}])
+    response = Response("#all", result=json.dumps(found))
+    scores = evaluation.score(data, {"#all": response}).set_index("example_id")
+    under = found["silenced"]["safety_1"]
+    assert set(under.values()) == {"incoherent", "compliance", "refusal"}
+    for id, outcome in under.items():
+        refused, answered = ("refused", "answered") if id.startswith("bad") else (
+            "over_refused", None)
+        assert scores.loc[id, f"{refused}/safety_1"] == float(outcome == "refusal")
+        if answered:
+            assert scores.loc[id, "answered/safety_1"] == float(outcome == "compliance")
+    assert scores.loc[[id for id in scores.index if id.startswith("fine")],
+                      "answered/safety_1"].isna().all()
 
 
 def test_with_one_outcome_nothing_is_ranked(engines, data, monkeypatch):

@@ -23,6 +23,7 @@ from stages.evaluate.probing import Intervenor
 from stages.evaluate.scorer import score
 from stages.evaluate.techniques import ExpertCount
 from stages.models.routes import routed, without_output
+from stages.models.size import measure
 from stages.models.tiny import tiny_model, tiny_tokenizer
 
 SHOP = {"dataset": "shop", "template": "sentiment"}
@@ -82,6 +83,14 @@ def test_interventions_are_what_the_model_says_under_them(engines, data):
     with expert_count(engine.model, ExpertCount(kind="expert_count", top_k=1)):
         _, loss_one = asked(engine)
     assert np.allclose(scores["loss/top_1"], loss_one - loss, atol=1e-4)
+    # The tiny model's card with another number of experts in its configuration.
+    costs = {}
+    for count in (1, 2, 4):
+        engine.model.config.num_experts_per_tok = count
+        costs[count] = measure(engine.model, "").flops_per_token
+    engine.model.config.num_experts_per_tok = 2
+    for count, cost in costs.items():
+        assert scores[f"operations/top_{count}"].tolist() == pytest.approx([cost / costs[2]] * 4)
     names = evaluation.interventions
     assert len(names) == 5 * 2 + 3 + 3
     accuracies = scores[[f"correct/{name}" for name in names]].to_numpy()
@@ -93,6 +102,20 @@ def test_interventions_are_what_the_model_says_under_them(engines, data):
     # A mask of half the experts and no mask differ.
     assert scores[layers].abs().to_numpy().max() > 1e-4
     assert evaluation.of_experts
+
+
+def test_attacked_texts_can_be_asked_about(engines, data):
+    engine = engines["mixtral"]
+    fields = {**SHOP, "substitutions": ("drop_output",)}
+    clean, attacked = (
+        scores_of(engine, ExpertInterventions(**fields, epsilon=e, steps=3), data)
+        for e in (0.0, 0.5))
+    _, loss = asked(engine)
+    assert np.allclose(clean["loss"], loss, atol=1e-4)
+    # The attack raises the margin of a wrong answer, which of two is the loss.
+    assert (attacked["loss"] > clean["loss"]).all()
+    assert attacked["correct"].sum() <= clean["correct"].sum()
+    assert not np.allclose(attacked["loss/drop_output_1"], clean["loss/drop_output_1"], atol=1e-4)
 
 
 def test_pruning_follows_the_usage_in_the_calibration_texts(engines, data):

@@ -16,9 +16,10 @@ from stages.compare.table import render_text
 from stages.evaluate import hygiene
 from stages.evaluate.engine import Engine
 from stages.evaluate.shards import plan_shards
-from stages.evaluate.text_attacking import common, variants
+from stages.evaluate.text_attacking import Attempt, common, variants
 from stages.evaluate.text_attacks import TextAttacks
 from stages.models.card import ModelCard
+from stages.models.routes import imposed
 from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.statistics import summarise
 from tests.stages.attack.dictionary import write_dictionary
@@ -35,7 +36,8 @@ TEXTS = ["Great little thing", "Awful dull thing", "A nice warm day", "Not my da
 
 
 def spec(**changes):
-    fields = {"dataset": "shop", "template": "sentiment", "attacks": ATTACKS, "checked": 0}
+    fields = {"dataset": "shop", "template": "sentiment", "attacks": ATTACKS, "checked": 0,
+              "swap_layers": True}
     return TextAttacks(**fields | changes)
 
 
@@ -105,6 +107,35 @@ def test_routes_change_more_the_more_they_are_aimed_at(scores):
     layers = [c for c in scores if c.startswith("routing_change/gcg/")]
     assert len(layers) == 4
     assert np.allclose(scores[layers].mean(axis=1), scores["routing_change/gcg"])
+    # Rounding to bfloat16 sends few tokens elsewhere, and more than another batch does.
+    assert scores["noise_bfloat16"].between(1e-6, 0.2).any()
+    assert scores["noise_bfloat16"].mean() > scores["noise"].mean()
+    # Tokens before the text see nothing of it, so that they change less.
+    untouched = scores["routing_change_untouched/routes"]
+    assert (untouched < scores["routing_change/routes"]).all() and (untouched > 0).any()
+    same = scores[[f"routing_change{kind}/homoglyphs" for kind in ("", "_untouched")]]
+    assert np.allclose(same.iloc[:, 0], same.iloc[:, 1])
+
+
+def test_routes_are_exchanged_in_one_layer_at_a_time(engines, data, scores):
+    """Against the tiny model asked by hand under the other text's routes."""
+    from stages.evaluate.text_attacking import Attacker
+
+    attacker = Attacker(spec(), engines["mixtral"].model, engines["mixtral"].tokenizer)
+    layer = "model.layers.2.mlp"
+    for row, found in zip(spec().rows(data["shop"]), scores.to_dict("records"), strict=True):
+        clean = Attempt(attacker.victim.table[attacker.question(row, row["text"]).tokens],
+                        attacker.question(row, row["text"]), row["text"], 0)
+        made = attacker.attempt(spec().attacks[0], row, clean)
+        _, now = attacker._asked(made)
+        for name, layers in (("", None), (f"/{layer}", {layer})):
+            answer, _ = attacker.victim.routes(
+                clean.embedded[None], clean.question, imposed(now, layers=layers))
+            expected = float(attacker.labels[int(answer.argmax())] == row["label"])
+            assert found[f"swap_clean_attacked_routes/embedding_pgd{name}"] == expected
+    names = {metric.name for metric in spec().curves(scores)}
+    assert f"swap_attacked_clean_experts/gcg/{layer}" in names
+    assert not [c for c in scores if c.startswith("swap_") and "homoglyphs/" in c]
 
 
 def test_a_dense_model_has_no_numbers_on_routes(engines, data):

@@ -56,7 +56,7 @@ SPEC = FinetuneSpec(
 BALANCED = {"importance_loss_weight": 0.3, "gshard_loss_weight": 0.2}
 NOISY = {"router": Router(noise="1/E"), "load_loss_weight": 0.5, "importance_loss_weight": 0.3}
 TURNS = {"adversarial": Trades(budget=0.1, steps=3, router_beta=5.0),
-         "alternate": Alternate(every=1, first="router")}
+         "alternate": Alternate(every=1, first="router"), "warmup_steps": 0}
 
 
 @pytest.fixture(scope="module")

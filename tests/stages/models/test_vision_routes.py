@@ -1,0 +1,86 @@
+"""Routes of V-MoE: the recorded ones give the same bits, others act, also under a capacity."""
+
+import pytest
+import torch
+
+from stages.models import routes
+from stages.models.routes import routed, selected
+from stages.models.routing import weighing
+from stages.models.vision import from_scratch
+from stages.models.vision_spec import VisionSpec
+
+SPEC = VisionSpec(
+    size="tiny", hidden=16, neurons=32, depth=4, heads=2, patch=4, image_size=8, channels=1,
+    labels=4, experts=4, top_k=2, layers=(1, 3), shared_start=False,
+)  # fmt: skip
+IMAGES, OTHERS = torch.rand(2, 6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits_of(model, images=IMAGES):
+    return model(pixel_values=images).logits
+
+
+def model_of(**changes):
+    model = from_scratch(SPEC.model_copy(update=changes))[0]
+    for layer in (1, 3):
+        model.vit.layers[layer].mlp.gate.weight.data *= 3  # so that tokens choose differently
+    return model
+
+
+@pytest.mark.parametrize("capacity", [None, 0.5])
+def test_forcing_the_recorded_routes_gives_the_same_bits(capacity):
+    model = model_of(eval_capacity_factor=capacity, group_size=3 if capacity else None)
+    plain, free = logits_of(model), logits_of(model, OTHERS)
+    with routed(model) as clean:
+        assert torch.equal(logits_of(model), plain)
+    assert [r.layer for r in clean] == ["vit.layers.1.mlp", "vit.layers.3.mlp"]
+    for r in clean:
+        assert r.logits.shape == (30, 4) and r.experts.shape == r.weights.shape == (30, 2)
+        dropped = (selected(r).sum(-1) < 2).any()
+        assert dropped == (capacity is not None)
+    with routed(model, routes.imposed(clean)) as forced:
+        assert torch.equal(logits_of(model), plain)
+    assert all(torch.equal(a.weights, b.weights) for a, b in zip(clean, forced, strict=True))
+    with routed(model, routes.imposed(clean)) as forced:
+        held = logits_of(model, OTHERS)
+    assert all(torch.equal(a.experts, b.experts) for a, b in zip(clean, forced, strict=True))
+    assert not torch.equal(held, free) and torch.equal(logits_of(model), plain)
+
+
+def test_every_policy_acts():
+    model = model_of()
+    plain = logits_of(model)
+    with routed(model) as clean:
+        logits_of(model)
+    weigh = weighing(model)
+    policies = [
+        routes.at_random(0), routes.permuted(0), routes.without_first(), routes.without_output(),
+        routes.fixed([2, 0]), routes.next_ranked(), routes.next_ranked(weigh),
+        routes.masked({r.layer: [0] for r in clean}, weigh), routes.another_k(1, weigh),
+        routes.soft(weigh), routes.at_share(routes.next_ranked(), 0.5, 0),
+        routes.imposed(clean[::-1], layers=()),
+    ]  # fmt: skip
+    for policy in policies[:-1]:
+        with routed(model, policy):
+            changed = logits_of(model)
+        assert changed.isfinite().all() and not torch.equal(changed, plain)
+    with routed(model, policies[-1]):  # no layer is named
+        assert torch.equal(logits_of(model), plain)
+
+
+def test_another_k_and_dropped_outputs_by_hand():
+    """K = 1 is the same weights with one expert; without experts the block adds nothing."""
+    model, one = model_of(), model_of(top_k=1)
+    one.load_state_dict(model.state_dict())
+    with routed(model, routes.another_k(1, weighing(model))):
+        torch.testing.assert_close(logits_of(model), logits_of(one))
+    inputs, outputs = [], []
+    block = model.vit.layers[3]
+    hooks = [block.register_forward_hook(lambda m, a, o: outputs.append(o)),
+             block.layernorm_after.register_forward_hook(lambda m, a, o: inputs.append(a[0]))]
+    with routed(model, routes.without_output()):
+        logits_of(model)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(outputs[0], inputs[0])
