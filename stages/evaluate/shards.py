@@ -42,6 +42,7 @@ RESPONSE_SCHEMA = pa.schema(
         ("outputs", pa.list_(pa.float64())),
         ("text", pa.string()),
         ("finished", pa.bool_()),
+        ("layers", pa.list_(pa.int32())),
         ("result", pa.string()),
     ]
 )
