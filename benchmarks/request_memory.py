@@ -3,9 +3,10 @@
     python benchmarks/request_memory.py [FOLDER]
 
 Parts, each in a process of its own: a *worker* holds the model and answers shard after shard,
-as the actors of a pass do; the *driver* makes the requests, cuts them into shards and scores the
-stored responses. The driver is given made-up responses, so that its part needs no model; the
-worker's model is FOLDER or a tiny random one. Requests are questions with four choices.
+as the actors of a pass do; the *driver* makes the requests, cuts them into shards, packs these for
+the workers and scores the stored responses. The driver is given made-up responses, so that its part
+needs no model; the worker's model is FOLDER or a tiny random one. Requests are questions with four
+choices. Exits with 1 where one of the two needs more than 1.1 times as much for the many.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 COUNTS = (10_000, 100_000)
+MOST = 1.1
 SHARD = 64
 
 
@@ -73,6 +75,7 @@ def data(count: int, folder: str) -> None:
 
 
 def driver(count: int, folder: str) -> None:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     from stages.evaluate.shards import plan_shards, requests_to_table, responses_from_table
@@ -83,8 +86,13 @@ def driver(count: int, folder: str) -> None:
     inputs = {"data/quiz": root}
     requests = requests_for(evaluation, inputs)
     pq.write_table(requests_to_table(requests), root / "requests.parquet")
-    shards = [shard.id for shard in plan_shards(requests, SHARD)]
+    planned = plan_shards(requests, SHARD)
     del requests
+    packed = [pa.BufferOutputStream() for _ in planned]
+    for shard, sink in zip(planned, packed, strict=True):
+        pq.write_table(shard.table, sink)
+    shards = [shard.id for shard in planned]
+    del planned, packed
     answered = (
         response
         for shard in shards
@@ -131,6 +139,7 @@ def main() -> None:
         for part, (few, many) in found.items():
             print(f"{part}: {few:.0f} MiB with {COUNTS[0]:,} requests, {many:.0f} MiB with "
                   f"{COUNTS[1]:,}: {many / few:.2f} times")  # fmt: skip
+        raise SystemExit(any(many > MOST * few for few, many in found.values()))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from pipeline.estimate import Estimator
-from pipeline.estimate_text import summary_lines, work_text
+from pipeline.estimate_text import counted, summary_lines, work_text
 from pipeline.job import Event, Outcome, report_folder
 from pipeline.plan import Node, Plan
 from pipeline.store import PROGRESS, Store
@@ -33,7 +33,8 @@ def plan_lines(
     works = {key: estimator.work(node) for key, node in plan.nodes.items()}
     counts = Counter(state.status for state in states.values())
     summary = ", ".join(f"{counts[s]} {s}" for s in ("done", "stale", "to run") if counts[s])
-    lines = [f"{plan.sweep.name}: {len(plan.nodes)} nodes ({summary}) · store {store.uri}", ""]
+    total = counted(len(plan.nodes))
+    lines = [f"{plan.sweep.name}: {total} ({summary}) · store {store.uri}", ""]
     nodes = list(plan.nodes.values())
     shown = nodes if everything or len(nodes) <= _SHOWN else [
         node for node in nodes if states[node.key].status == "stale"][:_SHOWN]
@@ -50,7 +51,7 @@ def plan_lines(
             lines.append(f"    {text}")
     if len(shown) < len(nodes):
         for stage, total in Counter(node.stage for node in nodes).items():
-            lines.append(f"  {stage:<10} {total} nodes")
+            lines.append(f"  {stage:<10} {counted(total)}")
         lines.append("`--all` prints every node")
     return [*lines, *summary_lines(plan, states, estimator, works)]
 

@@ -9,14 +9,14 @@ from pipeline.survey import State
 from pipeline.sweep_file import located
 from stages.data import downloads
 from stages.data.sources import CatalogueSet, parse
-from stages.models.known import WITHOUT_CLASS
+from stages.models.known import CANNOT_RUN
 
 
 def work_text(work: Work) -> str:
     """One node's estimate in a line; nothing where it takes nothing."""
     parts = [
         _said(work.tokens, "", "tokens", "tokens"),
-        _said(work.flops, "", "FLOP", "FLOP"),
+        _said(work.flops, "FLOP", "", "FLOP"),
         _said(work.gpu_hours, "", "GPU-hours", "GPU-hours"),
         _said(work.disk, "B", "", "disk"),
         _said(work.scratch, "B", "while it trains", "scratch"),
@@ -25,10 +25,15 @@ def work_text(work: Work) -> str:
     return text and f"{'about' if work.whole else 'at least'} {text}"
 
 
+def counted(nodes: int) -> str:
+    """A number of nodes, in words."""
+    return f"{nodes} node{'s' * (nodes != 1)}"
+
+
 def _said(value: float | None, unit: str, what: str, name: str) -> str:
     if value is None:
         return f"{name} unknown"
-    return f"{scaled(value)}{unit} {what}".strip() if value else ""
+    return f"{scaled(value)}{unit}".strip() + f" {what}".rstrip() if value else ""
 
 
 def scaled(value: float) -> str:
@@ -47,16 +52,15 @@ def summary_lines(
     if not todo:
         return
     yield ""
-    yield "estimate of what is to run (totals are over what is known)"
+    yield "estimate of what is to run: sums of what is known, `--all` has each node's"
     for stage in dict.fromkeys(plan.nodes[key].stage for key in todo):
         these = [work for key, work in todo.items() if plan.nodes[key].stage == stage]
         sums = (sum(getattr(work, name) or 0 for work in these)
                 for name in ("tokens", "flops", "gpu_hours", "disk"))
         unknown = sum(None in (w.tokens, w.flops, w.gpu_hours, w.disk) or not w.whole
                       for w in these)
-        text = [f"{len(these)} node{'s' * (len(these) > 1)}", work_text(Work(*sums)),
-                f"unknown in part: {unknown}" if unknown else ""]
-        yield f"  {stage:<9} {', '.join(filter(None, text))}"
+        text = ", ".join(filter(None, (counted(len(these)), work_text(Work(*sums)))))
+        yield f"  {stage:<9} {text}" + (f"; not all is known of {unknown}" if unknown else "")
     yield from _pairs(plan, estimator)
     yield from _not_to_be_had(plan, estimator.folder)
     a = plan.sweep.assumptions
@@ -73,7 +77,8 @@ def _pairs(plan: Plan, estimator: Estimator) -> Iterator[str]:
         moe, dense = (estimator.size(f"model/{name}") for name in (pair.moe, pair.dense))
         if moe is None or dense is None:
             unknown = [name for name, size in ((pair.moe, moe), (pair.dense, dense)) if not size]
-            yield f"  pair      {pair.name}: size of {' and '.join(unknown)} unknown"
+            yield (f"  pair      {pair.name}: size of {' and '.join(unknown)} unknown until it is "
+                   "here")
             continue
         yield (f"  pair      {pair.name}: active {parameters(moe.active)} of "
                f"{parameters(moe.total)}, dense {parameters(dense.total)}; active / dense "
@@ -86,10 +91,9 @@ def _not_to_be_had(plan: Plan, folder: Path) -> Iterator[str]:
     """Data that must be asked for or brought, and models that cannot be run."""
     for node in plan.nodes.values():
         if node.stage == "model":
-            kind = WITHOUT_CLASS.get(getattr(node.spec, "source", "").partition("@")[0])
-            if kind:
-                yield (f"  cannot run {node.name}: transformers has no {kind!r}, and a model's own "
-                       "code is never run; its nodes will be gaps")
+            reason = CANNOT_RUN.get(getattr(node.spec, "source", "").partition("@")[0])
+            if reason:
+                yield f"  cannot run {node.name}: {reason}; its nodes will be gaps"
         if node.stage != "data":
             continue
         source = parse(located(node.spec.source, folder), format=node.spec.format)

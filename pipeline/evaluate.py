@@ -191,7 +191,7 @@ def _by_actors(
     spec, resources = jobs[0].node.spec, jobs[0].node.resources
     rows = [
         {"node": each.node, "path": each.path,
-         "requests": _packed(requests_to_table(each.shard.requests))}
+         "requests": _packed(each.shard.table)}
         for each in missing
     ]
     # One block per shard: a shard is the unit of work, of writing and of repetition.

@@ -5,6 +5,7 @@ answers are not in the report at all. Figures are inlined as data addresses, so 
 no network and runs no script.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,7 +179,32 @@ def _warnings(content: Content) -> list[str]:
                 f"{pair.name}: the MoE uses {ratio:.2f} times the active parameters of its dense "
                 "partner, so a difference may come from size rather than from routing."
             )
+        warnings += _unlike(pair.name, moe, dense)
     return warnings
+
+
+def _unlike(name: str, moe: ModelCard, dense: ModelCard) -> Iterator[str]:
+    """What a pair's difference may come from besides routing and size."""
+    first, second = (card.notes.get("chat_template") for card in (moe, dense))
+    if {first, second} == {"yes", "no"}:
+        which = "the MoE" if first == "yes" else "the dense partner"
+        yield (
+            f"{name}: only {which} has a chat template, so probably one of the two is tuned to "
+            "follow instructions and the other is a base model."
+        )
+    roots = {_root(moe.origin), _root(dense.origin)}
+    if len(roots) == 2 and all(root.startswith(("hub:", "file:", "pack:")) for root in roots):
+        yield (
+            f"{name}: neither is made from the other, and what they were first trained on may "
+            "differ; a difference may come from data rather than from routing."
+        )
+
+
+def _root(origin: str) -> str:
+    """The source of which a model was made, from its card's line."""
+    whole = origin.rpartition(" from: ")[2]  # fine-tuned
+    _, twin, source = whole.partition(" from ")  # upcycled, widened
+    return source.partition(": ")[0] if twin else whole
 
 
 def _axes(rows: pd.DataFrame, markers: dict[str, str], first: str, second: str) -> list[dict]:

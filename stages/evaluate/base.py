@@ -99,6 +99,8 @@ class Response:
     """The generated text."""
     finished: bool = True
     """The generation ended by itself, not at ``max_new_tokens``."""
+    layers: tuple[int, ...] = ()
+    """Under DoLa, the layer that was contrasted for each token, choice after choice."""
     result: str = ""
     """What a procedure found on its row, as JSON."""
 

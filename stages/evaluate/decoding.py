@@ -36,6 +36,8 @@ class Plain:
 
     normalised = False
     """Whether the scores are final: not logits from which a log-softmax is still to be taken."""
+    contrasted: torch.Tensor | None = None
+    """At the positions of the last call, the layer that was contrasted (B, N); DoLa alone."""
 
     def __init__(self, model: PreTrainedModel):
         self.models = [model]
@@ -92,7 +94,7 @@ class LayerContrast:
         """See ``Plain.scores``."""
         with self.exits.recorded(self.layers, where) as hidden:
             mature = _forward(self.models[0], inputs, where, caches)
-        parts = []
+        parts, chosen = [], []
         for start in range(0, mature.shape[1], POSITIONS):
             part = slice(start, start + POSITIONS)
             last = mature[:, part].float().log_softmax(-1)
@@ -100,20 +102,25 @@ class LayerContrast:
                 self.exits.logits(hidden[layer][:, part]).float().log_softmax(-1)
                 for layer in self.layers
             ]
-            parts.append(layer_contrast(last, torch.stack(early), self.technique))
+            score, place = layer_contrast(last, torch.stack(early), self.technique)
+            parts.append(score)
+            chosen.append(place)
+        self.contrasted = torch.tensor(self.layers)[torch.cat(chosen, dim=1).cpu()]
         return torch.cat(parts, dim=1)
 
 
-def layer_contrast(last: torch.Tensor, early: torch.Tensor, technique: DoLa) -> torch.Tensor:
-    """DoLa's scores (..., V) from log-probabilities of the last (..., V) and early (C, ..., V)
-    layers; the first of equally different candidates is contrasted."""
+def layer_contrast(
+    last: torch.Tensor, early: torch.Tensor, technique: DoLa
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """DoLa's scores (..., V) and which candidate is contrasted (...), from log-probabilities of the
+    last (..., V) and early (C, ..., V) layers; of equally different candidates the first."""
     divergence = jensen_shannon if technique.kind == "dola" else reversed_jensen_shannon
     chosen = divergence(last, early).argmax(0)
     index = chosen[None, ..., None].expand(1, *last.shape)
     score = last - early.gather(0, index)[0]
     if technique.relative_top:
         score = score.masked_fill(_improbable(last, technique.relative_top), MASKED)
-    return score
+    return score, chosen
 
 
 def jensen_shannon(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -244,6 +251,7 @@ class ModelContrast:
     """Contrastive decoding of a model against an amateur."""
 
     normalised = True
+    contrasted = None
 
     def __init__(self, model: PreTrainedModel, amateur: PreTrainedModel, technique: Contrastive):
         self.models = [model, amateur]

@@ -9,7 +9,7 @@ end tokens.
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -44,6 +44,8 @@ class Decoding:
     sampler: Sampler | None = None
     tokens: list[int] = field(default_factory=list)
     """Generated, the end token left out."""
+    layers: list[int] = field(default_factory=list)
+    """Per token, the layer that DoLa contrasted."""
     finished: bool = False
 
     @property
@@ -82,7 +84,12 @@ def generate(
     with grouped_heads():
         for batch in _batches(decodings, batch_tokens):
             _decode(predictor, tokenizer, batch, stops)
-    return [answer(tokenizer, each.request, each.tokens, each.finished) for each in decodings]
+    return [
+        replace(
+            answer(tokenizer, each.request, each.tokens, each.finished), layers=tuple(each.layers)
+        )
+        for each in decodings
+    ]
 
 
 def prompt_tokens(tokenizer: Tokenizer, request: Request, longest: int) -> list[int]:
@@ -199,6 +206,8 @@ def _decode(
             each.finished = token in stops
             if not each.finished:
                 each.tokens.append(token)
+                if predictor.contrasted is not None:
+                    each.layers.append(int(predictor.contrasted[row, 0]))
                 each.finished = _stopped(tokenizer, each)
                 if not each.finished and len(each.tokens) < each.request.max_new_tokens:
                     going.append(row)

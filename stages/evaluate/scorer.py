@@ -40,6 +40,18 @@ class Encoded:
 
 
 @dataclass
+class Scored:
+    """What the model says of one choice."""
+
+    value: float = 0.0
+    """Sum of the scores of its tokens."""
+    greedy: bool = True
+    """Each of its tokens has the best score of its position."""
+    layers: list[int] = field(default_factory=list)
+    """Per token, the layer that DoLa contrasted."""
+
+
+@dataclass
 class Tree:
     """The choices of one question with their common beginnings merged, in depth-first order."""
 
@@ -79,11 +91,12 @@ def score(
     return [
         Response(
             request.id,
-            logprobs=tuple(values),
+            logprobs=tuple(choice.value for choice in choices),
             tokens=tuple(len(choice.tokens) - choice.start for choice in question),
-            greedy=tuple(best),
+            greedy=tuple(choice.greedy for choice in choices),
+            layers=tuple(layer for choice in choices for layer in choice.layers),
         )
-        for request, question, values, best in zip(requests, questions, *scored, strict=True)
+        for request, question, choices in zip(requests, questions, scored, strict=True)
     ]
 
 
@@ -93,11 +106,9 @@ def score_encoded(
     *,
     packed: bool = True,
     row_tokens: int | None = None,
-) -> tuple[list[list[float]], list[list[bool]]]:
-    """Per question, the sum of the scores of each choice's tokens (see ``score``), and whether each
-    of these tokens has the best score of its position."""
-    logprobs = [[0.0] * len(question) for question in questions]
-    greedy = [[True] * len(question) for question in questions]
+) -> list[list[Scored]]:
+    """Per question, what the model says of each choice (see ``score``)."""
+    found = [[Scored() for _ in question] for question in questions]
     packable = min(map(packable_length, predictor.models)) if packed else 0
     together, alone = [], []
     for index, question in enumerate(questions):
@@ -111,10 +122,12 @@ def score_encoded(
         *((row, True) for row in _rows(together, row_tokens)),
         *(([tree], False) for tree in alone),
     ]:
-        for question, choice, value, best in _score_row(predictor, trees, masked):
-            logprobs[question][choice] += value
-            greedy[question][choice] &= best
-    return logprobs, greedy
+        for question, choice, value, best, layers in _score_row(predictor, trees, masked):
+            scored = found[question][choice]
+            scored.value += value
+            scored.greedy &= best
+            scored.layers += layers
+    return found
 
 
 def independent(model: PreTrainedModel) -> bool:
@@ -294,9 +307,9 @@ def _rows(trees: list[Tree], row_tokens: int) -> Iterator[list[Tree]]:
 @torch.inference_mode()
 def _score_row(
     predictor: Predictor, trees: list[Tree], masked: bool
-) -> list[tuple[int, int, float, bool]]:
-    """(question, choice, log-probability of one of its tokens, whether that is the best token) for
-    each scored token of a row.
+) -> list[tuple[int, int, float, bool, list[int]]]:
+    """(question, choice, log-probability of one of its tokens, whether that is the best token,
+    under DoLa the contrasted layer) for each scored token of a row.
 
     Without ``masked`` the row is a single sequence and the model's own causal mask applies.
     """
@@ -323,10 +336,13 @@ def _score_row(
         total = torch.cat([part.float().logsumexp(-1) for part in scores.split(POSITIONS)])
         values = values - total[rows]
     best = scores.argmax(-1)[rows] == wanted
+    layers = [[]] * len(targets)
+    if predictor.contrasted is not None:
+        layers = predictor.contrasted[0, rows.cpu(), None].tolist()
     return [
-        (question, choice, value, greedy)
-        for (_, _, question, choice), value, greedy in zip(
-            targets, values.tolist(), best.tolist(), strict=True
+        (question, choice, value, greedy, layer)
+        for (_, _, question, choice), value, greedy, layer in zip(
+            targets, values.tolist(), best.tolist(), layers, strict=True
         )
     ]
 

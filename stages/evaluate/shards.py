@@ -6,9 +6,9 @@ that have no file yet. Light to import: no torch.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from itertools import islice
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from itertools import groupby, islice
 
 import pyarrow as pa
 
@@ -42,11 +42,16 @@ RESPONSE_SCHEMA = pa.schema(
         ("outputs", pa.list_(pa.float64())),
         ("text", pa.string()),
         ("finished", pa.bool_()),
+        ("layers", pa.list_(pa.int32())),
         ("result", pa.string()),
     ]
 )
 PROCEDURE_WORK = 16
 """A row of a procedure counts as so many requests: it is many passes through the model."""
+PROCEDURE, GENERATION, OTHER = range(3)
+"""The kinds of shards, in their order."""
+PART = 4096
+"""Rows that are Python objects at once: they take many times the memory of a table's."""
 
 
 @dataclass(frozen=True)
@@ -55,35 +60,54 @@ class Shard:
 
     id: str
     """First 16 hexadecimal digits of the sha256 of the requests' content, in order."""
-    requests: tuple[Request, ...]
+    table: pa.Table
+    """A row for each (``REQUEST_SCHEMA``)."""
+
+    @property
+    def requests(self) -> list[Request]:
+        """The requests, made anew each time."""
+        return requests_from_table(self.table)
 
 
-def plan_shards(requests: Sequence[Request], size: int) -> list[Shard]:
+def plan_shards(requests: Iterable[Request], size: int) -> list[Shard]:
     """Cut requests into shards of at most ``size``, alike in kind and length.
 
     Requests that generate share no shard with others, nor do those of procedures, whose shards are
     smaller (``PROCEDURE_WORK``); the longest come first, so that a pool of workers ends with the
     short ones. The same requests in any order give the same shards.
     """
+    table = requests_to_table(requests)
+    order = sorted(
+        (_kind(request), -_length(request), request.id, start + place)
+        for start in range(0, len(table), PART)
+        for place, request in enumerate(requests_from_table(table.slice(start, PART)))
+    )
+    table = table.combine_chunks()
     shards = []
-    small = max(1, size // PROCEDURE_WORK)
-    procedures = [request for request in requests if request.procedure]
-    generations = [request for request in requests if request.generates]
-    others = [request for request in requests if not (request.procedure or request.generates)]
-    for kind, most in ((procedures, small), (generations, size), (others, size)):
-        ordered = sorted(kind, key=lambda request: (-_length(request), request.id))
-        for start in range(0, len(ordered), most):
-            members = tuple(ordered[start : start + most])
-            content = json.dumps([_content(request) for request in members], sort_keys=True)
-            digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-            shards.append(Shard(digest, members))
+    for kind, members in groupby(order, key=lambda entry: entry[0]):
+        rows = [row for *_, row in members]
+        most = max(1, size // PROCEDURE_WORK) if kind == PROCEDURE else size
+        for start in range(0, len(rows), most):
+            part = table.take(rows[start : start + most])
+            content = [_content(request) for request in requests_from_table(part)]
+            digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+            shards.append(Shard(digest[:16], part))
     return shards
+
+
+def _kind(request: Request) -> int:
+    return PROCEDURE if request.procedure else GENERATION if request.generates else OTHER
 
 
 def _content(request: Request) -> dict:
     """The fields that are not at their default, so that a new one renames no shard."""
     defaults = {field.name: field.default for field in fields(Request)}
-    return {name: v for name, v in asdict(request).items() if v != defaults[name]}
+    return {name: v for name, v in _row(request).items() if v != defaults[name]}
+
+
+def _row(item: Request | Response) -> dict:
+    """Its fields; unlike ``asdict`` it copies nothing."""
+    return {field.name: getattr(item, field.name) for field in fields(item)}
 
 
 def _length(request: Request) -> int:
@@ -99,9 +123,8 @@ def _length(request: Request) -> int:
 
 
 def _table(items: Iterable[Request] | Iterable[Response], schema: pa.Schema) -> pa.Table:
-    """Some thousands at a time: as Python objects they take many times the memory of the table."""
     rows, batches = iter(items), []
-    while part := [asdict(item) for item in islice(rows, 4096)]:
+    while part := [_row(item) for item in islice(rows, PART)]:
         batches.append(pa.RecordBatch.from_pylist(part, schema))
     return pa.Table.from_batches(batches, schema)
 

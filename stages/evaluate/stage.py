@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages.errors import StageFailed
@@ -19,6 +20,9 @@ from stages.evaluate.shards import plan_shards, requests_to_table, responses_to_
 from stages.evaluate.spec import AMATEUR, JUDGE, SURROGATE, EvaluateSpec
 from stages.evaluate.techniques import SelfConsistency, applied, collected
 from stages.statistics import summarise
+
+TEXTS = ("prompt", "answer")
+"""Columns of the score rows that no metric reads: long, and not needed after they are written."""
 
 
 def run(spec: EvaluateSpec, inputs: dict[str, Path], output: Path) -> None:
@@ -97,6 +101,9 @@ def score_node(
     """
     scores = _scored(evaluation, inputs, responses)
     scores.to_parquet(output / "scores.parquet", index=False)
+    scores = scores.drop(columns=list(TEXTS))
+    # Arrow keeps what is freed for later use; the bootstrap needs it now.
+    pa.default_memory_pool().release_unused()
     metrics = [m for m in complete(evaluation) if not (m.of_experts and _absent(m, scores))]
     summary = summarise(scores, metrics)
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -6,6 +6,7 @@ with the largest log-probability, ``accuracy_norm`` divides it by the choice's n
 (without the blank) first.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -47,32 +48,30 @@ class MultipleChoice(Evaluation):
         """One row per question: ``correct`` and ``correct_norm``, each 0 or 1."""
         frame = data[self.dataset]
         ids = qualified(self.dataset, frame["id"])
-        rows = []
-        for id, document, row, response in zip(
-            ids,
-            qualified(self.dataset, frame["document"]),
-            frame.itertuples(),
-            answers(ids, responses),
-            strict=True,
-        ):
-            choices, gold = list(row.choices), int(row.answer)
+        best, best_norm = [], []
+        for choices, response in zip(frame["choices"], answers(ids, responses), strict=True):
             logprobs = np.array(response.logprobs)
-            best = int(np.argmax(logprobs))
-            best_norm = int(np.argmax(logprobs / [len(choice) for choice in choices]))
-            rows.append(
-                {
-                    "example_id": id,
-                    "document": document,
-                    "subset": self.dataset,
-                    "prompt": _prompt(row.context, row.question),
-                    "gold": choices[gold],
-                    "prediction": choices[best],
-                    "answer": "",
-                    "correct": float(best == gold),
-                    "correct_norm": float(best_norm == gold),
-                }
-            )
-        return pd.DataFrame(rows)
+            best.append(int(np.argmax(logprobs)))
+            lengths = [len(choice) for choice in choices]
+            best_norm.append(int(np.argmax(logprobs / lengths)))
+        gold = frame["answer"].to_numpy()
+
+        def named(places: Sequence[int]) -> list[str]:
+            return [row[place] for row, place in zip(frame["choices"], places, strict=True)]
+
+        return pd.DataFrame(
+            {
+                "example_id": ids,
+                "document": qualified(self.dataset, frame["document"]),
+                "subset": self.dataset,
+                "prompt": list(map(_prompt, frame["context"], frame["question"])),
+                "gold": named(gold),
+                "prediction": named(best),
+                "answer": "",
+                "correct": (best == gold).astype(float),
+                "correct_norm": (best_norm == gold).astype(float),
+            }
+        )
 
     def metrics(self) -> tuple[Metric, ...]:
         """Accuracy, and accuracy with length-normalised log-probabilities."""

@@ -31,16 +31,19 @@ def score_windows(
         )
         for request in requests
     ]
-    scored, _ = score_encoded(predictor, [[window] for text in texts for window in text])
-    values = iter(scored)
-    return [
-        Response(
-            request.id,
-            logprobs=(sum(next(values)[0] for _ in text),),
-            tokens=(sum(len(window.tokens) - window.start for window in text),),
+    scored = iter(score_encoded(predictor, [[window] for text in texts for window in text]))
+    responses = []
+    for request, text in zip(requests, texts, strict=True):
+        read = [window for _ in text for window in next(scored)]
+        responses.append(
+            Response(
+                request.id,
+                logprobs=(sum(window.value for window in read),),
+                tokens=(sum(len(window.tokens) - window.start for window in text),),
+                layers=tuple(layer for window in read for layer in window.layers),
+            )
         )
-        for request, text in zip(requests, texts, strict=True)
-    ]
+    return responses
 
 
 def _tokens(tokenizer: Tokenizer, request: Request) -> list[int]:

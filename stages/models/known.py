@@ -356,11 +356,13 @@ KNOWN: dict[str, Known] = {
 }
 """Source without its revision to size."""
 
-WITHOUT_CLASS: dict[str, str] = {
-    "hub:deepseek-ai/deepseek-moe-16b-base": "deepseek",
+CANNOT_RUN: dict[str, str] = {
+    "hub:deepseek-ai/deepseek-moe-16b-base": (
+        "transformers has no 'deepseek', and a model's own code is never run"
+    ),
+    "hub:ibm/MoLM-700M-8B": "at commit 34d691a its weights are pickle files, which are never read",
 }
-"""Source without its revision to the architecture that transformers lacks: these models come with
-code of their own, which is never run."""
+"""Source without its revision to why nothing can be run of it."""
 
 
 def known(source: str) -> Known | None:

@@ -30,29 +30,33 @@ def run(
     """
     if isinstance(spec, SourceSpec):
         scheme, _, name = spec.source.partition(":")
+        brought = {}
         if scheme == "pack":
             _from_pack(name, output)
         elif scheme == "tiny":
             _tiny(name, spec.seed, output)
         else:
-            bring(spec.source, output)
+            brought = bring(spec.source, output)
         if spec.labels is not None:
             _relabel(spec, output)
-        _describe_source(spec, output)
+        _describe_source(spec, output, brought)
     elif isinstance(spec, VisionSpec):
         _vision(spec, output)
     else:
         _twin(spec, inputs["dense"], output)
 
 
-def bring(source: str, output: Path) -> None:
+def bring(source: str, output: Path) -> dict[str, str]:
     """Copy the files of a ``hub:`` or ``file:`` model; raises StageFailed when they cannot be had
-    or hold no safetensors."""
+    or hold no safetensors.
+
+    Returns what is to be noted of them: the hub's ``commit``, for which a branch may stand.
+    """
     scheme, _, name = source.partition(":")
     if scheme == "hub":
-        _from_hub(name, output)
-    else:
-        _copy(Path(name), output)
+        return {"commit": _from_hub(name, output)}
+    _copy(Path(name), output)
+    return {}
 
 
 def _from_pack(name: str, output: Path) -> None:
@@ -89,7 +93,7 @@ def _vision(spec: VisionSpec, output: Path) -> None:
     measure(model, f"{spec.title}, random weights").write(output)
 
 
-def _from_hub(name: str, output: Path) -> None:
+def _from_hub(name: str, output: Path) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -102,6 +106,7 @@ def _from_hub(name: str, output: Path) -> None:
             f"hub:{name} cannot be downloaded: {reason}; check name, revision, HF_TOKEN and network"
         ) from error
     _copy(Path(snapshot), output)
+    return Path(snapshot).name  # the hub's own cache has a folder for each commit
 
 
 def _copy(source: Path, output: Path) -> None:
@@ -131,7 +136,7 @@ def _relabel(spec: SourceSpec, output: Path) -> None:
     file.write_text(json.dumps(config, indent=1) + "\n")
 
 
-def _describe_source(spec: SourceSpec, output: Path) -> None:
+def _describe_source(spec: SourceSpec, output: Path, brought: dict[str, str]) -> None:
     import torch
     from transformers import AutoConfig
 
@@ -144,8 +149,11 @@ def _describe_source(spec: SourceSpec, output: Path) -> None:
     config = AutoConfig.from_pretrained(output)
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
-    notes = {"pad_token": processor.pad_token} if entry.modality == "text" else {}
-    measure(model, spec.source, notes).write(output)
+    notes = {}
+    if entry.modality == "text":
+        chats = "yes" if processor.chat_template else "no"
+        notes = {"pad_token": processor.pad_token, "chat_template": chats}
+    measure(model, spec.source, notes | brought).write(output)
 
 
 def _twin(spec: UpcycleSpec | WidenSpec, folder: Path, output: Path) -> None:

@@ -120,6 +120,30 @@ def test_the_rounds_of_anli_are_trained_one_after_the_other(planned):
     assert planned["adv_nli/llama_moe_4_16", "llama-moe-4-16"].inputs["model"].startswith("model/")
 
 
+def test_each_round_of_anli_is_trained_by_itself_too(planned):
+    file = FOLDER / "adv_nli_rounds.yaml"
+    sweep = load(file)
+    plan = build(sweep, check(sweep, file))
+    rounds = {key: node for key, node in plan.nodes.items() if node.stage == "finetune"}
+    assert len(rounds) == 7 * 3 * 2
+    for key, node in rounds.items():
+        number = key.removesuffix("-seed42")[-1]
+        sets = [(train.dataset, train.split) for train in node.spec.data]
+        assert sets == [(f"anli_r{number}", "train"), ("snli", f"r{number}")]
+        assert node.inputs["model"].startswith("model/")
+    first, settings = 0, 0
+    for (script, model), node in planned.items():
+        name = script.removeprefix("adv_nli/")
+        if mine := rounds.get(f"finetune/{model}-{name}-seed42"):
+            if name.endswith("_r1"):  # the same fine-tune, whichever sweep makes it
+                assert mine.fingerprint == node.fingerprint
+                first += 1
+        elif third := rounds.get(f"finetune/{model}-{name}_r3-seed42"):
+            assert third.spec.model_dump(exclude={"data"}) == node.spec.model_dump(exclude={"data"})
+            settings += 1
+    assert (first, settings) == (5 * 2, 7 * 2)
+
+
 def test_the_dense_partner_has_the_same_recipe(planned):
     moe = planned["snli_hard/llama_moe_2_16", "llama-moe-2-16"].spec
     dense = planned["snli_hard/llama_moe_2_16", "open-llama-3b"].spec

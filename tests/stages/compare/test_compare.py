@@ -262,6 +262,34 @@ def test_the_report_says_what_limits_it(inputs, output):
     assert re.search(r"untuned \(\d\) \| 0.667 .* \+0.000 \[−0.049, \+0.049\]", text)
 
 
+@pytest.mark.parametrize(
+    ("origins", "chats", "expected"),
+    [
+        (("hub:a/moe@main", "hub:b/dense@main"), ("no", "no"), (False, True)),
+        (("hub:a/moe@main", "hub:b/dense@main"), ("yes", "no"), (True, True)),
+        (
+            ("upcycled from pack:smollm2: 4 experts (copies), top-2, in every layer",
+             "fine-tuned for 3 steps from: widened from pack:smollm2: 9 neurons added per layer"),
+            ("yes", "yes"),
+            (False, False),
+        ),
+        (("upcycled from hub:a/b@c: 2 experts", "hub:a/b@c"), (None, "yes"), (False, False)),
+        (("tiny:mixtral", "tiny:llama"), ("yes", "yes"), (False, False)),  # random weights
+    ],
+)
+def test_members_of_a_pair_that_differ_in_more_than_routing_are_told(
+    origins, chats, expected, inputs, output
+):
+    for model, origin, chat in zip(("moe", "dense"), origins, chats, strict=True):
+        notes = {} if chat is None else {"chat_template": chat}
+        made = card(model, 2_000_000, origin).model_copy(update={"notes": notes})
+        made.write(inputs[f"checkpoint/{model}/none/0"])
+    run(spec_of(), inputs, output)
+    text = (output / "report.md").read_text()
+    assert ("only the MoE has a chat template" in text) == expected[0]
+    assert ("neither is made from the other" in text) == expected[1]
+
+
 def test_too_few_resamples_for_the_correction_are_pointed_out(inputs, output, tmp_path):
     for role in [r for r in inputs if r.startswith("scores/") and "/sft/" in r]:
         inputs[role.replace("/sft/0/", "/sft/1/")] = inputs[role]

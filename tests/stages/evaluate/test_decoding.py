@@ -87,10 +87,11 @@ def test_the_published_codes_divergence_is_another_one_and_chooses_another_layer
 def test_a_tokens_score_is_the_gain_over_the_most_different_layer():
     last = logs((0.6, 0.3, 0.1))[0]
     early = logs((0.5, 0.3, 0.2), (0.1, 0.3, 0.6))  # the second differs more
-    plain = layer_contrast(last, early, DoLa(kind="dola"))
+    plain, chosen = layer_contrast(last, early, DoLa(kind="dola"))
     assert plain.tolist() == pytest.approx([math.log(6), 0, -math.log(6)])
+    assert int(chosen) == 1
     # 0.1 is less than 0.4 of 0.6; 0.3 is not.
-    cut = layer_contrast(last, early, DoLa(kind="dola", relative_top=0.4))
+    cut, _ = layer_contrast(last, early, DoLa(kind="dola", relative_top=0.4))
     assert cut.tolist() == pytest.approx([math.log(6), 0, MASKED])
 
 
@@ -118,13 +119,14 @@ def test_candidate_layers():
 # --- models -----------------------------------------------------------------------------------
 
 
-def reference_dola(model, context: str, choice: str, layers) -> float:
-    """One sequence, hidden states as transformers gives them, norm and head by hand."""
+def reference_dola(model, context: str, choice: str, layers) -> tuple[float, list[int]]:
+    """One sequence, hidden states as transformers gives them, norm and head by hand; the score and
+    the layer chosen for each token."""
     ids = TOKENIZER(context + choice, return_tensors="pt")["input_ids"]
     start = len(TOKENIZER(context)["input_ids"])
     with torch.no_grad():
         hidden = model(ids, output_hidden_states=True).hidden_states
-        total = 0.0
+        total, chosen = 0.0, []
         for place in range(start, ids.shape[1]):
             last = model.lm_head(hidden[-1][0, place - 1]).log_softmax(-1)
             early = [
@@ -132,9 +134,10 @@ def reference_dola(model, context: str, choice: str, layers) -> float:
                 for layer in layers
             ]
             distance = [jensenshannon(last.exp(), each.exp()) for each in early]
-            other = early[max(range(len(early)), key=lambda i: distance[i])]
-            total += float(last[ids[0, place]] - other[ids[0, place]])
-    return total
+            furthest = max(range(len(early)), key=lambda i: distance[i])
+            chosen.append(layers[furthest])
+            total += float(last[ids[0, place]] - early[furthest][ids[0, place]])
+    return total, chosen
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2_moe"])
@@ -145,8 +148,26 @@ def test_dola_scores_equal_a_plain_loop(name):
         responses = score(model, TOKENIZER, CHOICES, predictor=predictor, packed=packed)
         for request, response in zip(CHOICES, responses, strict=True):
             context, layers = request.context, DOLA.candidate_layers
-            expected = [reference_dola(model, context, c, layers) for c in request.choices]
-            assert response.logprobs == pytest.approx(expected, abs=1e-4)
+            found = [reference_dola(model, context, c, layers) for c in request.choices]
+            assert response.logprobs == pytest.approx([total for total, _ in found], abs=1e-4)
+            assert response.layers == tuple(layer for _, chosen in found for layer in chosen)
+    assert score(model, TOKENIZER, CHOICES)[0].layers == ()
+
+
+def test_the_layer_contrasted_for_each_written_token_is_recorded():
+    model = tiny_model("llama", TOKENIZER, seed=0)
+    predictor = LayerContrast(model, DOLA)
+    answered = generate(model, TOKENIZER, PROMPTS, predictor=predictor)
+    for request, response in zip(PROMPTS, answered, strict=True):
+        ids, chosen = TOKENIZER(request.context)["input_ids"], []
+        for _ in range(response.tokens[0]):
+            with torch.no_grad():
+                inputs = {"input_ids": torch.tensor([ids])}
+                scores = predictor.scores(inputs, torch.tensor([len(ids) - 1]))
+            chosen.append(int(predictor.contrasted[0, 0]))
+            ids.append(int(scores[0, 0].argmax()))
+        assert response.layers == tuple(chosen) and chosen
+    assert generate(model, TOKENIZER, PROMPTS)[0].layers == ()
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_neox", "gpt2", "granite", "opt", "cohere"])

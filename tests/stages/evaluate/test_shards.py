@@ -1,5 +1,6 @@
 """Shards are a function of the requests alone, and their files give back what was put in."""
 
+import gc
 import random
 import subprocess
 import sys
@@ -57,6 +58,20 @@ def test_tables_give_back_what_was_put_in(tmp_path):
     assert requests_from_table(pq.read_table(tmp_path / "requests.parquet")) == requests
     assert responses_from_table(pq.read_table(tmp_path / "responses.parquet")) == responses
     assert requests_from_table(requests_to_table([])) == []
+
+
+def test_planned_shards_hold_tables_and_no_objects():
+    """A pass may take days, and its driver holds the planned shards for so long."""
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(each, Request) for each in gc.get_objects())
+
+    before = alive()
+    shards = plan_shards((Request(str(n), f"text {n}", ("a", "b")) for n in range(9000)), 64)
+    assert alive() == before
+    assert [len(shard.table) for shard in shards] == [64] * 140 + [40]
+    assert sum(shard.table.nbytes for shard in shards) < 9000 * 150
 
 
 def test_planning_imports_no_torch():

@@ -54,7 +54,7 @@ def test_a_local_folder_is_copied_without_code_and_foreign_files(dense, tmp_path
     }
     card = ModelCard.read(folder)
     assert card.origin == f"file:{source}"  # and not the card that lay in the folder
-    assert card.notes == {"pad_token": "<|im_end|>"}
+    assert card.notes == {"pad_token": "<|im_end|>", "chat_template": "yes"}
 
 
 def test_the_hub_is_asked_for_the_pinned_revision_and_safetensors_only(
@@ -72,6 +72,8 @@ def test_the_hub_is_asked_for_the_pinned_revision_and_safetensors_only(
     assert "*.safetensors" in asked["patterns"]
     assert not {"*.bin", "*.py", "*.pt"} & set(asked["patterns"])
     assert torch.equal(logits(folder), logits(dense))
+    # A branch stands for a commit, which names the folder of the hub's cache.
+    assert ModelCard.read(folder).notes["commit"] == dense.name
 
 
 def test_a_hub_that_cannot_be_reached_is_one_clear_line(tmp_path, monkeypatch):
