@@ -38,6 +38,20 @@ def test_two_writers_of_a_node_do_not_mix(store):
         assert (store.fetch("data/a@1") / "rows.txt").read_text() == text
 
 
+def test_a_model_can_be_fetched_without_its_weights(store):
+    with store.attempt("model/a@1") as (attempt, output):
+        for name in ("config.json", "model-1.safetensors", "more/tokens.json"):
+            (output / name).parent.mkdir(exist_ok=True)
+            (output / name).write_text(name)
+    store.commit("model/a@1", {"attempt": attempt})
+    folder = store.fetch("model/a@1", weights=False)
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert names - {"model-1.safetensors"} == {"config.json", "more/tokens.json"}
+    assert store.local or "model-1.safetensors" not in names
+    assert (store.fetch("model/a@1") / "model-1.safetensors").read_text() == "model-1.safetensors"
+    assert store.attempt_of("model/a@1") == f"model/a@1/{attempt}"
+
+
 def test_a_failed_attempt_leaves_nothing(store):
     with pytest.raises(RuntimeError), store.attempt("data/a@1") as (_, output):
         (output / "rows.txt").write_text("x")
