@@ -252,7 +252,8 @@ class ImageAttacks(LabelledImages):
             # At the image itself, so that all budgets have the same. Where it is misclassified the
             # difference-of-logits ratio can be constant, and there is nothing to break.
             zero = scores[f"zero_gradient/{name}/{budgets[0]}"][scores["correct"] == 1]
-            yield hygiene.gradients(name, zero.to_numpy())
+            if len(zero):
+                yield hygiene.gradients(name, zero.to_numpy())
         if len(budgets) > 1:
             yield hygiene.monotone(name, [_success(scores, name, b) for b in budgets])
         for key, words in EFFORT.items():
