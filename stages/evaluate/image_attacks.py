@@ -249,8 +249,11 @@ class ImageAttacks(LabelledImages):
         """The checks of one attack by itself."""
         budgets = self.shown_budgets
         if isinstance(self.attacks[name], GradientAttack):
-            # At the image itself, so that all budgets have the same.
-            yield hygiene.gradients(name, scores[f"zero_gradient/{name}/{budgets[0]}"].to_numpy())
+            # At the image itself, so that all budgets have the same. Where it is misclassified the
+            # difference-of-logits ratio can be constant, and there is nothing to break.
+            zero = scores[f"zero_gradient/{name}/{budgets[0]}"][scores["correct"] == 1]
+            if len(zero):
+                yield hygiene.gradients(name, zero.to_numpy())
         if len(budgets) > 1:
             yield hygiene.monotone(name, [_success(scores, name, b) for b in budgets])
         for key, words in EFFORT.items():

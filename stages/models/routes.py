@@ -117,7 +117,8 @@ def imposed(
     layers: Collection[str] | None = None,
 ) -> Policy:
     """The experts of a recording of as many tokens, with its weights; with ``weigh``
-    (``routing.weighing``) only the experts, weighed by the present logits.
+    (``routing.weighing``) only the experts, weighed by the present logits. What an expert had no
+    room for it does not get.
 
     ``layers`` limits it to some blocks.
     """
@@ -127,7 +128,9 @@ def imposed(
         if layers is not None and routing.layer not in layers:
             return None
         before = by_layer[routing.layer]
-        weights = before.weights if weigh is None else weigh(routing.logits, before.experts)
+        weights = before.weights
+        if weigh is not None:
+            weights = weigh(routing.logits, before.experts) * (weights != 0)
         return routing.change(experts=before.experts, weights=weights)
 
     return policy

@@ -181,8 +181,11 @@ def weighing(model: PreTrainedModel) -> Callable[[torch.Tensor, torch.Tensor], t
                 return chosen / chosen.sum(-1, keepdim=True) if normalised else chosen
 
             found = weigh(routing.logits, routing.experts)
-            scale = (routing.weights.float().sum() / found.sum()).item()
-            if torch.allclose(routing.weights.float(), scale * found, rtol=1e-4, atol=1e-6):
+            # A weight of 0 is a token that its expert had no room for.
+            kept = routing.weights != 0
+            expected, found = routing.weights[kept].float(), found[kept]
+            scale = (expected.sum() / found.sum()).item()
+            if torch.allclose(expected, scale * found, rtol=1e-4, atol=1e-6):
                 return lambda logits, experts, weigh=weigh: scale * weigh(logits, experts)
     raise StageFailed(
         f"{model.config.model_type}: its router weighs the chosen experts by a rule of its own, so "

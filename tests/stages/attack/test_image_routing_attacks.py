@@ -9,7 +9,7 @@ from stages.attack.images import attack_images
 from stages.models.balance import importance_loss
 from stages.models.families import family
 from stages.models.images import Classifier
-from stages.models.routing import blocks, intercept
+from stages.models.routing import blocks, intercept, weighing
 from stages.models.vision import from_scratch
 from stages.models.vision_spec import VisionSpec
 
@@ -94,6 +94,23 @@ def test_frozen_routing_keeps_the_clean_images_experts(classifier, labels):
         torch.testing.assert_close(value.logits, classifier(other), atol=1e-5, rtol=1e-5)
     same, _ = value_at(classifier, labels, IMAGES, PGD(routing="frozen"))
     torch.testing.assert_close(same.logits, classifier(IMAGES), atol=1e-6, rtol=1e-6)
+
+
+def test_what_a_capacity_left_out_stays_out_in_frozen_routing():
+    tight = SPEC.model_copy(update={"top_k": 2, "eval_capacity_factor": 0.6})
+    found = Classifier(*from_scratch(tight)).requires_grad_(False)
+    seen = []
+    with torch.no_grad(), intercept(blocks(found.model), choice=seen.append):
+        logits = found(IMAGES)
+    left_out = seen[0].weights == 0
+    assert 0.2 < left_out.float().mean() < 0.6
+    # The rule is that of the weights that are left.
+    expected = seen[0].logits.softmax(-1).gather(1, seen[0].experts)
+    torch.testing.assert_close(weighing(found.model)(seen[0].logits, seen[0].experts), expected)
+    labels = logits.argmax(1)
+    value = Objective(found, PGD(routing="frozen"), IMAGES, labels)(IMAGES)
+    kept = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(value.loss, kept, atol=1e-5, rtol=1e-5)
 
 
 def test_the_routing_loss_by_hand_and_what_it_does(classifier, labels):

@@ -154,7 +154,8 @@ def test_attacks_that_work_pass_their_checks(scores):
                                "unbounded", "not weaker than soft", "not weaker than square",
                                "not weaker than noise"}
     assert mine.loc["unbounded", "value"] == 1 and mine.loc["monotone", "value"] == 0
-    assert (mine.loc[["gradients", "monotone", "not weaker than noise"], "n"] == 16).all()
+    assert (mine.loc[["monotone", "not weaker than noise"], "n"] == 16).all()
+    assert mine.loc["gradients", "n"] == scores["correct"].sum()
     assert (mine.loc[["twice the steps", "twice the restarts"], "n"] == 6).all()
     assert mine.loc["unbounded", "n"] <= 6
     assert mine.loc["not weaker than noise", "passed"]
@@ -182,11 +183,12 @@ def test_checks_by_hand():
     evaluation = spec(attacks={"a": PGD(), "b": PGD(routing="soft"), "j": PGD(routing="joint"),
                                "t": Transfer()})
     scores = pd.DataFrame({
+        "correct": [0.0] * 2 + [1.0] * 8,
         "robust/a/7.65": [1.0] * 10, "robust/a/25.5": [0.0] * 4 + [1.0] * 6,
         "robust/b/7.65": [0.0] + [1.0] * 9, "robust/b/25.5": [1.0] * 3 + [0.0] * 4 + [1.0] * 3,
         "robust/j/7.65": [1.0] * 10, "robust/j/25.5": [1.0] * 10,
         "robust/t/7.65": [1.0] * 10, "robust/t/25.5": [0.0] * 5 + [1.0] * 5,
-        **{f"zero_gradient/{n}/7.65": [0.0] * 9 + [0.5] for n in "abjt"},
+        **{f"zero_gradient/{n}/7.65": [1.0] * 2 + [0.0] * 7 + [0.8] for n in "abjt"},
         "check/a/7.65/steps": [0.0, 1.0] + [np.nan] * 8,
         "check/a/25.5/steps": [1.0, 1.0] + [np.nan] * 8,
         "check/a/unbounded": [1.0, 0.0] + [np.nan] * 8,
@@ -194,8 +196,9 @@ def test_checks_by_hand():
     found = {(c["attack"], c["check"]): c for c in evaluation.checks(scores)}
     values = {key: (round(c["value"], 3), c["n"]) for key, c in found.items()}
     assert values == {
-        ("a", "gradients"): (0.05, 10), ("b", "gradients"): (0.05, 10),
-        ("j", "gradients"): (0.05, 10), ("t", "gradients"): (0.05, 10),
+        # Of those that are right without an attack.
+        ("a", "gradients"): (0.1, 8), ("b", "gradients"): (0.1, 8),
+        ("j", "gradients"): (0.1, 8), ("t", "gradients"): (0.1, 8),
         ("a", "monotone"): (0.0, 10), ("b", "monotone"): (0.1, 10),
         ("j", "monotone"): (0.0, 10), ("t", "monotone"): (0.0, 10),
         ("a at 7.65/255", "twice the steps"): (0.5, 2),
