@@ -1,0 +1,118 @@
+"""Every evaluation of paper.yaml on a tiny model of every family of the paper: a number, or the
+named reason that there is none."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from pipeline.sweep_file import load
+from stages.data.templates import TEMPLATES
+from stages.errors import StageFailed
+from stages.evaluate.engine import Engine
+from stages.evaluate.techniques import applied
+from stages.models.classifier import register
+from stages.models.families import FAMILIES
+from stages.models.tiny import tiny_model, tiny_tokenizer
+from stages.models.tiny_shapes import TINY
+from stages.statistics import summarise
+
+PAPER = Path(__file__).parents[2] / "sweeps" / "moe_rbench" / "paper.yaml"
+MODELS = ("switch_transformers", "t5", "moduleformer", "gpt_neox", "llama_moe", "llama")
+TOKENIZER = tiny_tokenizer()
+
+
+def rows(task, labels, count=6):
+    ids = [str(number) for number in range(count)]
+    texts = [f"text number {number}" for number in ids]
+    many = [np.array([f"is {number}", "is so"], object) for number in ids]
+    table = {
+        "prompts": {"prompt": texts, "category": "x"},
+        "nli": {"premise": texts, "hypothesis": "It is a text."},
+        "classification": {"text": texts},
+        "open_question": {"question": texts, "answers": many, "category": ""},
+        "statements": {
+            "question": texts,
+            "best_answer": "is so",
+            "best_incorrect_answer": "",
+            "correct_answers": many,
+            "incorrect_answers": [np.array(["is not"], object)] * count,
+            "category": "",
+        },
+    }[task]
+    frame = pd.DataFrame({"id": ids, "document": ids} | table)
+    if labels:
+        frame["label"] = [labels[number % len(labels)] for number in range(count)]
+    return frame
+
+
+@pytest.fixture(scope="module")
+def evaluations():
+    """As in the sweep, but with short answers, fewer shots and no judge to be downloaded."""
+    found = load(PAPER).evaluations
+    for name, evaluation in found.items():
+        changes = {"max_new_tokens": 3} if "max_new_tokens" in type(evaluation).model_fields else {}
+        if "judges" in type(evaluation).model_fields:
+            changes["judges"] = ()
+        if name == "truthfulqa_dola":  # the tiny models have few layers
+            technique = evaluation.technique.model_copy(update={"candidate_layers": (1,)})
+            changes["technique"] = technique
+        found[name] = evaluation.model_copy(update=changes)
+    return found
+
+
+def language_model(family):
+    if family in TINY:
+        return tiny_model(family, TOKENIZER, seed=0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = AutoConfig.for_model(
+        family, vocab_size=len(TOKENIZER), num_hidden_layers=2, pad_token_id=2, **shape
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def engine_of(family, labels, folder):
+    """A tiny language model, or its body with so many labels on top."""
+    model = language_model(family)
+    if labels:
+        register(family)
+        model.config.num_labels = labels
+        model = AutoModelForSequenceClassification.from_config(model.config)
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return Engine(folder)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_every_cell_gives_a_number_or_a_reason(family, evaluations, tmp_path):
+    decoder = not FAMILIES[family].encoder_decoder
+    engines, numbers = {}, {}
+    for name, evaluation in evaluations.items():
+        if evaluation.asks_head and not decoder:
+            continue  # recipes refuse a head there, before any training
+        template = TEMPLATES.get(getattr(evaluation, "template", None))
+        labels = tuple(template.labels) if template else ()
+        data = {key: rows(evaluation.tasks()[dataset], labels)
+                for key, (dataset, _) in evaluation.sources().items()}
+        outputs = len(labels) if evaluation.asks_head else 0
+        if outputs not in engines:
+            engines[outputs] = engine_of(family, outputs, tmp_path / str(outputs))
+        engine = engines[outputs]
+        asked = applied(evaluation.technique, evaluation.requests(data))
+        if evaluation.technique is not None and not decoder:
+            with pytest.raises(StageFailed, match="dola is for decoders, .*remove technique"):
+                engine.respond(asked)
+            continue
+        responses = {response.id: response for response in engine.respond(asked)}
+        scores = evaluation.score(data, responses)
+        summary = summarise(scores, evaluation.metrics(), resamples=20)
+        numbers[name] = summary[evaluation.primary]["value"]
+        # Two passes over one checkpoint, a router's noise or none: the same answers.
+        assert {response.id: response for response in engine.respond(asked)} == responses
+    assert all(math.isfinite(value) for value in numbers.values())
+    whole = len(evaluations)
+    heads = sum(evaluation.asks_head for evaluation in evaluations.values())
+    assert len(numbers) == (whole if decoder else whole - heads - 1)
