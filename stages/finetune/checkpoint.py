@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from stages.models.expert_parallel import ExpertParallel
+from stages.models.expert_parallel import ExpertParallel, entries
 
 CURVE_FILE = "curve.json"
 WEIGHT, STEP = "weight", "step"
@@ -95,7 +95,9 @@ def resume(engine, folder: Path) -> list[dict]:
     reader = dcp.FileSystemReader(folder)
     _make_optimizer_state(engine, reader.read_metadata().state_dict_metadata)
     dcp.load(_intervals(engine), storage_reader=reader, planner=_LoadPlanner())
-    if engine.zero_optimization():
+    if engine.zero_optimization_partition_weights():
+        _take_up_weights(engine.optimizer)
+    elif engine.zero_optimization():
         engine.optimizer.update_lp_params()
     curve = json.loads((folder / CURVE_FILE).read_text())
     with warnings.catch_warnings():
@@ -135,28 +137,66 @@ def _parameters(engine) -> Iterator[tuple[str, torch.nn.Parameter, int, int]]:
                 yield (f"{path}.{name}", parameter, *module.extent(parameter))
     for name, parameter in engine.module.named_parameters():
         if not hasattr(parameter, "group_name"):
-            yield name, parameter, 0, parameter.numel()
+            yield name, parameter, 0, entries(parameter)
 
 
 def _held(engine, parameter: torch.nn.Parameter) -> tuple[dict[str, torch.Tensor], int]:
     """Weight and optimiser state of a parameter on this rank, and where in it they start."""
+    if engine.zero_optimization_partition_weights():
+        return _partition(engine, parameter)
     if not engine.zero_optimization() or not parameter.requires_grad:
         state = engine.optimizer.state.get(parameter, {}) if parameter.requires_grad else {}
         return {WEIGHT: parameter.data, **state}, 0
     mapping = parameter._hp_mapping
     if mapping is None:  # all of it is with other ranks
         return {}, 0
-    flat, place = _flat(engine, mapping), mapping.hp_fragment_address
-    state = {
-        key: value if key == STEP else value.narrow(0, place.start, place.numel)
-        for key, value in engine.optimizer.optimizer.state.get(flat, {}).items()
-    }
+    place = mapping.hp_fragment_address
+    state = _state(engine, _flat(engine, parameter), place.start, place.numel)
     return {WEIGHT: mapping.hp_fragment, **state}, mapping.lp_fragment_address.start
 
 
-def _flat(engine, mapping) -> torch.nn.Parameter:
-    """The vector that ZeRO made of this rank's part of a parameter group."""
+def _partition(engine, parameter: torch.nn.Parameter) -> tuple[dict[str, torch.Tensor], int]:
+    """The same at stage 3, where each rank of a group has an equal part, the last ones padded."""
+    part = parameter.ds_tensor
+    start = part.numel() * torch.distributed.get_rank(parameter.ds_process_group)
+    count = min(part.numel(), parameter.ds_numel - start)
+    if count <= 0:
+        return {}, 0
+    if not parameter.requires_grad:
+        return {WEIGHT: part.narrow(0, 0, count)}, start
+    _, place, _ = engine.optimizer.grad_position[parameter.ds_id]
+    flat = _flat(engine, parameter)
+    return {WEIGHT: flat.data.narrow(0, place, count), **_state(engine, flat, place, count)}, start
+
+
+def _state(engine, flat: torch.nn.Parameter, start: int, count: int) -> dict[str, torch.Tensor]:
+    """A part of the optimiser's state of a vector."""
+    return {
+        key: value if key == STEP else value.narrow(0, start, count)
+        for key, value in engine.optimizer.optimizer.state.get(flat, {}).items()
+    }
+
+
+def _flat(engine, parameter: torch.nn.Parameter) -> torch.nn.Parameter | None:
+    """The vector that ZeRO made of this rank's parts of parameters, among them one of this; None
+    where all of it is with other ranks."""
+    if engine.zero_optimization_partition_weights():
+        group, _, _ = engine.optimizer.grad_position[parameter.ds_id]
+        return engine.optimizer.fp32_partitioned_groups_flat[group]
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
     return engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+
+
+def _take_up_weights(optimizer) -> None:
+    """Compute with the weights that were loaded into stage 3's vectors."""
+    vectors = (optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat)
+    for used, master in zip(*vectors, strict=True):
+        used.data.copy_(master.data)
+    if kept := optimizer.persistent_parameters:  # small ones, whole on every rank
+        kept[0].partition(kept)
+        kept[0].all_gather(kept)
 
 
 def _make_optimizer_state(engine, metadata: dict[str, TensorStorageMetadata]) -> None:
@@ -170,10 +210,9 @@ def _make_optimizer_state(engine, metadata: dict[str, TensorStorageMetadata]) ->
             continue
         target, state = parameter, engine.optimizer.state
         if engine.zero_optimization():
-            if parameter._hp_mapping is None:
+            target, state = _flat(engine, parameter), engine.optimizer.optimizer.state
+            if target is None:
                 continue
-            target = _flat(engine, parameter._hp_mapping)
-            state = engine.optimizer.optimizer.state
         for kind, what in stored.get(name, {}).items():
             if kind == WEIGHT or kind in state[target]:
                 continue

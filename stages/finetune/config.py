@@ -47,11 +47,6 @@ def deepspeed_config(spec: FinetuneSpec, accelerator: bool) -> dict:
         raise BadInput(f"deepspeed_config: no file {path.name} in {FOLDER}; known: {known}")
     config = json.loads(path.read_text())
     stage = config["zero_optimization"]["stage"]
-    if stage > 2:
-        raise BadInput(
-            f"{path.name}: zero_optimization.stage {stage} cannot be exported to a Hugging Face "
-            "folder; take stage 0, 1 or 2"
-        )
     micro = micro_batch_size(spec)
     values: dict[tuple[str, ...], object] = {
         ("train_batch_size",): spec.batch_size,
@@ -87,6 +82,16 @@ def deepspeed_config(spec: FinetuneSpec, accelerator: bool) -> dict:
         raise BadInput(
             f"{path.name}: ZeRO stage {stage} cannot partition a model whose experts are spread "
             "and frozen; set expert_parallel to 1, or train in fp32 with a file of stage 0"
+        )
+    if stage == 3 and spec.lora is not None:
+        raise BadInput(
+            f"{path.name}: ZeRO stage 3 cannot merge adapters into the weights that it partitions; "
+            "remove lora, or take a file of stage 2"
+        )
+    if stage == 3 and config["zero_optimization"].get("memory_efficient_linear", True):
+        raise BadInput(
+            f"{path.name}: zero_optimization.memory_efficient_linear hides the routers' logits; "
+            "set it to false"
         )
     if stage == 0 and spec.precision == "bf16":
         raise BadInput(f"{path.name}: bf16 needs ZeRO stage 1 or 2 for its fp32 master weights")

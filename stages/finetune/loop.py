@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import deepspeed
 import pandas as pd
 import torch
+from deepspeed.utils import set_z3_leaf_module
 from peft.tuners.lora import LoraModel
 from transformers import PreTrainedModel
 
@@ -178,6 +179,9 @@ def build(
     if experts is not None:
         blocks = observe_blocks(model)
         convert(model, experts["autoep_size"], grouped_mm=experts["use_grouped_mm"])
+    for module in family(model).modules(model, "expert").values() if family(model).is_moe else ():
+        # ZeRO stage 3 gathers a layer's experts together: their ranks do not call the same ones.
+        set_z3_leaf_module(module, True)
     groups = parameters.groups(model, spec)
     turns = parameters.Turns(spec.alternate, groups) if spec.alternate else None
     engine, *_ = deepspeed.initialize(

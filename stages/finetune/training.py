@@ -10,12 +10,13 @@ resumed run, and one with another number of workers, draws the same.
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import groups
 from torch import nn
 from transformers.utils import ModelOutput
@@ -139,6 +140,8 @@ class Training:
 
     def optimizer_dtype(self) -> torch.dtype:
         """Of the weights that the optimiser updates: the master weights under bf16."""
+        if self.engine.zero_optimization_partition_weights():
+            return self.engine.optimizer.fp32_partitioned_groups_flat[0].dtype
         return self.engine.basic_optimizer.param_groups[0]["params"][0].dtype
 
     def _micro_batch(
@@ -193,15 +196,8 @@ class Training:
                 self.evidence.mean("adversarial", "router_divergence", turned / len(examples))
             for knob in self.weighed:
                 auxiliary = self._auxiliary(knob, routings, out)
-                if self.evidence.open and family(engine.module).encoder_decoder:
-                    # The encoder's states are among the engine's outputs, which allow no backward
-                    # pass but its own.
-                    with self.knobs.forward() as again:
-                        second = engine.module(**arguments, use_cache=False, **self.own_argument)
-                    again = part.without_padding(again)
-                    self._measure(knob, self._auxiliary(knob, again, second))
-                elif self.evidence.open:
-                    self._measure(knob, auxiliary)
+                if self.evidence.open:
+                    self._witness(knob, part, routings, auxiliary)
                 losses.append(auxiliary / parts)
                 loss = loss + losses[-1] * getattr(self.spec, knob)
             # ZeRO averages the workers' gradients; at stage 0 they are summed.
@@ -247,12 +243,38 @@ class Training:
         noise = (self.knobs.clean, self.knobs.noise) if of is load_loss else ()
         return of(routings, *noise)
 
-    def _measure(self, knob: str, auxiliary: torch.Tensor) -> None:
+    def _witness(
+        self, knob: str, part: MicroBatch, routings: list[Routing], auxiliary: torch.Tensor
+    ) -> None:
         """The norm of the routers' gradient of an auxiliary loss alone, with weight 1."""
+        model = self.engine.module
         trained = [p for p in self.routers if p.requires_grad]
         if not trained:
             self.evidence.note(knob, routers="frozen or adapted; the loss acts on what feeds them")
-            return
+        elif self.engine.zero_optimization_partition_weights():
+            # Gathering weights for a backward pass of one's own is not foreseen, so that of the
+            # logits stands for it, as far as they reach the loss directly.
+            if self.own_argument and self.weighed[knob][1] is load_balancing_loss:
+                self.evidence.note(knob, routers="not measured under ZeRO stage 3")
+                return
+            free = [replace(r, logits=r.logits.detach().requires_grad_()) for r in routings]
+            loss = self._auxiliary(knob, free, None)
+            gradients = torch.autograd.grad(loss, [routing.logits for routing in free])
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self.evidence.mean(knob, "router_logit_gradient_norm", norm)
+        elif family(model).encoder_decoder:
+            # The encoder's states are among the engine's outputs, which allow no backward pass but
+            # its own.
+            with self.knobs.forward() as again:
+                out = model(**part.arguments, use_cache=False, **self.own_argument)
+            again = part.without_padding(again)
+            self._measure(knob, trained, self._auxiliary(knob, again, out))
+        else:
+            self._measure(knob, trained, auxiliary)
+
+    def _measure(
+        self, knob: str, trained: list[nn.Parameter], auxiliary: torch.Tensor
+    ) -> None:
         if self.turns is not None:
             waiting, self.turns.part = self.turns.part, "router"
         gradients = torch.autograd.grad(auxiliary, trained, retain_graph=True)
@@ -265,7 +287,7 @@ class Training:
         """Let the optimiser step, unless something is not finite; the norm of the gradient before
         clipping and, where parts take turns, the L2 norm of the routers' change."""
         engine = self.engine
-        before = [p.detach().clone() for p in self.routers] if self.turns is not None else None
+        before = self._router_weights() if self.turns is not None else None
         if self.zero:
             engine.step()  # passes over gradients that are not finite
             norm = float(engine.get_global_grad_norm())
@@ -278,8 +300,14 @@ class Training:
             engine.lr_scheduler.step()  # the schedule follows the steps, not the updates
         if before is None:
             return norm, 0.0
-        changes = [p.detach() - old for p, old in zip(self.routers, before, strict=True)]
+        changes = [p - old for p, old in zip(self._router_weights(), before, strict=True)]
         return norm, torch.nn.utils.get_total_norm(changes).item()
+
+    @torch.no_grad()
+    def _router_weights(self) -> list[torch.Tensor]:
+        partitioned = self.engine.zero_optimization_partition_weights()
+        with GatheredParameters(self.routers, enabled=partitioned):
+            return [p.clone() for p in self.routers]
 
     def _count_nonfinite(self, step: int, name: str, value: float) -> None:
         self.skipped += 1

@@ -11,6 +11,7 @@ activation, biases or weight layout.
 after it prove that each block still computes the same; ``gather_state_dict`` undoes it for export.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -22,6 +23,7 @@ from deepspeed.module_inject.auto_ep_layer import (
     _AllToAllV,
     compute_split_plan,
 )
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import groups
 from torch import nn
 from transformers import PreTrainedModel
@@ -34,6 +36,11 @@ from stages.models.nllb_moe import Experts as NllbMoeExperts
 # Shape letters: T tokens of this rank, K experts per token, D hidden size, N token-expert pairs.
 
 PROBE_TOKENS = 16
+
+
+def entries(parameter: nn.Parameter) -> int:
+    """How many entries a parameter has, also while ZeRO stage 3 keeps it with other ranks."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 class ExpertParallel(AutoEPMoELayer):
@@ -99,7 +106,7 @@ class ExpertParallel(AutoEPMoELayer):
     def extent(self, parameter: nn.Parameter) -> tuple[int, int]:
         """Where a parameter's first entry stands among those of all ranks under the same name, and
         how many entries they have together."""
-        return self.ep_rank * parameter.numel(), self.ep_size * parameter.numel()
+        return self.ep_rank * entries(parameter), self.ep_size * entries(parameter)
 
     def gathered(self, key: str, parts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """A parameter of all experts by its name, from the same one of each rank of the group."""
@@ -151,7 +158,7 @@ class ExpertParallelModules(ExpertParallel):
 
     def extent(self, parameter: nn.Parameter) -> tuple[int, int]:
         """No other rank has a parameter of this name."""
-        return 0, parameter.numel()
+        return 0, entries(parameter)
 
     def gathered(self, key: str, parts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """A parameter of one expert of each rank, by their names."""
@@ -243,7 +250,8 @@ def convert(model: PreTrainedModel, size: int, *, grouped_mm: bool) -> None:
         for parameter in module.parameters():
             # What DeepSpeed's engine and ZeRO know an expert's parameter by.
             parameter.allreduce = False
-            parameter.group_name = name
+            parameter.group_name = parameter.ds_zero_partition_group_name = name
+            parameter.ds_zero_placement_family = "autoep_expert"
 
 
 @dataclass
@@ -321,11 +329,11 @@ def gather_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
     at a time.
     """
     leader = dist.get_rank() == 0
-    state = {key: t.cpu() for key, t in model.state_dict().items()} if leader else None
+    state = {key: t.cpu() for key, t in _whole(model) if leader}
     for path, module in model.named_modules():
         if not isinstance(module, ExpertParallel):
             continue
-        for key, local in module.state_dict().items():
+        for key, local in _whole(module):
             if 0 not in torch.distributed.get_process_group_ranks(module.ep_group):
                 continue
             local = local.contiguous()
@@ -334,4 +342,12 @@ def gather_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
             if leader:
                 complete = module.gathered(key, [part.cpu() for part in parts])
                 state.update({f"{path}.{name}": t for name, t in complete.items()})
-    return state
+    return state if leader else None
+
+
+def _whole(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """A module's state dict; what ZeRO stage 3 has partitioned is gathered, one at a time."""
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        partitioned = hasattr(tensor, "ds_id")
+        with GatheredParameters([tensor], enabled=partitioned):
+            yield key, tensor.detach().clone() if partitioned else tensor.detach()

@@ -310,16 +310,19 @@ _MOE = (
     ),
 )
 _DENSE = (
-    *("cohere", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite"),
-    *("llama", "mistral", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3"),
+    *("cohere", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite"),
+    *("llama", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3"),
     *("qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
 )
+# Neither takes positions that start again for the beginning of another sequence.
+_PADDED = (Family("falcon", masks_by_position=False), Family("opt", masks_by_position=False))
 _T5 = Family("t5", layer_counts=SWITCH_LAYERS, encoder_decoder=True)
 FAMILIES: dict[str, Family] = {
     entry.model_type: entry
     for entry in (
         *_MOE,
         *map(Family, _DENSE),
+        *_PADDED,
         _T5,
         *(Family(name, **_VISION) for name in ("vit", "vit_head")),
         Family("vit_ensemble", **_MEMBERS),

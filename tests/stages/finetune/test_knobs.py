@@ -9,7 +9,7 @@ from stages.errors import StageFailed
 from stages.finetune.assignment import balanced_experts, random_experts
 from stages.finetune.evidence import Evidence
 from stages.finetune.knobs import Knobs
-from stages.finetune.recipe import Recipe
+from stages.finetune.recipe import AUXILIARY_WEIGHTS, Recipe
 from stages.finetune.refusals import inapplicable
 from stages.finetune.router_losses import z_loss
 from stages.models.modes import evaluating
@@ -22,7 +22,7 @@ TOKENS = torch.arange(3, 67)[None]
 
 def recipe(**fields):
     given = {"data": ({"dataset": "d"},), "steps": 1, "batch_size": 1, "learning_rate": 1.0}
-    return Recipe(**given | fields)
+    return Recipe.model_validate(given | fields)
 
 
 @pytest.fixture(scope="module")
@@ -328,3 +328,50 @@ def test_families_that_choose_inside_their_blocks_have_what_needs_no_choice(name
     facts = Facts("moe", name, experts=4, top_k=1)
     assert {field for field, _ in inapplicable(refused, facts)} == {
         "router.top_k", "router.assignment", "experts.drop"}  # fmt: skip
+
+
+FREELB = {"adversarial": {"kind": "freelb"}}
+LOAD = {"load_loss_weight": 0.1, "router": {"noise": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "field", "reason"),
+    [
+        ("nllb-moe", LOAD, "load_loss_weight", "trained on padded sequences"),
+        ("nllb-moe", FREELB, "adversarial", "cannot read packed sequences"),
+        ("nllb-moe", {"head": "classification"}, "head", "write their answers"),
+        ("nllb-moe", {"router": {"top_k": 2}}, "router.top_k", "2 is the model's own"),
+        ("nllb-moe", {"router": {"top_k": 5}}, "router.top_k", "more than the 4 experts"),
+        ("nllb-moe", {"freeze": ["shared_expert"]}, "freeze", "no shared experts"),
+        ("jamba", FREELB, "adversarial", "cannot read packed sequences"),
+        ("mixtral", {"adversarial": {"kind": "pgd"}}, "adversarial", "reads texts; use freelb"),
+        ("mixtral", {"router": {"capacity": 2}}, "router.capacity", "no capacity that can be set"),
+        ("vit_moe", {"head": "classification"}, "head", "have one"),
+        ("vit_moe", {"dropout": {"residual": 0.1}}, "dropout.residual", "no such dropout"),
+    ],
+)
+def test_what_a_family_lacks_is_refused_with_the_reason(name, fields, field, reason):
+    found = dict(inapplicable(recipe(**fields), Facts("moe", name, experts=4, top_k=2)))
+    assert list(found) == [field] and reason in found[field]
+    remedy = found[field].split("; ")[1]
+    assert remedy.startswith(("remove", "lower", "use"))
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        *((weight, {weight: 0.1}) for weight in AUXILIARY_WEIGHTS),
+        ("alternate", {"alternate": {"every": 2}}),
+        *((f"router.{knob}", {"router": {knob: value}}) for knob, value in {
+            "learning_rate": 0.1, "initial": "random", "noise": 0.1, "jitter": 0.1, "top_k": 1,
+            "capacity": 3, "assignment": "balanced"}.items()),
+        ("experts.dropout", {"experts": {"dropout": 0.1}}),
+        ("experts.drop", {"experts": {"drop": 0.1}}),
+        ("train", {"train": ["router", "backbone"]}),
+        ("freeze", {"freeze": ["expert"]}),
+        ("lora.roles", {"lora": {"roles": ["expert", "backbone"]}}),
+    ],
+)  # fmt: skip
+def test_what_only_a_mixture_has_is_refused_for_a_dense_model(field, fields):
+    found = dict(inapplicable(recipe(**fields), Facts("dense", "llama")))
+    assert found == {field: "only Mixture-of-Experts models have it; remove it"}

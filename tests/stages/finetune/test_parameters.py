@@ -1,9 +1,17 @@
 """Roles decide what is trained; no piece of a name does."""
 
 import pytest
+import torch
 
 from stages.errors import StageFailed
-from stages.finetune.parameters import count, draw_routers, freeze, groups, trained_roles
+from stages.finetune.parameters import (
+    Turns,
+    count,
+    draw_routers,
+    freeze,
+    groups,
+    trained_roles,
+)
 from stages.finetune.recipe import Recipe
 from stages.models.families import FAMILIES
 from stages.models.routing import blocks
@@ -79,6 +87,27 @@ def test_the_router_has_a_group_where_a_recipe_treats_it_apart():
     assert "lr" not in rest and router["lr"] == 0.5
     assert {id(p) for p in router["params"]} == {id(r.weight) for r, _ in blocks(model).values()}
     assert len(rest["params"]) + len(router["params"]) == len(one["params"])
+
+
+@pytest.mark.parametrize(
+    ("alternate", "turns"),
+    [
+        ({"every": 2}, "bbrrbbrr"),
+        ({"every": 1, "first": "router"}, "rbrbrbrb"),
+        ({"every": "epoch"}, "bbbrrrbb"),  # 21 rows in batches of 8
+    ],
+)
+def test_turns_go_by_steps_or_epochs_and_who_waits_has_no_gradient(alternate, turns):
+    model = model_of("mixtral")
+    given = recipe(alternate=alternate, batch_size=8)
+    rest, router = parts = groups(model, given)
+    turn = Turns(given.alternate, parts)
+    for step, part in enumerate(turns):
+        turn.start(given, 21, step)
+        model.zero_grad()
+        model(input_ids=torch.arange(3, 20)[None], use_cache=False).logits.square().sum().backward()
+        moved = {g["part"][0]: any(p.grad.any() for p in g["params"]) for g in (rest, router)}
+        assert moved == {"b": part == "b", "r": part == "r"}
 
 
 def test_routers_are_drawn_anew_by_the_seed_and_nothing_else_is():
