@@ -77,7 +77,10 @@ def _parser() -> argparse.ArgumentParser:
                           help="names of evaluations of the sweep, or `all`")
     evaluate.add_argument("--sweep", type=Path, default=SWEEPS / "quickstart.yaml",
                           help="where the evaluations and data sets are defined")
-    add("report", _report, [sweep], "rebuild tables, figures and HTML from stored scores")
+    report = add("report", _report, [sweep],
+                 "rebuild tables, figures and HTML from stored scores")
+    report.add_argument("--examples", type=Path, metavar="FILE",
+                        help="also write every score of every example to one Parquet file")
     ui = add("ui", _ui, [places], "open the MLflow UI on loopback")
     ui.add_argument("--port", type=int, default=5000)
     add("status", _status, [sweep], "progress of a running or finished sweep")
@@ -290,8 +293,15 @@ def _report(options: argparse.Namespace) -> int:
     if len(gaps) == len(node.inputs):
         raise StageFailed(f"{store.uri} holds no result of this sweep; "
                           f"run `moe-reliability run {options.sweep}` first")
-    outcome = run_stage(Job.of(node, plan, store, options.sweep.resolve().parent, gaps))
+    job = Job.of(node, plan, store, options.sweep.resolve().parent, gaps)
+    outcome = run_stage(job)
     print("\n".join(finish_lines(plan, {node.key: outcome}, store)))
+    if options.examples is not None:
+        from stages.compare.examples import write_examples
+
+        inputs = {role: store.fetch(folder) for role, folder in job.inputs.items()}
+        print(f"{write_examples(node.spec, inputs, options.examples):,} scores of examples in "
+              f"{options.examples}")
     return 0 if outcome.status == "done" else 1
 
 

@@ -14,14 +14,12 @@ import pyarrow.parquet as pq
 from stages.compare.spec import UNTUNED, CompareSpec
 from stages.compare.table import recipe_title
 from stages.errors import StageFailed
-from stages.evaluate.base import AXES, Evaluation, Metric
+from stages.evaluate.base import AXES, TEXT_COLUMNS, Evaluation, Metric
 from stages.evaluate.hygiene import cautions
 from stages.evaluate.partial import reads
 from stages.statistics import holm, paired
 
 NOT_RUN = "not run"
-_TEXTS = {"prompt", "answer"}
-"""Columns of a score table that no metric reads; left on disk."""
 _NUMBERS = ("difference", "ci_low", "ci_high", "p_value", "effect_size", "minimum_detectable")
 
 
@@ -180,7 +178,7 @@ class Scores:
 
 
 def _read(file: Path) -> pd.DataFrame:
-    columns = [name for name in pq.read_schema(file).names if name not in _TEXTS]
+    columns = [name for name in pq.read_schema(file).names if name not in TEXT_COLUMNS]
     return pd.read_parquet(file, columns=columns)
 
 

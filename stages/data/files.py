@@ -2,11 +2,15 @@
 
 No cell is interpreted: "NA", "null", "1e5" and "2020-01-01" stay text. CSV quotes as RFC 4180 does;
 TSV has no quoting at all (a quotation mark is a character), as its media type says. Every text file
-is UTF-8 with a header line (CSV, TSV) or one object a line (JSONL).
+is UTF-8 with a header line (CSV, TSV) or one object a line (JSONL). Bytes that are not are read as
+Windows-1252, in which the dashes, quotation marks and accents of older files are written; lines
+that have some are counted.
 """
 
+import codecs
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +24,46 @@ from stages.errors import BadInput
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".arrow")
 _BLOCK = 16 * 2**20  # bytes; a row of a CSV file may not be longer
+MIXED = "utf-8-or-windows-1252"
+"""``errors`` of whatever opens a text file."""
+
+
+def _windows_1252(error: UnicodeError) -> tuple[str, int]:
+    stray = error.object[error.start : error.end]
+    # Five bytes stand for nothing there.
+    nothing = not set(stray).isdisjoint(b"\x81\x8d\x8f\x90\x9d")
+    return stray.decode("latin-1" if nothing else "cp1252"), error.end
+
+
+codecs.register_error(MIXED, _windows_1252)
 
 
 def digest(path: Path) -> str:
     """sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stray_lines(path: Path) -> int:
+    """How many lines of a text file are not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        try:
+            while block := file.read(_BLOCK):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            file.seek(0)
+            return sum(not _is_utf8(line) for line in file)
+    return 0
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 @contextmanager
@@ -35,22 +73,10 @@ def readable(path: Path, where: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError, KeyError, csv.Error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if path.is_file() and path.suffix not in (".parquet", ".arrow"):
-            reason = _not_utf8(path) or reason
         raise BadInput(
             f"{where}: {path} cannot be read as {path.suffix[1:]}: {reason}; "
             "mend the file or write it anew"
         ) from error
-
-
-def _not_utf8(path: Path) -> str | None:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return f"line {number} is not UTF-8 (byte {error.start} of the line)"
-    return None
 
 
 def columns(path: Path, where: str) -> list[str]:
@@ -100,14 +126,17 @@ def read(path: Path, wanted: list[str], where: str, quoted: bool = False) -> pa.
 
 def _csv_header(path: Path) -> list[str]:
     tsv = path.suffix == ".tsv"
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="", errors=MIXED) as file:
         quoting = csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL
         return next(csv.reader(file, delimiter="\t" if tsv else ",", quoting=quoting))
 
 
 def _csv(path: Path, wanted: list[str], quoted: bool) -> pa.Table:
+    source = path
+    if stray_lines(path):
+        source = io.BytesIO(path.read_bytes().decode("utf-8-sig", errors=MIXED).encode())
     return pa.csv.read_csv(
-        path,
+        source,
         read_options=pa.csv.ReadOptions(block_size=_BLOCK),
         parse_options=pa.csv.ParseOptions(
             delimiter="\t" if path.suffix == ".tsv" else ",",
@@ -123,7 +152,7 @@ def _csv(path: Path, wanted: list[str], quoted: bool) -> pa.Table:
 
 
 def _objects(path: Path) -> Iterator[dict]:
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding="utf-8-sig", errors=MIXED) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stages.data.files import MIXED
+
 ANSWERS = tuple(f"answer_{number}" for number in range(10))
 """Columns of the acceptable answers in a FreshQA sheet."""
 
@@ -21,7 +23,7 @@ _HEADING = re.compile(r" ?= [^=\n]+ = ?\n?")
 
 def instructions(path: Path) -> pa.Table:
     """safety-tuned-llamas: one JSON object of parallel lists, ``instructions`` and perhaps tags."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8", errors=MIXED))
     prompts = content["instructions"]
     tags = content.get("tags") or [""] * len(prompts)
     if len(tags) != len(prompts):
@@ -31,7 +33,7 @@ def instructions(path: Path) -> pa.Table:
 
 def records(path: Path) -> pa.Table:
     """Alpaca's JSON: a list with one object a row."""
-    return pa.Table.from_pylist(json.loads(path.read_text(encoding="utf-8")))
+    return pa.Table.from_pylist(json.loads(path.read_text(encoding="utf-8", errors=MIXED)))
 
 
 def with_prompt(table: pa.Table) -> pa.Table:
@@ -48,7 +50,7 @@ def adversarial_glue(task: str) -> Callable[[Path], pa.Table]:
     """AdvGLUE's ``dev.json``: one JSON object with a list of rows for each GLUE task."""
 
     def read(path: Path) -> pa.Table:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8", errors=MIXED))
         if task not in content:
             raise ValueError(f"there is no task {task!r} (there are {', '.join(content)})")
         return pa.Table.from_pylist(content[task])
@@ -58,7 +60,7 @@ def adversarial_glue(task: str) -> Callable[[Path], pa.Table]:
 
 def contract_nli(path: Path) -> pa.Table:
     """ContractNLI's JSON: every contract with each of the hypotheses that are annotated for it."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8", errors=MIXED))
     hypotheses = {key: label["hypothesis"] for key, label in content["labels"].items()}
     rows = [
         {
@@ -79,7 +81,7 @@ def tweets(path: Path) -> pa.Table:
     Some lines end with a further tab, which is no text.
     """
     rows = []
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
+    with path.open(encoding="utf-8-sig", newline="\n", errors=MIXED) as file:
         for number, line in enumerate(file, 1):
             line = line.removesuffix("\n").removesuffix("\r")
             if not line:
@@ -93,7 +95,7 @@ def tweets(path: Path) -> pa.Table:
 
 def headed_text(path: Path) -> pa.Table:
     """SNLI's and MultiNLI's ``.txt``: cells between tabs under a header, no quoting."""
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
+    with path.open(encoding="utf-8-sig", newline="\n", errors=MIXED) as file:
         lines = [line.removesuffix("\n").removesuffix("\r") for line in file]
     names = lines[0].split("\t")
     rows = []
@@ -109,13 +111,13 @@ def headed_text(path: Path) -> pa.Table:
 
 def lines(path: Path) -> pa.Table:
     """WikiText's ``.raw``: one line a row, its line break kept."""
-    with path.open(encoding="utf-8", newline="\n") as file:
+    with path.open(encoding="utf-8", newline="\n", errors=MIXED) as file:
         return pa.table({"text": list(file)})
 
 
 def sheet(path: Path) -> pa.Table:
     """A FreshQA sheet saved as CSV: notes may stand above the line that names the columns."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="", errors=MIXED) as file:
         lines = list(csv.reader(file, strict=True))
     start = next((n for n, cells in enumerate(lines) if "question" in cells), None)
     if start is None:

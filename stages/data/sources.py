@@ -209,7 +209,8 @@ def load(spec: DataSpec) -> Loaded:
     if isinstance(source, LocalFile):
         table = _read_file(source.path, spec, where)
         _check_unchanged(source.path, spec, where)
-        return Loaded(table, {}, "that of the user's file")
+        note = _stray([source.path]) if spec.task != "images" else ""
+        return Loaded(table, {}, "that of the user's file", note=note)
     table = _read_hub(source, spec, where)
     return Loaded(table, {}, f"see the data set's page, {source.repository}")
 
@@ -233,11 +234,9 @@ def _load_published(source: CatalogueSet, spec: DataSpec, where: str) -> Loaded:
         _check_unchanged(source.path, spec, where)
     found = read(published, paths, where)
     expected = published.splits[split].rows
-    note = (
-        f"{found.rows:,} rows, published are {expected:,}"
-        if expected is not None and found.rows != expected
-        else ""
-    )
+    notes = [_stray(paths) if published.task != "images" else ""]
+    if expected is not None and found.rows != expected:
+        notes.append(f"{found.rows:,} rows, published are {expected:,}")
     chosen = source_columns(found.table.column_names, spec, where)
     return Loaded(
         conform(found.table, chosen, spec, where),
@@ -245,8 +244,15 @@ def _load_published(source: CatalogueSet, spec: DataSpec, where: str) -> Loaded:
         published.licence,
         published.citation,
         {path.name: files.digest(path) for path in paths},
-        note,
+        "; ".join(filter(None, notes)),
     )
+
+
+def _stray(paths: list[Path]) -> str:
+    """What is to be said of lines that are not UTF-8."""
+    texts = [path for path in paths if path.suffix not in (".parquet", ".arrow")]
+    lines = sum(map(files.stray_lines, texts))
+    return f"lines that are not UTF-8, read as Windows-1252: {lines:,}" if lines else ""
 
 
 def _read_file(path: Path, spec: DataSpec, where: str) -> pa.Table:

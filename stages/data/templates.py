@@ -1,7 +1,8 @@
 """Prompt templates: training and evaluation use the same object, known by its hash.
 
 Placeholders in braces are columns of the task's schema. The labels are the words that follow the
-prompt, one per class; they are compared within this closed set.
+prompt, one per class; they are compared within this closed set. Instructions go through the model's
+own chat template, or through the one here.
 """
 
 import hashlib
@@ -97,3 +98,16 @@ TEMPLATES: dict[str, Template] = {
         labels={"paraphrase": " Yes", "not_paraphrase": " No"},
     ),
 }
+
+INSTRUCTION_CHAT = (
+    "{{ bos_token or '' }}"
+    "{% for message in messages %}"
+    "{% if message.role == 'system' %}{{ message.content + '\n\n' }}"
+    "{% elif message.role == 'user' %}{{ '### Instruction:\n' + message.content + '\n\n' }}"
+    "{% else %}{{ '### Response:\n' + message.content + '\n\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+"""Chat template (Jinja) of a model that is trained on instructions and has none of its own. It is
+written beside the checkpoint, so that a model is asked as it was trained. With other words, raise
+``FinetuneSpec.VERSION``."""

@@ -34,6 +34,10 @@ AXES = (
 )
 
 
+TEXT_COLUMNS = ("prompt", "answer")
+"""Columns of a score table that no metric reads: long, and left on disk."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One question to a model, of one of five kinds: the first of these that applies.
@@ -162,6 +166,8 @@ class Evaluation(Spec):
     """Raised when requests or scoring change, so that stored scores become stale."""
     primary: ClassVar[str]
     """Name of the metric that enters the Holm correction."""
+    units: ClassVar[dict[str, str]] = {}
+    """Score column that is a sum over units of an example, to the column that counts them."""
 
     declared: dict[str, tuple[str, ...]] = {}
     """Where some data sets could not be had: each field that names one, as the sweep has it; filled

@@ -126,16 +126,17 @@ def _matthews(sums: np.ndarray) -> np.ndarray:
     return (tp * tn - fp * fn) / np.where(spread > 0, spread, 1)
 
 
+WEIGHED = (".logprob", ".weight")
 AGGREGATIONS = {
     "mean": Aggregation(("",), _plain, _counted, _ratio, mean=True),
     "nanmean": Aggregation(("",), _plain, _counted, _ratio, mean=True),
     "brier_score": Aggregation(("",), _brier, _counted, _ratio, mean=True),
     "perplexity": Aggregation(("",), _plain, _counted, lambda s: np.exp(-_ratio(s))),
     "weighted_perplexity": Aggregation(
-        (".logprob", ".weight"), _pair, lambda columns: columns, lambda s: np.exp(-_ratio(s))
+        WEIGHED, _pair, lambda columns: columns, lambda s: np.exp(-_ratio(s))
     ),
     "bits_per_byte": Aggregation(
-        (".logprob", ".weight"), _pair, lambda columns: columns, lambda s: -_ratio(s) / np.log(2)
+        WEIGHED, _pair, lambda columns: columns, lambda s: -_ratio(s) / np.log(2)
     ),
     "f1": Aggregation((".gold", ".prediction"), _pair, _outcomes, _f1),
     "matthews_corrcoef": Aggregation((".gold", ".prediction"), _pair, _outcomes, _matthews),
@@ -185,6 +186,16 @@ class LmEval(Evaluation):
             "apply_chat_template": self.apply_chat_template,
             "fewshot_as_multiturn": self.apply_chat_template and self.fewshot_as_multiturn,
             "system_instruction": self.system_instruction,
+        }
+
+    @property
+    def units(self) -> dict[str, str]:
+        """The log-probabilities of texts stand beside what their task weighs them by."""
+        measures = (measure for task in self.harness.tasks for measure in task.measures)
+        return {
+            f"{measure.name}.logprob": f"{measure.name}.weight"
+            for measure in measures
+            if getattr(AGGREGATIONS.get(measure.aggregation), "parts", ()) == WEIGHED
         }
 
     @property

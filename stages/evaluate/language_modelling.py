@@ -27,6 +27,7 @@ class Perplexity(Evaluation):
     """Tokens that are read at once, fewer where the model's context is shorter."""
 
     axis: ClassVar[str] = "language_modelling"
+    units: ClassVar[dict[str, str]] = {"logprob": "tokens"}
 
     @property
     def primary(self) -> str:

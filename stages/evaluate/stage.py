@@ -14,15 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages.errors import StageFailed
-from stages.evaluate.base import Evaluation, Metric, Request, Response
+from stages.evaluate.base import TEXT_COLUMNS, Evaluation, Metric, Request, Response
 from stages.evaluate.partial import complete
 from stages.evaluate.shards import plan_shards, requests_to_table, responses_to_table
 from stages.evaluate.spec import AMATEUR, JUDGE, SURROGATE, EvaluateSpec
 from stages.evaluate.techniques import SelfConsistency, applied, collected
 from stages.statistics import summarise
-
-TEXTS = ("prompt", "answer")
-"""Columns of the score rows that no metric reads: long, and not needed after they are written."""
 
 
 def run(spec: EvaluateSpec, inputs: dict[str, Path], output: Path) -> None:
@@ -101,7 +98,7 @@ def score_node(
     """
     scores = _scored(evaluation, inputs, responses)
     scores.to_parquet(output / "scores.parquet", index=False)
-    scores = scores.drop(columns=list(TEXTS))
+    scores = scores.drop(columns=list(TEXT_COLUMNS))
     # Arrow keeps what is freed for later use; the bootstrap needs it now.
     pa.default_memory_pool().release_unused()
     metrics = [m for m in complete(evaluation) if not (m.of_experts and _absent(m, scores))]

@@ -20,7 +20,7 @@ import pyarrow.parquet as parquet
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from stages.data.templates import TEMPLATES, Template
+from stages.data.templates import INSTRUCTION_CHAT, TEMPLATES, Template
 from stages.errors import StageFailed
 from stages.finetune.spec import FinetuneSpec, TrainSet
 from stages.models.families import family
@@ -161,13 +161,17 @@ def _headed(
 
 
 def _instruction(row: dict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
-    """The prompt as the user's turn of the chat template, the response closed by the end token."""
+    """The prompt as the user's turn of the model's chat template, or of the one that its checkpoint
+    will have, and the response closed by the end token."""
     response = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
     answer = [*response, tokenizer.eos_token_id]
 
     def encode(text: str) -> Example:
         chat = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            [{"role": "user", "content": text}],
+            chat_template=None if tokenizer.chat_template else INSTRUCTION_CHAT,
+            add_generation_prompt=True,
+            tokenize=False,
         )
         prompt = tokenizer(chat, add_special_tokens=False)["input_ids"]
         return Example((*prompt, *answer), len(answer))

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from stages.data.templates import INSTRUCTION_CHAT
 from stages.errors import StageFailed
 from stages.finetune.batches import Example, micro_batch, padded
 from stages.finetune.head import head_config
 from stages.finetune.spec import FILES, FinetuneSpec
 from stages.models.card import ModelCard
-from stages.models.load import auto_class, load, load_tokenizer
+from stages.models.load import auto_class, load, load_tokenizer, reads_images
 from stages.models.modes import evaluating
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
@@ -66,6 +67,9 @@ def write_folder(
     for file in source.iterdir():
         if file.is_file() and file.name not in made and not file.name.endswith(WEIGHTS):
             shutil.copyfile(file, output / file.name)
+    instructed = any(train.template is None for train in spec.data) and not reads_images(source)
+    if instructed and not load_tokenizer(source).chat_template:
+        (output / "chat_template.jinja").write_text(INSTRUCTION_CHAT)
 
     fp32 = spec.precision == "fp32"
     exported = load(output, dtype="float32" if fp32 else "bfloat16")

@@ -53,8 +53,14 @@ def test_score_table_can_be_rebuilt_without_models(job, tmp_path):
     """`report` needs the stored scores and cards, not the weights."""
     store = tmp_path / "store"
     shutil.copytree(job.folder, store, ignore=shutil.ignore_patterns("*.safetensors", "compare"))
-    done = command("report", str(SMOKE), "--store", str(store))
+    examples = tmp_path / "examples.parquet"
+    done = command("report", str(SMOKE), "--store", str(store), "--examples", str(examples))
     assert done.returncode == 0, done.stderr
+    table = pd.read_parquet(examples)
+    assert f"{len(table):,} scores of examples in {examples}" in done.stdout
+    scored = {(e, m, r) for e, m, r in zip(
+        table["evaluation"], table["model"], table["recipe"], strict=True)}
+    assert len(scored) == sum(node.stage == "evaluate" for node in job.plan.nodes.values())
     again, first = (pd.read_parquet(f / "reports/smoke/comparison.parquet")
                     for f in (store, job.folder))
     pd.testing.assert_frame_equal(again, first)

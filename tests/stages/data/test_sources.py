@@ -101,14 +101,18 @@ def test_carriage_returns_inside_cells_survive_or_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
-def test_text_that_is_not_utf8_is_refused_with_its_line(tmp_path, suffix):
+def test_marks_that_are_not_utf8_survive_and_their_lines_are_counted(tmp_path, suffix):
+    """Bytes of Windows-1252 (and one that it lacks) beside proper UTF-8."""
     path = tmp_path / f"a.{suffix}"
-    WRITERS[suffix][0](path, ["fine", "caf\u00e9", "fine"])
-    path.write_bytes(path.read_bytes().replace("\u00e9".encode(), b"\xe9").replace(
-        b"\\u00e9", b"\xe9"))
-    line = 2 if suffix == "jsonl" else 3
-    with pytest.raises(BadInput, match=f"line {line} is not UTF-8 .byte [0-9]+ of the line"):
-        texts(path)
+    WRITERS[suffix][0](path, ["fine", "it@s a caf#", "na\u00efve", "odd$"])
+    written = path.read_bytes().replace(b"\\u00ef", "\u00ef".encode())
+    for mark, byte in ((b"@", b"\x92"), (b"#", b"\xe9"), (b"$", b"\x81")):
+        written = written.replace(mark, byte)
+    path.write_bytes(written)
+    assert texts(path) == ["fine", "it\u2019s a caf\u00e9", "na\u00efve", "odd\x81"]
+    assert sources.load(spec(path)).note == "lines that are not UTF-8, read as Windows-1252: 2"
+    WRITERS[suffix][0](path, ["fine", "na\u00efve"])
+    assert sources.load(spec(path)).note == ""
 
 
 def test_unquoted_csv_cells_and_a_byte_order_mark(tmp_path):
@@ -239,7 +243,7 @@ WRONG_FILES = [
     ("a.csv", "text,label\n", "holds no rows"),
     ("a.csv", "text,lable\nfine,x\n", "no column 'label'.*columns: {label: lable}"),
     ("a.csv", "text,label\nfine,x,y\n", "cannot be read as csv.*Expected 2 columns, got 3"),
-    ("a.csv", b"text,label\nf\xffine,x\n", "cannot be read as csv.*line 2 is not UTF-8"),
+    ("a.csv", "text,label\nfine,x\n".encode("utf-16"), "no column 'text'"),
     ("a.csv", 'text,label\n"fine,x\n', "cannot be read as csv"),
     ("a.csv", "text,label,text\nfine,x,y\n", "two columns 'text'"),
     ("a.csv", "id,text,label\n1,fine,x\n2,bad,y\n1,odd,x\n", "id '1' stands on several rows"),

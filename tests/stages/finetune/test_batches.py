@@ -5,7 +5,10 @@ import pandas as pd
 import pytest
 import torch
 
+from stages.data.templates import INSTRUCTION_CHAT
 from stages.errors import StageFailed
+from stages.evaluate.base import Request
+from stages.evaluate.scorer import prompt
 from stages.finetune.batches import (
     Example,
     global_batch,
@@ -14,8 +17,11 @@ from stages.finetune.batches import (
     pack,
     select_rows,
 )
+from stages.finetune.export import training_logits, write_folder
 from stages.finetune.spec import FinetuneSpec, TrainSet
-from stages.models.tiny import tiny_tokenizer
+from stages.models.load import load_tokenizer
+from stages.models.size import measure
+from stages.models.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()  # one token per byte
 
@@ -75,6 +81,41 @@ def test_instructions_go_through_the_chat_template(refusals):
         spec(TrainSet(dataset="refusals"), max_length=chat), refusals, TOKENIZER
     )
     assert texts(shorter) == (prompt.replace("Do it now", "Do it"), "No.<|im_end|>")
+
+
+def test_without_a_chat_template_instructions_go_through_ours(refusals):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    (example,) = load_examples(
+        spec(TrainSet(dataset="refusals"), max_length=128), refusals, tokenizer
+    )
+    prompt, answer = texts(example)
+    assert prompt == "<|im_start|>### Instruction:\nDo it now\n\n### Response:\n"
+    assert answer == "No.<|im_end|>"
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_checkpoint_is_asked_as_it_was_trained(own, refusals, tmp_path):
+    """Byte for byte the tokens of training, whether the model came with a chat template or not."""
+    source, output = tmp_path / "source", tmp_path / "output"
+    output.mkdir()
+    tokenizer = tiny_tokenizer()
+    if not own:
+        tokenizer.chat_template = None
+    model = tiny_model("llama", tokenizer, seed=0)
+    model.save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    measure(model, "tiny:llama").write(source)
+    recipe = spec(TrainSet(dataset="refusals"), max_length=128)
+    examples = load_examples(recipe, refusals, load_tokenizer(source))
+    logits = training_logits(model, examples)
+    write_folder(model.state_dict(), recipe, source, output, examples, logits, 1)
+    made = load_tokenizer(output)
+    assert made.chat_template == (tokenizer.chat_template if own else INSTRUCTION_CHAT)
+    text, special = prompt(made, Request("a", "Do it now", max_new_tokens=1, chat=True))
+    asked = made(text, add_special_tokens=special)["input_ids"]
+    (trained,) = examples
+    assert asked == list(trained.input_ids[: -trained.answer])
 
 
 def test_every_row_stands_once_in_an_epoch_and_epochs_differ():
