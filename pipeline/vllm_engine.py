@@ -6,6 +6,7 @@ GPUs by tensor parallelism. The weights are read by vLLM from the store.
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from stages.models.families import family
 
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 """vLLM reports its use to its makers otherwise; a checkpoint is never looked for on a hub."""
+IN_FLIGHT = 1024
+"""Rows that an actor has at once: as many as vLLM decodes together on the largest GPUs."""
 RESTARTS = 2
 """Of an actor, before its death is a failure."""
 ERROR = "__inference_error__"
@@ -119,6 +122,7 @@ def processor(
         model_source=source,
         engine_kwargs=arguments,
         batch_size=spec.shard_size,
+        max_concurrent_batches=max(8, math.ceil(IN_FLIGHT / spec.shard_size)),
         concurrency=(workers, workers),
         should_continue_on_error=True,
         log_engine_metrics=False,
@@ -128,8 +132,8 @@ def processor(
         tokenize_stage=False,
         detokenize_stage=False,
     )
-    # What lies around the engine is small, and waits for no CPU that the engines hold.
-    light = {"num_cpus": 0}
+    # What lies around the engine is small: one process at a time, on no CPU that engines wait for.
+    light = {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=1)}
     process = build_processor(
         config, preprocess=_asked, postprocess=_answered,
         preprocess_map_kwargs=light, postprocess_map_kwargs=light)

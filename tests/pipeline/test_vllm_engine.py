@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import vllm_stand_in
 from smoke import ROOT, SMOKE
@@ -14,22 +15,22 @@ from pipeline import vllm_engine
 from pipeline.checks import check
 from pipeline.estimate import check_memory
 from pipeline.evaluate import run_pass
-from pipeline.execute import execute
-from pipeline.job import Job
+from pipeline.job import Job, Outcome, run_stage
 from pipeline.plan import Plan, build
 from pipeline.store import Store
-from pipeline.survey import survey
 from pipeline.sweep import EvaluateResources
 from pipeline.sweep_file import load
 from stages.errors import BadInput
+from stages.evaluate import stage
 from stages.evaluate.base import Request
 from stages.evaluate.engine import Engine
-from stages.evaluate.shards import plan_shards
+from stages.evaluate.shards import plan_shards, requests_from_table
 from stages.evaluate.spec import EvaluateSpec
 from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.models.tiny_shapes import TINY
 
 VLLM = "generation_engine=vllm"
+NAMES = ("refusal", "words", "questions")
 SAMPLED = "{kind: self_consistency, samples: 2, temperature: 2.0}"
 MODERN = ROOT / "sweeps" / "moe_rbench" / "modern.yaml"
 
@@ -124,27 +125,25 @@ def test_arguments_of_the_engine_follow_the_sweep():
     assert not vllm_engine.engine_arguments(spec, resources, dense, 77)["enable_expert_parallel"]
 
 
-def ready(tmp_path: Path, *overrides: str) -> tuple[Plan, Store]:
-    """A plan of the smoke sweep without fine-tunes whose data and models are in a store; no GPU is
-    asked for, which a sweep may not do with vLLM."""
+def ready(tmp_path: Path) -> tuple[Plan, Store]:
+    """A plan with vLLM of the smoke sweep without fine-tunes, whose data and models are in a store.
+
+    No GPU is asked for, which a sweep with vLLM may not do.
+    """
     sweep = load(SMOKE, ["recipes={}", "evaluations.words={kind: refusal, harmful: [harmful], "
                          f"benign: [benign], max_new_tokens: 6, technique: {SAMPLED}}}",
                          "resources.evaluate={workers: 1, cpus: 1, shard_size: 4}"])
     contents = check(sweep, SMOKE)
-    plan, store = build(load_again(sweep, overrides), contents), Store(str(tmp_path / "store"))
-    todo = {key for key in plan.nodes if key.startswith(("data/", "model/"))}
-    todo = {key for key in todo if survey(plan, store)[key].status != "done"}
-    outcomes = execute(plan, todo, store, SMOKE.parent, lambda event: None)
-    assert all(outcomes[key].status == "done" for key in todo), outcomes
+    plan = build(sweep.model_copy(update={"generation_engine": "vllm"}), contents)
+    store = Store(str(tmp_path / "store"))
+    for key in plan.needs({f"evaluate/tiny-moe-none-{name}" for name in NAMES}):
+        if key.startswith(("data/", "model/")):
+            assert run_stage(Job.of(plan.nodes[key], plan, store, SMOKE.parent)).status == "done"
     return plan, store
 
 
-def load_again(sweep, overrides: tuple[str, ...]):
-    fields = dict(override.split("=", 1) for override in overrides)
-    return sweep.model_copy(update=fields)
-
-
-def answers(plan: Plan, store: Store, names: tuple[str, ...]):
+def answers(plan: Plan, store: Store, names: tuple[str, ...]) -> dict[str, Outcome]:
+    """Outcomes of one pass over the evaluations of the Mixture-of-Experts model."""
     keys = [f"evaluate/tiny-moe-none-{name}" for name in names]
     outcomes = run_pass([Job.of(plan.nodes[key], plan, store, SMOKE.parent) for key in keys])
     return {name: outcomes[key] for name, key in zip(names, keys, strict=True)}
@@ -160,43 +159,36 @@ def responses(plan: Plan, store: Store) -> dict[Path, int]:
     }
 
 
-def scores(plan: Plan, store: Store, name: str) -> pd.DataFrame:
-    folder = store.fetch(plan.nodes[f"evaluate/tiny-moe-none-{name}"].folder)
-    return pd.read_parquet(folder / "scores.parquet")
+def by_transformers(plan: Plan, store: Store, name: str, output: Path) -> pd.DataFrame:
+    """The scores of the same evaluation, answered in this process."""
+    node = plan.nodes[f"evaluate/tiny-moe-none-{name}"]
+    inputs = {role: store.fetch(plan.nodes[key].folder) for role, key in node.inputs.items()}
+    output.mkdir()
+    stage.run(node.spec.model_copy(update={"engine": "transformers"}), inputs, output)
+    return pd.read_parquet(output / "scores.parquet")
 
 
 def test_one_pass_gives_each_engine_its_shards_and_a_failure_is_told(
         cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(vllm_engine, "build_processor", vllm_stand_in.build_processor)
-    names = ("refusal", "words", "questions")
-    plain, store = ready(tmp_path)
-    assert {o.status for o in answers(plain, store, names).values()} == {"done"}
-    plan, _ = ready(tmp_path, VLLM)
+    plan, store = ready(tmp_path)
+    expected = {name: by_transformers(plan, store, name, tmp_path / name) for name in NAMES}
     folder = store.fetch(plan.nodes["model/tiny-moe"].folder)
-    requests = pd.read_parquet(
-        tmp_path / "store" / plain.nodes["evaluate/tiny-moe-none-refusal"].folder
-        / "requests.parquet")
-    interpreter = vllm_engine.Interpreter(folder)
-    prompts = [interpreter.prompt(Request(r.id, r.context, max_new_tokens=8, chat=r.chat))
-               for r in requests.itertuples()]
+    requests = requests_from_table(pq.read_table(tmp_path / "refusal" / "requests.parquet"))
+    prompts = [vllm_engine.Interpreter(folder).prompt(request) for request in requests]
     lengths = [len(prompt) for prompt in prompts]
     odd = next(length for length in lengths if lengths.count(length) == 1)
     (folder / "fails").write_text(str(odd))
-    failed = answers(plan, store, names)
-    id = requests["id"][lengths.index(odd)]
-    assert failed["refusal"].status == "failed"
-    assert failed["refusal"].message == (
-        f"vLLM did not answer 1 of the 4 requests of a shard, first {id}: ValueError: too odd; "
-        "run again, what is stored stays")
-    assert failed["words"].status == "failed"  # it asks the same
-    # Not of the engine: the very node of the other plan.
-    key = "evaluate/tiny-moe-none-questions"
-    assert failed["questions"].status == "done"
-    assert plan.nodes[key].folder == plain.nodes[key].folder
+    outcomes = answers(plan, store, NAMES)
+    assert outcomes["questions"].status == "done"  # answered by an actor with transformers
+    assert outcomes["refusal"].status == outcomes["words"].status == "failed"
+    assert outcomes["refusal"].message == (
+        "vLLM did not answer 1 of the 4 requests of a shard, first "
+        f"{requests[lengths.index(odd)].id}: ValueError: too odd; run again, what is stored stays")
     # Run again, the shards with the failures are asked anew, and nothing else.
     (folder / "fails").unlink()
     before, stored = (folder / "asked").read_text().splitlines(), responses(plan, store)
-    assert {o.status for o in answers(plan, store, names).values()} == {"done"}
+    assert {o.status for o in answers(plan, store, ("refusal", "words")).values()} == {"done"}
     again = [json.loads(line) for line in (folder / "asked").read_text().splitlines()]
     asked = sum(len(each["prompts"]) for each in again[len(before):])
     complete = responses(plan, store)
@@ -205,14 +197,15 @@ def test_one_pass_gives_each_engine_its_shards_and_a_failure_is_told(
     assert sum(complete.values()) - sum(stored.values()) == asked
     assert sum(complete.values()) == 3 * len(requests)  # two samples of the words
     assert again[0]["arguments"]["tensor_parallel_size"] == 1
-    for name in ("refusal", "words"):  # greedy, and sampled with each request's own seed
-        pd.testing.assert_frame_equal(scores(plan, store, name), scores(plain, store, name))
+    for name in NAMES:  # greedy, and sampled with each request's own seed
+        found = store.fetch(plan.nodes[f"evaluate/tiny-moe-none-{name}"].folder)
+        pd.testing.assert_frame_equal(pd.read_parquet(found / "scores.parquet"), expected[name])
 
 
 def test_an_engine_that_dies_again_and_again_fails_its_own_nodes_only(
         cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(vllm_engine, "build_processor", vllm_stand_in.build_processor)
-    plan, store = ready(tmp_path, VLLM)
+    plan, store = ready(tmp_path)
     folder = store.fetch(plan.nodes["model/tiny-moe"].folder)
     (folder / "dies").touch()
     outcomes = answers(plan, store, ("refusal", "questions"))

@@ -2,14 +2,18 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
+from ray import cloudpickle
 from ray.data import llm
 from ray.llm._internal.batch.stages.base import StatefulStageUDF
 
 from stages.evaluate.decoding import Sampler
 from stages.models.load import load, load_tokenizer
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
 
 
 class StandIn(StatefulStageUDF):
