@@ -4,7 +4,8 @@ The blocks of the installed transformers send every token to experts 0 and 1, wh
 chose, and keep the capacity of the last evaluated batch for training. Here they are written anew
 after the published code (fairseq, Top2Gate and MOELayer); names and shapes of the weights stay, so
 that folders are read from and written for transformers. As published, expert output masking takes
-an expert's whole output of a token away in training. LayerDrop, which the released model does
+an expert's whole output of a token away in training. The balancing loss of the paper is, but for a
+mean over the layers, the recipe's ``gshard_loss_weight``. LayerDrop, which the released model does
 without, is left out: workers that share experts would skip different layers.
 
 Importing this module puts the class in the place of transformers' own.

@@ -70,8 +70,10 @@ def runs(models, data, tmp_path_factory):
             plan(f"{name}-{size}", expert_parallel=size, **few)
         plan(f"{name}-0", deepspeed_config=None, expert_parallel=1, **few)
     turns = {"alternate": {"every": 1}, "router": {"noise": 0.2}}
-    plan("turns", **turns)
-    plan("turns-0", deepspeed_config=None, **turns)
+    freelb = {"adversarial": {"kind": "freelb"}, "auxiliary_loss_weight": 0.0}
+    for name, fields in (("turns", turns), ("freelb", freelb)):
+        plan(name, **fields)
+        plan(f"{name}-0", deepspeed_config=None, **fields)
     launch(2, two, tmp_path_factory.mktemp("two") / "store")
     launch(4, four, tmp_path_factory.mktemp("four") / "store")
     return folder
@@ -99,6 +101,12 @@ def test_a_checkpoint_goes_on_at_this_and_another_stage(name, runs):
 @pytest.mark.parametrize("name", ["switch_transformers", "nllb-moe"])
 def test_ranks_may_call_different_experts(name, size, runs):
     got, plain = curve(runs / f"{name}-{size}"), curve(runs / f"{name}-0")
+    for column in ("loss", "gradient_norm"):
+        assert got[column].to_numpy() == pytest.approx(plain[column].to_numpy(), rel=2e-5), column
+
+
+def test_perturbed_embeddings_are_gathered_too(runs):
+    got, plain = curve(runs / "freelb"), curve(runs / "freelb-0")
     for column in ("loss", "gradient_norm"):
         assert got[column].to_numpy() == pytest.approx(plain[column].to_numpy(), rel=2e-5), column
 
