@@ -165,20 +165,22 @@ def _line(trial: Trial, ledger: Ledger, each: ModelSearch, search: Search) -> st
     """What just happened to a trial, for the terminal."""
     over = sum(t.over for t in ledger.trials.values())
     shown = f"[{over:>3}/{each.trials:>3}] {each.member.model} trial {trial.number}  "
-    shown += trial.status if trial.over else "trained on" if trial.reports else "started"
+    if not trial.over and trial.reports:
+        return f"{shown}at {_scores_text(trial.reports[-1], search)}"
+    shown += trial.status if trial.over else "started"
     if trial.reason:
         shown += f": {trial.reason}"
     elif trial.reports:
-        last = trial.reports[-1]
-        shown += f" to step {last.steps}: {_scores_text(last, search)}"
-    return shown if trial.reports and not trial.over else f"{shown} · {_values_text(trial)}"
+        shown += f" at {_scores_text(trial.reports[-1], search)}"
+    return f"{shown} · {_values_text(trial)}"
 
 
 def _scores_text(report: Report, search: Search) -> str:
-    if not report.objectives:
-        return f"{search.label(search.intermediate)} {report.signal:.4g}"
-    return ", ".join(f"{search.label(objective)} {value:.4g}" for objective, value in
-                     zip(search.objectives, report.objectives, strict=True))
+    found = [(search.intermediate, report.signal)]
+    if report.objectives:
+        found = list(zip(search.objectives, report.objectives, strict=True))
+    return f"step {report.steps}: " + ", ".join(
+        f"{search.label(objective)} {value:.4g}" for objective, value in found)
 
 
 def _values_text(trial: Trial) -> str:
@@ -192,9 +194,8 @@ def best_lines(sweep: Sweep, searches: list[ModelSearch], store: Store) -> list[
     lines = []
     for each in searches:
         for trial in winners(each, sweep, store):
-            found = _scores_text(trial.reports[-1], sweep.search)
-            lines.append(f"best of {each.member.model}: trial {trial.number}, {found} · "
-                         f"{_values_text(trial)}")
+            lines.append(f"best of {each.member.model}: trial {trial.number} at "
+                         f"{_scores_text(trial.reports[-1], sweep.search)} · {_values_text(trial)}")
     return lines
 
 

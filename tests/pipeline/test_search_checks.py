@@ -259,7 +259,7 @@ def test_a_search_that_found_nothing_is_reported_beside_one_that_did(tmp_path):
     entered(moe, store, 2)
     entered(dense, store, 2, failed=True)
     assert run.best_lines(sweep, searches, store) == [
-        "best of tiny-moe: trial 1, edits/clean_accuracy 0.75 · learning_rate 0.02"]
+        "best of tiny-moe: trial 1 at step 6: edits/clean_accuracy 0.75 · learning_rate 0.02"]
     text = Path(run.report(sweep, searches, store, f"sqlite:///{tmp_path}/m.db")).read_text()
     assert "tiny: 2 of 2 trials failed" in text and "<small>the loss is nan</small>" in text
     assert "The trials of tiny-moe trained on 1,400 tokens, those of tiny on 0" in text
