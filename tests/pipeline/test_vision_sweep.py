@@ -26,7 +26,7 @@ def planned(*overrides, file=FILE):
 def test_the_study_as_it_is_written():
     nodes = planned().nodes.values()
     stages = [node.stage for node in nodes]
-    assert (stages.count("finetune"), stages.count("evaluate"), stages.count("data")) == (15, 63, 8)
+    assert (stages.count("finetune"), stages.count("evaluate"), stages.count("data")) == (15, 72, 8)
     models = {node.name: node.spec for node in nodes if node.stage == "model"}
     assert [models[f"vmoe-{e}"].experts for e in (4, 8, 16)] == [4, 8, 16]
     # One expert, as wide as the dense block: only the routers are computed in addition.
