@@ -285,7 +285,7 @@ def test_a_missing_seed_is_left_out_for_all_and_told(tmp_path):
         ({"interventions": interventions().drop(
             columns=["correct/random_0.5", "correct/random_1"])},
          "H5", "name both in substitutions"),
-        ({"geometry": geometry().head(1)}, "H4", "no number (1 documents)"),
+        ({"geometry": geometry().head(1)}, "H4", "no number (0 documents)"),
     ],
 )  # fmt: skip
 def test_scores_that_lack_something_are_not_tested(tmp_path, changes, hypothesis, reason):
