@@ -16,14 +16,19 @@ from stages.compare.quantities import (
     shares,
     swapped,
 )
-from stages.compare.spec import UNTUNED, Hypotheses, Pair
+from stages.compare.selection import (
+    SIZE_TOLERANCE,
+    NotTested,
+    equal_flops,
+    expert_series,
+    scored_moes,
+)
+from stages.compare.spec import UNTUNED, Hypotheses
 from stages.compare.table import number
 from stages.evaluate.base import Evaluation, Metric
 from stages.evaluate.probes import correlation
 from stages.models.card import ModelCard
 
-SIZE_TOLERANCE = 0.05
-"""FLOPs per token that differ by no more than this share count as equal."""
 _LOG = Metric("log", VALUE.statistics, lambda sums: np.log(VALUE.value(sums)))
 _PEARSON = correlation("routing_term", "loss_rise", "")
 _ABOUT_EXPERTS = ("H3", "H4", "H5")
@@ -51,10 +56,6 @@ def _fisher(sums: np.ndarray) -> np.ndarray:
 
 
 _FISHER = Metric("fisher", _standardised, _fisher)
-
-
-class NotTested(Exception):
-    """Why a hypothesis has no verdict."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ class Claims:
 
     def h1(self) -> tuple[list[Claim], str]:
         """MoE minus dense, over the pairs of equal FLOPs."""
-        pairs = self._equal_flops()
+        self._part("attacks")
+        pairs = equal_flops(self.spec, self.cards, self.recipe, self._name("attacks"))
         weights: dict[str, float] = {}
         for pair in pairs:
             weights[pair.moe] = weights.get(pair.moe, 0) + 1 / len(pairs)
@@ -155,7 +157,8 @@ class Claims:
 
     def h2(self) -> tuple[list[Claim], str]:
         """The slope of robust accuracy over log2(E)."""
-        series = self._series()
+        self._part("attacks")
+        series = expert_series(self.spec, self.cards, self.recipe, self._name("attacks"))
         doublings = np.log2(list(series.values()))
         centred = doublings - doublings.mean()
         weights = dict(zip(series, centred / (centred**2).sum(), strict=True))
@@ -207,7 +210,7 @@ class Claims:
         )
         level = {name: self._mean("attacks", models, columns[name]) for name in columns}
         return claims, (
-            f"{self._named(models)}; change of routes under attack {number(level['attack'])}, "
+            f"{', '.join(models)}; change of routes under attack {number(level['attack'])}, "
             f"random perturbation {number(level['random'])}, same input again "
             f"{number(level['noise'])}, independent choices {number(level['chance'])}"
         )
@@ -249,7 +252,7 @@ class Claims:
             Claim("accuracy lost with second-best experts", cost, above=False),
             Claim("that minus the accuracy lost with random ones", saved, above=False),
         ], (
-            f"{self._named(models)}; accuracy as routed {number(level[0])}, second-best experts "
+            f"{', '.join(models)}; accuracy as routed {number(level[0])}, second-best experts "
             f"{number(level[1])}, random experts {number(level[2])}"
         )
 
@@ -323,17 +326,14 @@ class Claims:
     def _experts(self, part: str) -> dict[str, float]:
         """The MoE models that have scores, each with its share of the mean."""
         self._part(part)
-        found = [
-            model for model, architecture in self.spec.models.items()
-            if architecture == "moe" and self.measured.seeds(part, model, self.recipe)
-        ]  # fmt: skip
+        moes = scored_moes(self.spec, self.recipe, self._name(part))
+        self.used |= {(part, model): None for model in moes}
+        found = [model for model in moes if self.measured.seeds(part, model, self.recipe)]
         if not found:
-            moes = [m for m, architecture in self.spec.models.items() if architecture == "moe"]
-            raise NotTested(self._missing(part, moes))
+            raise NotTested(
+                self._missing(part, moes) or f"no MoE model is scored on {self._name(part)}"
+            )
         return dict.fromkeys(found, 1 / len(found))
-
-    def _named(self, models: dict[str, float]) -> str:
-        return ", ".join(models)
 
     @property
     def _robust(self) -> str:
@@ -347,53 +347,3 @@ class Claims:
         count = sum(a.kind != "paper" for a in attack_names(evaluation).values())
         of = ", mean of budgets" if of_images(evaluation) else ""
         return f"worst case over {count} attacks{of}"
-
-    def _equal_flops(self) -> list[Pair]:
-        """The pairs of H1."""
-        if self.asked.equal_flops is not None:
-            return [pair for pair in self.spec.pairs if pair.name in self.asked.equal_flops]
-        pairs, others = [], []
-        for pair in self.spec.pairs:
-            if pair.moe not in self.cards or pair.dense not in self.cards:
-                others.append(f"{pair.name} lacks a checkpoint")
-                continue
-            moe, dense = self.cards[pair.moe], self.cards[pair.dense]
-            if _equal(moe, dense):
-                pairs.append(pair)
-            else:
-                ratio = moe.flops_per_token / dense.flops_per_token
-                others.append(f"{pair.name}: the MoE takes {ratio:.2f} times the FLOPs")
-        if not pairs:
-            raise NotTested(f"no pair has equal FLOPs per token ({'; '.join(others)})")
-        return pairs
-
-    def _series(self) -> dict[str, int]:
-        """The models of H2 with their numbers of experts, the fewest first."""
-        experts = {name: self.cards[name].experts for name, architecture in self.spec.models.items()
-                   if architecture == "moe" and name in self.cards}  # fmt: skip
-        if self.asked.series is not None:
-            lacks = [name for name in self.asked.series if name not in experts]
-            if lacks:
-                raise NotTested(f"no checkpoint of {', '.join(lacks)}")
-            chosen = list(self.asked.series)
-        else:
-            alike: list[list[str]] = []
-            for name in experts:
-                group = next((g for g in alike if self._alike(g[0], name)), None)
-                alike.append([name]) if group is None else group.append(name)
-            chosen = max(alike, default=[], key=lambda names: len({experts[n] for n in names}))
-        series = dict(sorted(((n, experts[n]) for n in chosen), key=lambda item: item[1]))
-        if len(set(series.values())) < 2:
-            raise NotTested("no two MoE models of the sweep differ in the number of experts alone")
-        return series
-
-    def _alike(self, one: str, other: str) -> bool:
-        """Two models that differ, as their cards tell, in the number of experts alone."""
-        first, second = self.cards[one], self.cards[other]
-        same = ("family", "layers", "moe_layers", "top_k")
-        return all(getattr(first, f) == getattr(second, f) for f in same) and _equal(first, second)
-
-
-def _equal(one: ModelCard, other: ModelCard) -> bool:
-    """Equal FLOPs per token, within the tolerance."""
-    return abs(one.flops_per_token / other.flops_per_token - 1) <= SIZE_TOLERANCE

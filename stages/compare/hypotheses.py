@@ -34,8 +34,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from stages.compare.claims import Claim, Claims, NotTested
+from stages.compare.claims import Claim, Claims
 from stages.compare.measured import Measured
+from stages.compare.selection import NotTested
 from stages.compare.spec import UNTUNED
 from stages.models.card import ModelCard
 from stages.statistics import CONFIDENCE, holm

@@ -175,6 +175,8 @@ def study(folder, spec, **overrides):
     for model, architecture in spec.models.items():
         moe = architecture == "moe"
         for recipe in spec.recipes:
+            if model not in spec.models_of.get(recipe, spec.models):
+                continue
             for seed in spec.seeds_of(recipe):
                 made = {"attacks": attacks(0.6 if moe else 0.4, moe), "slopes": slopes(2, moe)}
                 if moe:

@@ -276,6 +276,25 @@ def test_a_missing_seed_is_left_out_for_all_and_told(tmp_path):
         assert (found["caution"][0] == told) == (name != "H4")
 
 
+def test_a_model_without_any_scores_is_told(tmp_path):
+    gone = [f"scores/vmoe-8/scratch/{seed}/geometry" for seed in (0, 1, 2)]
+    found = of(verdicts(tmp_path, without=gone, gaps=dict.fromkeys(gone, "no memory")), "H4")
+    assert found["compared"][0] == "Pearson's correlation over examples: vmoe-4 +0.893"
+    assert found["caution"][0] == "geometry: vmoe-8 scratch seed 0, 1, 2: no memory"
+
+
+def test_a_recipe_of_some_models_is_judged_by_those(tmp_path):
+    """vmoe-8 is not in it, so that its missing scores are no gap."""
+    spec = spec_of(recipes=("scratch", "trades"), models_of={"trades": ("vmoe-4", "vit")})
+    table = verdicts(tmp_path, spec)
+    table = table[table["recipe"] == "trades"]
+    assert of(table, "H1")["compared"][0].startswith("vmoe-4 vs vit, whose")
+    assert of(table, "H2")["verdict"][0] == "not tested"
+    for name in ("H3", "H4", "H5"):
+        assert of(table, name)["caution"][0] == ""
+        assert "vmoe-8" not in of(table, name)["compared"][0]
+
+
 @pytest.mark.parametrize(
     ("changes", "hypothesis", "reason"),
     [
@@ -285,7 +304,7 @@ def test_a_missing_seed_is_left_out_for_all_and_told(tmp_path):
         ({"interventions": interventions().drop(
             columns=["correct/random_0.5", "correct/random_1"])},
          "H5", "name both in substitutions"),
-        ({"geometry": geometry().head(1)}, "H4", "no number (1 documents)"),
+        ({"geometry": geometry().head(1)}, "H4", "no number (0 documents)"),
     ],
 )  # fmt: skip
 def test_scores_that_lack_something_are_not_tested(tmp_path, changes, hypothesis, reason):
