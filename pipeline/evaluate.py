@@ -135,6 +135,15 @@ def _responses(job: Job, shards: list[str], store: Store) -> Iterator[Response]:
         yield from responses_from_table(_unpacked(file))
 
 
+@dataclass(frozen=True)
+class Missing:
+    """A shard whose responses are still to be had, and where in the store they go."""
+
+    node: str
+    path: str
+    shard: Shard
+
+
 def _respond(
     jobs: list[Job], shards: dict[str, list[Shard]], store: Store, checkpoint: str
 ) -> dict[str, Outcome]:
@@ -151,7 +160,8 @@ def _respond(
         for shard in missing:
             path = f"{job.node.folder}/{RESPONSES}/{shard.id}.parquet"
             # A shard holds generations alone, or none.
-            elsewhere = job.node.spec.engine == "vllm" and takes(shard.requests[0])
+            (first,) = requests_from_table(shard.table.slice(0, 1))
+            elsewhere = job.node.spec.engine == "vllm" and takes(first)
             (others if elsewhere else ours).append(Missing(job.node.key, path, shard))
 
     def stored(key: str) -> None:
@@ -175,25 +185,13 @@ def _respond(
     return failed
 
 
-@dataclass(frozen=True)
-class Missing:
-    """A shard whose responses are still to be had, and where in the store they go."""
-
-    node: str
-    path: str
-    shard: Shard
-
-
 def _by_actors(
     missing: list[Missing], jobs: list[Job], store: Store, checkpoint: str
 ) -> Iterator[str]:
     """Send shards through an actor pool; yields the node of each that is stored."""
     spec, resources = jobs[0].node.spec, jobs[0].node.resources
-    rows = [
-        {"node": each.node, "path": each.path,
-         "requests": _packed(each.shard.table)}
-        for each in missing
-    ]
+    rows = [{"node": each.node, "path": each.path, "requests": _packed(each.shard.table)}
+            for each in missing]
     # One block per shard: a shard is the unit of work, of writing and of repetition.
     answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Responder,
@@ -228,7 +226,7 @@ def _by_vllm(
             yield each, ""
             continue
         id, reason = next(iter(failures.items()))
-        yield each, (f"vLLM did not answer {len(failures)} of the {len(each.shard.requests)} "
+        yield each, (f"vLLM did not answer {len(failures)} of the {len(each.shard.table)} "
                      f"requests of a shard, first {id}: {reason}; run again, what is stored stays")
 
 

@@ -7,10 +7,11 @@ GPUs by tensor parallelism. The weights are read by vLLM from the store.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
@@ -54,44 +55,45 @@ def answer(
     """
     interpreter = Interpreter(store.fetch(checkpoint, weights=False))
     tables = [_table(number, shard, interpreter) for number, shard in enumerate(shards)]
-    longest = max(
-        len(tokens) + request.max_new_tokens
-        for table, shard in zip(tables, shards, strict=True)
-        for tokens, request in zip(table["prompt_tokens"], shard.requests, strict=True)
-    )
+    longest = max(map(_longest, tables, shards))
     arguments = engine_arguments(spec, resources, interpreter.config, longest)
     source = store.path(store.attempt_of(checkpoint))
     process = processor(source, spec, resources, arguments, len(shards))
     found: list[dict[int, dict]] = [{} for _ in shards]
     for row in process(ray.data.from_arrow(tables)).iter_rows():
-        number, requests = row["shard"], shards[row["shard"]].requests
+        number = row["shard"]
         found[number][row["request"]] = row
-        if len(found[number]) == len(requests):
-            rows = [found[number][index] for index in range(len(requests))]
-            found[number] = {}
-            yield number, _read(interpreter, requests, rows)
+        if len(found[number]) == len(shards[number].table):
+            rows, found[number] = found[number], {}
+            yield number, _read(interpreter, shards[number].requests, rows)
 
 
-def _read(interpreter: Interpreter, requests: Sequence[Request], rows: list[dict]) -> Answered:
-    failures = {request.id: row[ERROR]
-                for request, row in zip(requests, rows, strict=True) if row[ERROR]}
+def _read(interpreter: Interpreter, requests: list[Request], rows: dict[int, dict]) -> Answered:
+    """What a shard's rows, by the place of their requests, say."""
+    failures = {each.id: rows[place][ERROR]
+                for place, each in enumerate(requests) if rows[place][ERROR]}
     if failures:
         return Answered([], failures)
-    return Answered(
-        [interpreter.response(request, row["generated_tokens"])
-         for request, row in zip(requests, rows, strict=True)],
-        {})
+    return Answered([interpreter.response(each, rows[place]["generated_tokens"])
+                     for place, each in enumerate(requests)], {})
 
 
 def _table(number: int, shard: Shard, interpreter: Interpreter) -> pa.Table:
     """A shard's prompts, one row each: (shard, request) are their places."""
+    requests = shard.requests
     return pa.table({
-        "shard": pa.array([number] * len(shard.requests), pa.int32()),
-        "request": pa.array(range(len(shard.requests)), pa.int32()),
+        "shard": pa.array([number] * len(requests), pa.int32()),
+        "request": pa.array(range(len(requests)), pa.int32()),
         "prompt_tokens": pa.array(
-            [interpreter.prompt(request) for request in shard.requests], pa.list_(pa.int32())),
-        "sampling": [json.dumps(interpreter.sampling(request)) for request in shard.requests],
+            [interpreter.prompt(request) for request in requests], pa.list_(pa.int32())),
+        "sampling": [json.dumps(interpreter.sampling(request)) for request in requests],
     })
+
+
+def _longest(table: pa.Table, shard: Shard) -> int:
+    """Most tokens that a prompt and its longest answer take."""
+    lengths = pc.list_value_length(table["prompt_tokens"])
+    return pc.max(pc.add(lengths, shard.table["max_new_tokens"])).as_py()
 
 
 def engine_arguments(
