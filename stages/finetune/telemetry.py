@@ -72,6 +72,8 @@ def _name(path: str) -> str:
     numbers, parts = re.findall(r"[0-9]+", path), path.split(".")
     if not numbers:
         return path
+    if parts[0] != "members":
+        numbers = numbers[:1]
     stack = next((f"{part}_" for part in ("encoder", "decoder") if part in parts), "")
     attention = "_attention" if any(part.startswith(("attn", "self_att")) for part in parts) else ""
     return f"{stack}layer_{'_'.join(numbers)}{attention}"
