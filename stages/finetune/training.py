@@ -82,6 +82,10 @@ class Training:
         # At stage 0 this class reduces the gradients itself, and clips them afterwards.
         self.zero = self.engine.zero_optimization_stage() > 0
         self.engine.enable_backward_allreduce = self.zero
+        experts = family(model).modules(model, "expert").values() if self.knobs.blocks else ()
+        apart = [module for module in experts if isinstance(module, nn.ModuleDict)]
+        self.idle = [p for module in apart for p in module.parameters() if p.requires_grad]
+        """Weights that none of a rank's tokens may meet."""
 
     def step(self, step: int) -> dict:
         """Optimiser step ``step``, counted from 0; its row of the training curve, the same on every
@@ -200,6 +204,9 @@ class Training:
                     self._witness(knob, part, routings, auxiliary)
                 losses.append(auxiliary / parts)
                 loss = loss + losses[-1] * getattr(self.spec, knob)
+            if self.idle and self.engine.zero_optimization_stage() in (1, 2):
+                # These stages reduce gradients as they arise, so every rank must have the same.
+                loss = loss + 0 * torch.stack([p.flatten()[0] for p in self.idle]).sum()
             # ZeRO averages the workers' gradients; at stage 0 they are summed.
             share = (torch.distributed.get_world_size() if self.zero else 1) / ascents
             engine.backward(loss * share, scale_wrt_gas=False)

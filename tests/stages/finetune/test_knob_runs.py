@@ -40,9 +40,14 @@ KNOBS = {
 }
 CAPACITY = ("switch_transformers", "nllb-moe")
 LAYOUTS = {
-    "nodes": "gpu_moe_expert_parallel_zero2_nodes.json",
-    "offload": "gpu_moe_expert_parallel_zero2_cpu_offload.json",
+    "gpu_moe_expert_parallel_zero2.json": 2,
+    "gpu_moe_expert_parallel_zero2_nodes.json": 2,
+    "gpu_moe_expert_parallel_zero2_cpu_offload.json": 2,
+    "gpu_single_zero1.json": 1,
+    "gpu_dense_zero2.json": 1,
+    "gpu_dense_zero2_cpu_offload.json": 1,
 }
+"""DeepSpeed file to the expert-parallel size; stage 3 has tests of its own."""
 ZERO2 = {"deepspeed_config": "cpu_moe_expert_parallel_zero2.json"}
 
 
@@ -67,8 +72,8 @@ def runs(models, data, tmp_path_factory):
         plan(f"{name}-ep2", "mixtral", spec(expert_parallel=2, **fields))
     for name in ("router_rate", "alternate", "freelb", "losses"):
         plan(f"{name}-zero2", "mixtral", spec(expert_parallel=2, **KNOBS[name], **ZERO2))
-    for name, file in LAYOUTS.items():
-        plan(name, "mixtral", spec(expert_parallel=2, deepspeed_config=file))
+    for file, size in LAYOUTS.items():
+        plan(file, "mixtral", spec(expert_parallel=size, deepspeed_config=file))
     for name in CAPACITY:
         for size in (1, 2):
             losses = {"auxiliary_loss_weight": 0.05, "z_loss_weight": 0.01}
