@@ -301,8 +301,11 @@ def check_blocks(model: nn.Module, before: dict[str, Observation]) -> None:
     """
     for path, seen in before.items():
         module = model.get_submodule(path)
-        weight = next(module.parameters())
-        output = module(*(_moved(argument, weight) for argument in seen.arguments)).float()
+        weights = list(module.parameters())
+        weight = weights[0]
+        # ZeRO stage 3 gathers what a pass through the whole model needs, not one block alone.
+        with GatheredParameters(weights, enabled=hasattr(weight, "ds_id")):
+            output = module(*(_moved(argument, weight) for argument in seen.arguments)).float()
         expected = seen.output.to(weight.device)
         difference = (output - expected).abs().max() / expected.abs().max()
         # All ranks raise together, for a rank that goes on alone would wait for ever.
