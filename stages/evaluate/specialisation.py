@@ -82,7 +82,11 @@ class Specialisation(Evaluation):
 
     def metrics(self) -> tuple[Metric, ...]:
         """The mean over layers of the share of a feature's entropy that experts tell, beyond that
-        of the permuted feature; both shares, and the experts' purity, of each feature."""
+        of the permuted feature; both shares, and the experts' purity, of each feature.
+
+        Shares and purity are too large in small tables, and more so in their resamples, whose
+        interval can lie above them: only what is beyond the permuted feature is to be read alone.
+        """
         found = []
         for number, (feature, title) in enumerate(self.FEATURES.items()):
             own, permuted = self.tables(feature)

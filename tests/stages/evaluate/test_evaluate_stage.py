@@ -57,6 +57,7 @@ EVALUATIONS = {
         "dataset": "shop", "template": "sentiment", "substitutions": ["random"], "prune": [1]
     },
     "router_geometry": {"dataset": "shop", "template": "sentiment", "steps": 1},
+    "expert_specialisation": {"dataset": "shop", "template": "sentiment"},
     "local_lipschitz": {
         "dataset": "shop", "template": "sentiment", "steps": 1, "restarts": 1, "samples": 2
     },
@@ -126,9 +127,9 @@ def test_each_kind_runs_from_files_to_a_summary(kind, inputs, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     evaluation = spec(kind).evaluation
     # A tiny model refuses nothing, so there is nothing to silence.
-    absent = kind == "safety_experts" and {m.name for m in evaluation.metrics() if "/" in m.name}
+    absent = ("/", "_beyond_") if kind == "safety_experts" else ()
     expected = [m.name for m in evaluation.metrics()]
-    assert list(summary) == [name for name in expected if name not in (absent or ())]
+    assert list(summary) == [n for n in expected if not any(part in n for part in absent)]
     assert list(summary)[0] == evaluation.primary
     assert evaluation.axis in AXES
     # What MLflow takes as the name of a metric.
@@ -136,6 +137,9 @@ def test_each_kind_runs_from_files_to_a_summary(kind, inputs, tmp_path):
     for name, row in summary.items():
         # Of those that were right, of those that a linear map can fit: there may be none.
         if name.startswith(("success/", "smoothness", "refusals_lost")):
+            continue
+        # Too large in small tables, and more so in their resamples: they stand beside permuted ones.
+        if name.startswith(("information", "purity")):
             continue
         assert row["ci_low"] <= row["value"] <= row["ci_high"]
         assert row["n"] in ((6, 12, 18) if kind != "safety_experts" else (3, 6))

@@ -202,11 +202,9 @@ def test_routers_and_the_rest_take_turns_under_an_attack_on_both(runs, folders):
         classifier = Classifier(model, processor)
         torch.manual_seed(_seed(spec.seed, 0, place))
         images = perturbed(classifier, clean, labels, spec.adversarial)
-        routers = []
-        for pixels in (clean, images):
-            with routed(model) as routes:
-                routers.append((classifier(pixels), routes[0].logits.softmax(-1)))
-        (before, p), (after, q) = routers
+        with routed(model) as routes:
+            before, after = classifier(torch.cat([clean, images])).chunk(2)
+        p, q = routes[0].logits.softmax(-1).chunk(2)
         turned.append(2 * (p * (p / q).log()).sum(-1).mean())
         loss = torch.nn.functional.cross_entropy(before, labels, reduction="sum")
         loss = loss + 6 * divergence(before, after) + 5 * turned[-1]
@@ -214,7 +212,8 @@ def test_routers_and_the_rest_take_turns_under_an_attack_on_both(runs, folders):
     (router,) = family(model).modules(model, "router").values()
     assert got["gradient_norm"][0] == pytest.approx(router.weight.grad.norm().item(), rel=1e-3)
     found = knobs["adversarial"]["measured"]["router_divergence"]
-    assert found == pytest.approx(sum(turned).item() / 8, rel=1e-3) and found > 1e-3
+    # Of the first rank.
+    assert found == pytest.approx(sum(turned[:2]).item() / 4, rel=1e-3) and found > 1e-3
     fields, dropped = for_dense(spec)
     assert fields["adversarial"].router_beta == 0 and fields["alternate"] is None
     assert dropped == {"alternate": {"every": 1, "first": "router"},
