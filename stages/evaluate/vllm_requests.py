@@ -45,7 +45,8 @@ class Interpreter:
         drawn = isinstance(technique, SelfConsistency)
         return {
             "temperature": technique.temperature if drawn else 0.0,
-            "seed": sample_seed(technique.seed, request.id) if drawn else None,
+            # Of no effect where nothing is drawn: a number, so that all rows have the same types.
+            "seed": sample_seed(technique.seed, request.id) if drawn else 0,
             "max_tokens": request.max_new_tokens,
             "ignore_eos": True,
             "stop_token_ids": sorted(self.ends),

@@ -136,9 +136,11 @@ def ready(tmp_path: Path) -> tuple[Plan, Store]:
     contents = check(sweep, SMOKE)
     plan = build(sweep.model_copy(update={"generation_engine": "vllm"}), contents)
     store = Store(str(tmp_path / "store"))
-    for key in plan.needs({f"evaluate/tiny-moe-none-{name}" for name in NAMES}):
-        if key.startswith(("data/", "model/")):
-            assert run_stage(Job.of(plan.nodes[key], plan, store, SMOKE.parent)).status == "done"
+    needed = plan.needs({f"evaluate/tiny-moe-none-{name}" for name in NAMES})
+    for key in plan.nodes:  # in their order
+        if key in needed and key.startswith(("data/", "model/")):
+            outcome = run_stage(Job.of(plan.nodes[key], plan, store, SMOKE.parent))
+            assert outcome.status == "done", outcome.message
     return plan, store
 
 

@@ -90,7 +90,7 @@ def test_greedy_is_temperature_zero_and_samples_carry_seeds_of_their_own(tiny):
     _, tokenizer, folder = tiny
     interpreter = Interpreter(folder)
     assert interpreter.sampling(Request("g", "x", max_new_tokens=7, stop=("\n", "Q:"))) == {
-        "temperature": 0.0, "seed": None, "max_tokens": 7, "ignore_eos": True,
+        "temperature": 0.0, "seed": 0, "max_tokens": 7, "ignore_eos": True,
         "stop_token_ids": sorted({tokenizer.eos_token_id, *range(60, 90)}),
         "stop": ["\n", "Q:"], "detokenize": True, "skip_special_tokens": False,
     }  # fmt: skip
