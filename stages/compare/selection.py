@@ -1,4 +1,4 @@
-"""Which models of a sweep are compared in H1 and H2, from their cards or as the sweep names them."""
+"""Which models of a sweep H1 and H2 compare, by their cards or as the sweep names them."""
 
 from stages.compare.spec import CompareSpec, Hypotheses, Pair
 from stages.models.card import ModelCard
