@@ -138,7 +138,7 @@ def test_each_kind_runs_from_files_to_a_summary(kind, inputs, tmp_path):
         # Of those that were right, of those that a linear map can fit: there may be none.
         if name.startswith(("success/", "smoothness", "refusals_lost")):
             continue
-        # Too large in small tables, and more so in their resamples: they stand beside permuted ones.
+        # Too large in small tables and more so in resamples: they stand beside permuted ones.
         if name.startswith(("information", "purity")):
             continue
         assert row["ci_low"] <= row["value"] <= row["ci_high"]
