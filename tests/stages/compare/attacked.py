@@ -52,7 +52,7 @@ def spec_of(pairs=(("vmoe-4", "vit"), ("vmoe-8", "vit")), **changes):
         "recipes": ("scratch",),
         "seeds": (0, 1, 2),
         "evaluations": EVALUATIONS,
-        "resamples": 400,
+        "resamples": 200,
         "hypotheses": True,
     }
     return CompareSpec(**fields | changes)

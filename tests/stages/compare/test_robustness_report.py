@@ -79,7 +79,7 @@ def test_levels_by_hand(images):
 def test_intervals_are_of_the_bootstrap_over_examples_and_seeds(images):
     found = cell(pd.read_parquet(images / "headline.parquet"), "robust", "vit")
     metric = next(m for m in spec_of().evaluations["attacks"].metrics() if m.column == "robust")
-    expected = estimate([attacks(0.4, False)] * 3, metric, resamples=400)
+    expected = estimate([attacks(0.4, False)] * 3, metric, resamples=200)
     assert (found["ci_low"], found["ci_high"]) == (expected.ci_low, expected.ci_high)
 
 
@@ -144,7 +144,7 @@ def test_text_attacks_have_the_same_table_as_change_from_the_untuned_twin(tmp_pa
     assert metric.column == "correct/next_ranked_0.5"
     both = paired([interventions()], [interventions(second=0.5)],
                   next(m for m in spec.evaluations["interventions"].metrics()
-                       if m.column == "correct/next_ranked_1"), resamples=400)  # fmt: skip
+                       if m.column == "correct/next_ranked_1"), resamples=200)  # fmt: skip
     assert (tuned["ci_low"], tuned["ci_high"]) == (both.ci_low, both.ci_high)
     # What chance gives is the same before and after, and stays a level.
     assert cell(table, "routing_change/chance", "vmoe-4", "sft")["value"] == pytest.approx(0.6)
