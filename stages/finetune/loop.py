@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from deepspeed.utils import set_z3_leaf_module
 from peft.tuners.lora import LoraModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from stages.errors import StageFailed
@@ -19,7 +20,7 @@ from stages.finetune import evidence as evidence_file
 from stages.finetune import lora, parameters
 from stages.finetune.batches import Example, global_batch, load_examples, select_rows
 from stages.finetune.checkpoint import resume, save
-from stages.finetune.config import deepspeed_config, micro_batch_size
+from stages.finetune.config import deepspeed_config, in_order, micro_batch_size
 from stages.finetune.evidence import Evidence
 from stages.finetune.export import padded_logits, training_logits, write_folder
 from stages.finetune.head import with_head
@@ -179,9 +180,12 @@ def build(
     if experts is not None:
         blocks = observe_blocks(model)
         convert(model, experts["autoep_size"], grouped_mm=experts["use_grouped_mm"])
-    for module in family(model).modules(model, "expert").values() if family(model).is_moe else ():
+    layers = family(model).modules(model, "expert").values() if family(model).is_moe else ()
+    for module in layers:
         # ZeRO stage 3 gathers a layer's experts together: their ranks do not call the same ones.
         set_z3_leaf_module(module, True)
+    if any(isinstance(module, nn.ModuleDict) for module in layers):
+        in_order(config["zero_optimization"])
     groups = parameters.groups(model, spec)
     turns = parameters.Turns(spec.alternate, groups) if spec.alternate else None
     engine, *_ = deepspeed.initialize(

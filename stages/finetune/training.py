@@ -204,8 +204,8 @@ class Training:
                     self._witness(knob, part, routings, auxiliary)
                 losses.append(auxiliary / parts)
                 loss = loss + losses[-1] * getattr(self.spec, knob)
-            if self.idle and self.engine.zero_optimization_stage() in (1, 2):
-                # These stages reduce gradients as they arise, so every rank must have the same.
+            if self.idle and self.engine.zero_optimization_stage() == 1:
+                # It reduces what has a gradient, so every rank must have one of the same experts.
                 loss = loss + 0 * torch.stack([p.flatten()[0] for p in self.idle]).sum()
             # ZeRO averages the workers' gradients; at stage 0 they are summed.
             share = (torch.distributed.get_world_size() if self.zero else 1) / ascents

@@ -69,6 +69,9 @@ def runs(models, data, tmp_path_factory):
         for size in (1, 2):
             plan(f"{name}-{size}", expert_parallel=size, **few)
         plan(f"{name}-0", deepspeed_config=None, expert_parallel=1, **few)
+        for size in (1, 2):
+            stage2 = "gpu_moe_expert_parallel_zero2.json"
+            plan(f"{name}-stage2-{size}", deepspeed_config=stage2, expert_parallel=size, **few)
     turns = {"alternate": {"every": 1}, "router": {"noise": 0.2}}
     freelb = {"adversarial": {"kind": "freelb"}, "auxiliary_loss_weight": 0.0}
     for name, fields in (("turns", turns), ("freelb", freelb)):
@@ -97,12 +100,15 @@ def test_a_checkpoint_goes_on_at_this_and_another_stage(name, runs):
         torch.testing.assert_close(value, expected[key], rtol=0, atol=2e-4, msg=key)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("layout", ["1", "2", "stage2-1", "stage2-2"])
 @pytest.mark.parametrize("name", ["switch_transformers", "nllb-moe"])
-def test_ranks_may_call_different_experts(name, size, runs):
-    got, plain = curve(runs / f"{name}-{size}"), curve(runs / f"{name}-0")
+def test_ranks_may_call_different_experts(name, layout, runs):
+    got, plain = curve(runs / f"{name}-{layout}"), curve(runs / f"{name}-0")
     for column in ("loss", "gradient_norm"):
         assert got[column].to_numpy() == pytest.approx(plain[column].to_numpy(), rel=2e-5), column
+    for key, value in weights(runs / f"{name}-{layout}").items():
+        expected = weights(runs / f"{name}-0")[key]
+        torch.testing.assert_close(value, expected, rtol=0, atol=2e-4, msg=key)
 
 
 def test_perturbed_embeddings_are_gathered_too(runs):
