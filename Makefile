@@ -14,7 +14,7 @@ quickstart: .venv/installed
 	.venv/bin/python -m pipeline run sweeps/quickstart.yaml
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-families: .venv/installed
 	.venv/bin/python -m pytest -m '' tests/families tests/stages/models/test_families.py

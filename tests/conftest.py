@@ -1,0 +1,17 @@
+"""How the tests are shared out between two processes (`make test`)."""
+
+import os
+
+import pytest
+
+# Each of two processes has a core of its own; tiny models gain nothing from threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """One process has the Ray cluster, and a module stays whole for the sake of its fixtures."""
+    items.sort(key=lambda item: "cluster" not in item.fixturenames)
+    for item in items:
+        group = "cluster" if "cluster" in item.fixturenames else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
