@@ -9,8 +9,10 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pandas as pd
+from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
 
 from pipeline.children import Child, DataInput, content_fingerprint
 from pipeline.job import report_folder
@@ -22,6 +24,10 @@ from stages.compare.table import VERDICTS_FILE, render_text, render_verdicts
 from stages.data.card import DataCard
 from stages.finetune.spec import EVIDENCE_FILE, ROUTING_FIGURE
 from stages.models.card import ModelCard
+
+_CUT = "\n… the whole table is in report.md"
+_LONGEST = MAX_TAG_VAL_LENGTH - len(_CUT) - len("\n\n```\n\n```")
+"""Characters of a description that MLflow keeps, without those around the table."""
 
 
 def record(plan: Plan, store: Store, uri: str) -> list[str]:
@@ -35,12 +41,12 @@ def record(plan: Plan, store: Store, uri: str) -> list[str]:
     memory = f"tracking/{sweep.name}.json"
     known = store.read_json(memory) or {}
     if known.get("fingerprint") != fingerprint or known.get("uri") != uri:
-        table = render_text(pd.read_parquet(report / "comparison.parquet"))
-        if (report / VERDICTS_FILE).exists():
-            table += f"\n\n{render_verdicts(pd.read_parquet(report / VERDICTS_FILE))}"
+        description = sweep.description
+        if report is not None:
+            description += f"\n\n```\n{_table(report, _LONGEST - len(description))}\n```"
         logged = Tracker(uri).log_sweep(
             sweep.name, children, report,
-            description=f"{sweep.description}\n\n```\n{table}\n```",
+            description=description,
             texts={"sweep.json": sweep.model_dump_json(indent=1, by_alias=True)},
         )
         known = {"fingerprint": fingerprint, "uri": uri, "path": logged.path,
@@ -52,6 +58,16 @@ def record(plan: Plan, store: Store, uri: str) -> list[str]:
     command = "moe-reliability" if installed else f"{os.path.relpath(sys.executable)} -m pipeline"
     return [f"MLflow  `{command} ui --tracking-uri {uri}`, then compare the runs at",
             f"        http://127.0.0.1:5000{known['comparison_path']}"]
+
+
+def _table(report: Path, most: int) -> str:
+    """The tables of the terminal, cut at a line where they are longer than so many characters."""
+    table = render_text(pd.read_parquet(report / "comparison.parquet"))
+    if (report / VERDICTS_FILE).exists():
+        table += f"\n\n{render_verdicts(pd.read_parquet(report / VERDICTS_FILE))}"
+    if len(table) <= most:
+        return table
+    return table[: table.rindex("\n", 0, most)] + _CUT
 
 
 def _children(plan: Plan, store: Store) -> Iterator[Child]:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from stages.compare.contrast import Contrast, contrast
-from stages.compare.headline import failed_checks, missing
+from stages.compare.headline import missing
 from stages.compare.measured import VALUE, Measured, frame, row_mean
 from stages.compare.quantities import (
     attack_names,
@@ -110,9 +110,12 @@ class Claims:
             if np.isnan(claim.found.p_value):
                 raise NotTested(f"{claim.label}: no number ({claim.found.documents} documents)")
         notes = [
-            find(self.measured, part, model, self.recipe)
+            note
             for part, model in self.used
-            for find in (missing, failed_checks)
+            for note in (
+                missing(self.measured, part, model, self.recipe),
+                self.measured.scores[part].failed_checks(model, self.recipe),
+            )
         ]
         if hypothesis in _ABOUT_EXPERTS:
             notes += self._started_alike(hypothesis)

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stages.compare.table import AXIS_TITLES, direction, recipe_title, verdict
+from stages.compare.table import AXIS_TITLES, direction, recipe_title, scales, verdict
 
 COLOURS = {"moe": "#0072B2", "dense": "#D55E00"}
 NEUTRAL = "#6B7280"
@@ -23,6 +23,9 @@ _MOST_ROWS = 40
 """A figure with more rows than this shows the primary metrics only."""
 WIDTH_INCHES = 10.4
 _ROW_INCHES = 0.25
+_HEAD_INCHES = 0.62
+_GAP_INCHES = 0.4
+"""Between panels, for the ticks of the upper one."""
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -44,73 +47,31 @@ STYLE = {
 def axis_figure(comparison: pd.DataFrame, axis: str, file: Path) -> None:
     """Levels of both models and their difference, a row per pair, metric and recipe.
 
-    The difference is turned so that right is always better for the MoE.
+    The difference is turned so that right is always better for the MoE. Shares stand together;
+    other metrics have panels with a scale of their own.
     """
     rows = comparison[(comparison["axis"] == axis) & comparison["difference"].notna()]
     rows = _of_one_scale(rows)
     if len(rows) > _MOST_ROWS:
         rows = rows[rows["primary"]]
+    parts = [part for _, part in rows.groupby(_panels(rows), sort=False)]
+    layouts = [_layout(part) for part in parts]
+    bottoms = [max(positions) + 0.7 for *_, positions in layouts]
+    inches = _HEAD_INCHES + sum(bottoms) * _ROW_INCHES + _GAP_INCHES * len(parts) + 0.15
     with matplotlib.rc_context(STYLE):
-        headings, labels, positions = _layout(rows)
-        bottom = max(positions, default=1) + 0.7
-        inches = bottom * _ROW_INCHES + 1.15
         figure = Figure(figsize=(WIDTH_INCHES, inches))
-        # Fixed margins, so that the panels of all axes stand in line.
-        levels, differences = figure.subplots(
-            1,
-            2,
-            sharey=True,
-            gridspec_kw={
-                "left": 0.36,
-                "right": 0.985,
-                "wspace": 0.08,
-                "top": 1 - 0.62 / inches,
-                "bottom": 0.53 / inches,
-            },
-        )
-        for position, (_, row) in zip(positions, rows.iterrows(), strict=True):
-            _levels(levels, row, position)
-            _difference(differences, row, position)
-        levels.set_yticks(positions, [""] * len(positions))
-        for position, text, weight, colour in labels:
-            levels.annotate(
-                text,
-                (0, position),
-                (-8, 0),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                ha="right",
-                va="center",
-                weight=weight,
-                color=colour,
-            )
-        for position, text in headings:
-            levels.annotate(
-                text,
-                (0.005, position),
-                xycoords=("figure fraction", "data"),
-                va="center",
-                color=NEUTRAL,
-                weight="bold",
-            )
-        levels.set_ylim(bottom, -0.2)
-        levels.set_title("Score, with 95 % interval", fontsize=9, loc="left", color="#374151")
-        for side, shift in (("moe", 0.62), ("dense", 0.81)):
-            levels.annotate(
-                {"moe": "● MoE", "dense": "◆ dense"}[side],
-                (shift, 1),
-                (0, 6),
-                xycoords="axes fraction",
-                textcoords="offset points",
-                color=COLOURS[side],
-                weight="bold",
-            )
-        differences.axvline(0, color="#111827", linewidth=1)
-        reach = max(map(abs, differences.get_xlim()))
-        differences.set_xlim(-reach, reach)
-        differences.locator_params(axis="x", nbins=6)
-        differences.set_title("◀ dense better", fontsize=9, loc="left", color=COLOURS["dense"])
-        differences.set_title("MoE better ▶", fontsize=9, loc="right", color=COLOURS["moe"])
+        top = _HEAD_INCHES
+        for number, (part, layout, bottom) in enumerate(zip(parts, layouts, bottoms, strict=True)):
+            end = top + bottom * _ROW_INCHES
+            # Fixed margins, so that the panels of all axes stand in line.
+            grid = figure.add_gridspec(1, 2, left=0.42, right=0.985, wspace=0.08,
+                                       top=1 - top / inches, bottom=1 - end / inches)
+            levels = figure.add_subplot(grid[0])
+            differences = figure.add_subplot(grid[1], sharey=levels)
+            _panel(levels, differences, part, layout, bottom)
+            if number == 0:
+                _head(levels, differences)
+            top = end + _GAP_INCHES
         differences.set_xlabel("paired difference, turned so that right favours the MoE")
         figure.text(
             0.005, 1 - 0.1 / inches, AXIS_TITLES[axis], weight="bold", fontsize=12, va="top"
@@ -118,12 +79,75 @@ def axis_figure(comparison: pd.DataFrame, axis: str, file: Path) -> None:
         save(figure, file)
 
 
+def _panels(rows: pd.DataFrame) -> pd.Series:
+    """The panel of each row: that of the shares, or its evaluation's."""
+    share = scales(rows) == ""
+    all_shares = share.groupby(rows["evaluation"]).transform("all")
+    return rows["evaluation"].where(~all_shares, "")
+
+
+def _panel(
+    levels: Axes, differences: Axes, rows: pd.DataFrame, layout: tuple, bottom: float
+) -> None:
+    headings, labels, positions = layout
+    for position, (_, row) in zip(positions, rows.iterrows(), strict=True):
+        _levels(levels, row, position)
+        _difference(differences, row, position)
+    levels.set_yticks(positions, [""] * len(positions))
+    differences.tick_params(labelleft=False)
+    for position, text, weight, colour in labels:
+        levels.annotate(
+            text,
+            (0, position),
+            (-8, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            weight=weight,
+            color=colour,
+            fontsize=8.5,
+        )
+    for position, text in headings:
+        levels.annotate(
+            text,
+            (0.005, position),
+            xycoords=("figure fraction", "data"),
+            va="center",
+            color=NEUTRAL,
+            weight="bold",
+        )
+    levels.set_ylim(bottom, -0.2)
+    differences.axvline(0, color="#111827", linewidth=1)
+    reach = max(map(abs, differences.get_xlim()))
+    differences.set_xlim(-reach, reach)
+    differences.locator_params(axis="x", nbins=6)
+
+
+def _head(levels: Axes, differences: Axes) -> None:
+    """What stands above the first panel."""
+    levels.set_title("Score, with 95 % interval", fontsize=9, loc="left", color="#374151")
+    for side, shift in (("moe", 0.62), ("dense", 0.81)):
+        levels.annotate(
+            {"moe": "● MoE", "dense": "◆ dense"}[side],
+            (shift, 1),
+            (0, 6),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            color=COLOURS[side],
+            weight="bold",
+        )
+    differences.set_title("◀ dense better", fontsize=9, loc="left", color=COLOURS["dense"])
+    differences.set_title("MoE better ▶", fontsize=9, loc="right", color=COLOURS["moe"])
+
+
 def _of_one_scale(rows: pd.DataFrame) -> pd.DataFrame:
-    """The metrics whose levels fit beside the primary ones: a perplexity of 20 would flatten bits
-    per byte, and counts would flatten shares. All rows of a metric stay or go together."""
+    """The metrics whose levels fit beside their evaluation's primary one: a perplexity of 20 would
+    flatten bits per byte, and counts would flatten shares. All rows of a metric stay or go
+    together."""
     level = rows[["moe", "dense"]].abs().max(axis=1)
-    primary = level[rows["primary"]].max()
-    limit = 2 * primary if primary > 1 else 1
+    primary = level.where(rows["primary"]).groupby(rows["evaluation"]).transform("max")
+    limit = (2 * primary).where(primary > 1, 1)
     largest = level.groupby([rows["evaluation"], rows["metric"]]).transform("max")
     return rows[(largest <= limit) | rows["primary"]]
 
@@ -142,7 +166,8 @@ def _layout(rows: pd.DataFrame) -> tuple[list[tuple], list[tuple], list[float]]:
                 headings.append((position + 0.2, title))
                 position += 0.9
             weight = "bold" if row["primary"] else "normal"
-            title = _cut(f"{row['label']} {direction(row)}")
+            # Bold letters are wider.
+            title = f"{_cut(row['label'], 50 if row['primary'] else 58)} {direction(row)}"
             labels.append((position + 0.2, title, weight, "#111827"))
             position += 0.9
             group = key
@@ -152,7 +177,7 @@ def _layout(rows: pd.DataFrame) -> tuple[list[tuple], list[tuple], list[float]]:
     return headings, labels, positions
 
 
-def _cut(text: str, most: int = 58) -> str:
+def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

@@ -32,7 +32,8 @@ def headline(measured: Measured) -> pd.DataFrame:
     for recipe in spec.recipes:
         notes = {
             (part, model): (
-                missing(measured, part, model, recipe), failed_checks(measured, part, model, recipe)
+                missing(measured, part, model, recipe),
+                measured.scores[part].failed_checks(model, recipe),
             )
             for part in measured.scores
             for model in spec.models
@@ -72,18 +73,3 @@ def missing(measured: Measured, part: str, model: str, recipe: str) -> str:
             reasons.setdefault(scores.missing[model, recipe, seed], []).append(str(seed))
     where = f"{scores.evaluation}: {model} {recipe_title(recipe)}"
     return "; ".join(f"{where} seed {', '.join(of)}: {why}" for why, of in reasons.items())
-
-
-def failed_checks(measured: Measured, part: str, model: str, recipe: str) -> str:
-    """The checks of the attack that a model fails in some seed, each with the attacks."""
-    evaluation = measured.evaluation(part)
-    failed: dict[str, dict[str, None]] = {}
-    for seed in measured.seeds(part, model, recipe):
-        for check in evaluation.checks(measured.table(part, model, recipe, seed)):
-            if not check["passed"]:
-                failed.setdefault(check["check"], {})[check["attack"]] = None
-    if not failed:
-        return ""
-    told = "; ".join(f"{check} ({', '.join(attacks)})" for check, attacks in failed.items())
-    name = measured.scores[part].evaluation
-    return f"{name}: {model} {recipe_title(recipe)} fails checks of the attack: {told}"

@@ -12,8 +12,8 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
+from stages.compare import checks, table
 from stages.compare import robustness as attacked
-from stages.compare import table
 from stages.compare.figures import COLOURS, IMPROVED, NEUTRAL, WORSENED, inline
 from stages.compare.spec import UNTUNED, CompareSpec
 from stages.data.card import DataCard
@@ -33,6 +33,8 @@ class Content:
     spec: CompareSpec
     comparison: pd.DataFrame
     effects: pd.DataFrame
+    checks: pd.DataFrame
+    """What the attacks had to show (``results.compare``)."""
     models: dict[str, ModelCard]
     """The card of each model's first checkpoint that is there."""
     data: dict[str, DataCard]
@@ -93,6 +95,7 @@ def _context(content: Content) -> dict:
         if len(effects)
         else None,
         "notes": notes,
+        "checks": checks.context(content.checks),
         "models": [_model(name, content) for name in spec.models],
         "data": [_data(name, card) for name, card in content.data.items()],
         "figures": {
@@ -209,8 +212,8 @@ def _root(origin: str) -> str:
 
 def _axes(rows: pd.DataFrame, markers: dict[str, str], first: str, second: str) -> list[dict]:
     """Rows for the templates: axes, in them metrics, in them one line per recipe."""
-    ends = rows[["ci_low", "ci_high"]].abs().to_numpy(dtype=float)
-    reach = float(pd.Series(ends.ravel()).max()) if len(rows) else 0.0
+    ends = rows[["ci_low", "ci_high"]].abs().max(axis=1)
+    reach = ends.groupby(table.scales(rows)).transform("max")
     axes = []
     for axis, of_axis in rows.groupby("axis", sort=False):
         metrics = []
@@ -222,7 +225,10 @@ def _axes(rows: pd.DataFrame, markers: dict[str, str], first: str, second: str) 
                     "evaluation": evaluation,
                     "label": head["label"],
                     "direction": table.direction(head),
-                    "lines": [_line(r, markers, first, second, reach) for _, r in each.iterrows()],
+                    "lines": [
+                        _line(row, markers, first, second, reach[index])
+                        for index, row in each.iterrows()
+                    ],
                 }
             )
         axes.append({"title": table.AXIS_TITLES[axis], "metrics": metrics})

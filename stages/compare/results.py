@@ -15,7 +15,7 @@ from stages.compare.spec import UNTUNED, CompareSpec
 from stages.compare.table import recipe_title
 from stages.errors import StageFailed
 from stages.evaluate.base import AXES, TEXT_COLUMNS, Evaluation, Metric
-from stages.evaluate.hygiene import cautions
+from stages.evaluate.hygiene import failures
 from stages.evaluate.partial import reads
 from stages.statistics import holm, paired
 
@@ -25,15 +25,21 @@ _NUMBERS = ("difference", "ci_low", "ci_high", "p_value", "effect_size", "minimu
 
 def compare(
     spec: CompareSpec, inputs: dict[str, Path], gaps: dict[str, str]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The comparison (MoE minus dense) and the recipes' effects (tuned minus untuned).
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The comparison (MoE minus dense), the recipes' effects (tuned minus untuned) and the checks.
 
-    Both have one row per metric, the first metric of an evaluation being its primary one, with
-    Holm's correction over all primary rows of the table.
+    The first two have one row per metric, the first metric of an evaluation being its primary one,
+    with Holm's correction over all primary rows of the table. The third has what each attack must
+    show (``hygiene.py``), one row per checkpoint, attack and check.
     """
-    pairs, effects = [], []
+    pairs, effects, checks = [], [], []
     for name, evaluation in spec.evaluations.items():
         scores = Scores(name, spec, inputs, gaps)
+        checks += [
+            {"evaluation": name, "model": model, "recipe": recipe, "seed": seed} | check
+            for (model, recipe, seed), found in scores.checks.items()
+            for check in found
+        ]
         missing = scores.leave_out(
             {d: gaps[f"data/{d}"] for d in evaluation.datasets() if f"data/{d}" in gaps}
         )
@@ -74,7 +80,7 @@ def compare(
                     )
                     models = {"model": model, "architecture": architecture, "recipe": recipe}
                     effects.append(models | about | row)
-    return _corrected(pairs, spec), _corrected(effects, spec)
+    return _corrected(pairs, spec), _corrected(effects, spec), pd.DataFrame(checks)
 
 
 def _about(name: str, evaluation: Evaluation, metric: Metric) -> dict:
@@ -107,9 +113,8 @@ class Scores:
                         self.tables[key] = _read(inputs[role] / "scores.parquet")
                     else:
                         self.missing[key] = gaps.get(role, NOT_RUN)
-        self.cautions = {
-            key: cautions(spec.evaluations[evaluation].checks(table))
-            for key, table in self.tables.items()
+        self.checks = {
+            key: spec.evaluations[evaluation].checks(table) for key, table in self.tables.items()
         }
 
     def leave_out(self, gaps: dict[str, str]) -> dict[str, str]:
@@ -125,6 +130,15 @@ class Scores:
         if missing:
             self.tables = {k: t[~sets[k].isin(missing)] for k, t in self.tables.items()}
         return missing
+
+    def failed_checks(self, model: str, recipe: str) -> str:
+        """The checks of the attack that a model fails in some seed, each with the attacks."""
+        failed = failures(
+            check for key, found in self.checks.items() if key[:2] == (model, recipe)
+            for check in found
+        )
+        of = f"{model} {recipe_title(recipe)}"
+        return f"{self.evaluation}: {of} fails checks of the attack: {failed}" if failed else ""
 
     def paired(
         self,
@@ -150,11 +164,10 @@ class Scores:
             if (model, recipe, seed) in self.missing
         )
         row = {"seeds": ",".join(str(a[2]) for a, _ in there), "gap": gap}
-        row["caution"] = "; ".join(
-            f"{model} {recipe_title(recipe)}: {text}"
-            for model, recipe, seed in dict.fromkeys(key for pair in there for key in pair)
-            for text in self.cautions[model, recipe, seed]
-        )
+        row["caution"] = ". ".join(filter(None, (
+            self.failed_checks(model, recipe)
+            for model, recipe in dict.fromkeys(key[:2] for pair in there for key in pair)
+        )))
         if not there:
             levels = (f"{name}{end}" for name in names for end in ("", "_ci_low", "_ci_high"))
             none = dict.fromkeys((*levels, *_NUMBERS), np.nan)

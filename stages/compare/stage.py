@@ -31,7 +31,7 @@ def run(
     """
     if not any(role.startswith("scores/") for role in inputs):
         raise StageFailed("no evaluation has finished, there is nothing to compare; see its errors")
-    comparison, effects = compare(spec, inputs, gaps or {})
+    comparison, effects, checks = compare(spec, inputs, gaps or {})
     comparison.to_parquet(output / COMPARISON_FILE, index=False)
     effects.to_parquet(output / EFFECTS_FILE, index=False)
 
@@ -46,6 +46,7 @@ def run(
         spec=spec,
         comparison=comparison,
         effects=effects,
+        checks=checks,
         models=cards,
         data={
             role.removeprefix("data/"): DataCard.read(folder)

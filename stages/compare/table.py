@@ -57,6 +57,13 @@ def direction(row: pd.Series) -> str:
     return "↑" if row["higher_is_better"] else "↓"
 
 
+def scales(rows: pd.DataFrame) -> pd.Series:
+    """Which rows are drawn to one scale: all metrics that are shares, and each other by itself."""
+    levels = rows[[c for c in ("moe", "dense", "tuned", "untuned") if c in rows]].abs().max(axis=1)
+    names = rows["evaluation"] + "/" + rows["metric"]
+    return names.where(levels.groupby(names).transform("max") > 1, "")
+
+
 def recipe_title(recipe: str) -> str:
     """How a recipe is called in tables."""
     return "untuned" if recipe == UNTUNED else recipe
@@ -84,7 +91,7 @@ def row_notes(row: pd.Series) -> list[str]:
         over = f" Computed over seed(s) {row['seeds']} only." if row["seeds"] else ""
         notes.append(f"{row['gap']}.{over}")
     if row["caution"]:
-        notes.append(f"Marked by the checks of the attack: {row['caution']}.")
+        notes.append(f"{row['caution']}.")
     if row["identical"]:
         notes.append(
             "Both score the same on every document. Resampling cannot give an interval then; the "

@@ -55,7 +55,9 @@ def _table(published: Published, path: Path, where: str) -> pa.Table:
             whole = whole.filter(kept)
     table = pa.table({name: whole[column] for name, column in form.columns.items()})
     if "document" in form.columns:
-        table = _set(table, "document", _documents(table["document"]))
+        source = form.columns["document"]
+        texts = {c for name, c in form.columns.items() if name not in ("id", "document")}
+        table = _set(table, "document", _documents(table["document"], whole=source in texts))
     if form.labels:
         table = _set(table, "label", _labels(table["label"], form, f"{where}: {path}"))
     return table
@@ -76,11 +78,14 @@ def _set(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
     return table.set_column(table.column_names.index(name), name, column)
 
 
-def _documents(column: pa.ChunkedArray) -> pa.Array:
-    """Names of documents; a text that stands for its document is named by its digest."""
+def _documents(column: pa.ChunkedArray, whole: bool) -> pa.Array:
+    """Names of documents; a text that stands for its document is named by its digest.
+
+    ``whole`` says that all are such texts, however short; otherwise only what is no name is one.
+    """
     encoded = column.cast(pa.string()).combine_chunks().dictionary_encode()
     names = [
-        text if len(text) <= 64 else hashlib.sha256(text.encode()).hexdigest()[:16]
+        text if len(text) <= 64 and not whole else hashlib.sha256(text.encode()).hexdigest()[:16]
         for text in encoded.dictionary.to_pylist()
     ]
     return pa.array(names, pa.string()).take(encoded.indices)

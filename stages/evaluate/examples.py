@@ -1,10 +1,12 @@
 """What the kinds of evaluation share: ids, checked look-up of responses, means over subsets.
 
 An example's id is its data set's name and its row's id, so that examples of several data sets never
-meet; a bootstrap cluster is named the same way.
+meet. A bootstrap cluster is named the same way, unless its name tells that it is the same text in
+another set.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -13,10 +15,23 @@ import pandas as pd
 from stages.errors import StageFailed
 from stages.evaluate.base import Metric, Response
 
+_DIGEST = re.compile("[0-9a-f]{16}")
+
 
 def qualified(dataset: str, values: pd.Series) -> list[str]:
     """Ids or documents of one data set, made unique over all data sets."""
     return [f"{dataset}/{value}" for value in values]
+
+
+def clusters(dataset: str, documents: pd.Series) -> list[str]:
+    """Documents of one data set as bootstrap clusters over all data sets of an evaluation.
+
+    A document that is named by the digest of its text (a premise, ``data/reading.py``) is the same
+    in every set that has it, such as SNLI and its counterfactual rewrites.
+    """
+    return [
+        value if _DIGEST.fullmatch(value) else f"{dataset}/{value}" for value in map(str, documents)
+    ]
 
 
 def answers(ids: Iterable[str], responses: dict[str, Response]) -> list[Response]:

@@ -80,11 +80,16 @@ def at_worst(checks: Iterable[dict]) -> dict[str, object]:
     return max(checks, key=lambda row: row["value"])
 
 
-def cautions(checks: Sequence[dict]) -> list[str]:
-    """The failed checks in words."""
-    return [
-        f"{row['attack']} fails the check {row['check']!r}: {row['meaning']} {row['value']:.2f} "
-        f"(n {row['n']})"
-        for row in checks
-        if not row["passed"]
-    ]
+def failures(checks: Iterable[dict]) -> str:
+    """The failed checks in words, each with the attacks that fail it and, of each, the largest
+    value; empty where none fails. Several seeds' checks may be given together."""
+    worst: dict[str, dict[str, dict]] = {}
+    for row in checks:
+        if not row["passed"]:
+            of_check = worst.setdefault(row["check"], {})
+            known = of_check.get(row["attack"], row)
+            of_check[row["attack"]] = max(known, row, key=lambda found: found["value"])
+    return "; ".join(
+        f"{check} (" + ", ".join(f"{a}: {r['value']:.2f} of {r['n']}" for a, r in of.items()) + ")"
+        for check, of in worst.items()
+    )

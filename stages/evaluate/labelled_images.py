@@ -57,12 +57,24 @@ class LabelledImages(Evaluation):
         ]
 
     def about(self, data: dict[str, pd.DataFrame]) -> pd.DataFrame:
-        """The first columns of the scores: who and what each image is."""
+        """The first columns of the scores: who and what each image is.
+
+        A set that has the clean set's ids with the clean set's labels holds the same images in
+        another form, such as corrupted ones; an image and its forms are one document.
+        """
+        clean = data[self.dataset]
+        label_of = dict(zip(clean["id"], clean["label"], strict=True))
+
+        def origin(name: str) -> str:
+            pairs = zip(data[name]["id"], data[name]["label"], strict=True)
+            same = all(label_of.get(id) == label for id, label in pairs)
+            return self.dataset if same else name
+
         parts = [
             pd.DataFrame(
                 {
                     "example_id": qualified(name, data[name]["id"]),
-                    "document": qualified(name, data[name]["document"]),
+                    "document": qualified(origin(name), data[name]["document"]),
                     "subset": name,
                     "prompt": "",
                     "gold": data[name]["label"].to_numpy(),

@@ -14,12 +14,13 @@ from pydantic import Field, model_validator
 from stages.data.templates import TEMPLATES
 from stages.evaluate.base import Metric, Request, Response
 from stages.evaluate.classification import OUT_OF_SET, Classification, check_labels, correct
-from stages.evaluate.examples import difference, mean_where, qualified, worst
+from stages.evaluate.examples import clusters, difference, mean_where, qualified, worst
 
 
 class LabelledSets(Classification):
     """One set to compare with and others on which a model may do worse."""
 
+    VERSION: ClassVar[int] = Classification.VERSION + 1
     split: str = "test"
 
     @property
@@ -70,7 +71,7 @@ class LabelledSets(Classification):
                 pd.DataFrame(
                     {
                         "example_id": ids,
-                        "document": qualified(name, frame["document"]),
+                        "document": clusters(name, frame["document"]),
                         "subset": self.subsets[name != self.reference],
                         "prompt": self.prompts(frame, data),
                         "gold": frame["label"].tolist(),

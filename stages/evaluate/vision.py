@@ -24,13 +24,18 @@ class ImageClassification(LabelledImages):
     """Sets out of distribution, such as corruptions of the clean one."""
 
     axis: ClassVar[str] = "out_of_distribution"
-    primary: ClassVar[str] = "accuracy"
+    VERSION: ClassVar[int] = 2
 
     @model_validator(mode="after")
     def _sets_differ(self) -> "ImageClassification":
         if len(set(self.sets)) < len(self.sets):
             raise ValueError("names a data set twice; name each set once")
         return self
+
+    @property
+    def primary(self) -> str:
+        """Accuracy on the shifted sets; on the clean one where there are none."""
+        return "shifted_accuracy" if self.shifted else "accuracy"
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -65,14 +70,15 @@ class ImageClassification(LabelledImages):
         )
 
     def metrics(self) -> tuple[Metric, ...]:
-        """Accuracy on the clean set, on each shifted one and over them, and what is lost."""
+        """Accuracy over shifted sets, on the clean one and on each, and what is lost."""
 
         def accuracy(name: str, among: Sequence[str], label: str) -> Metric:
             return mean_where(
                 "correct", name, "domain", among, label=label, datasets=tuple(among)
             )
 
-        clean = accuracy("accuracy", [self.dataset], "accuracy")
+        inside = "accuracy on clean images" if self.shifted else "accuracy"
+        clean = accuracy("accuracy", [self.dataset], inside)
         loss = mean_where(
             "loss", "loss", "domain", [self.dataset], label="cross-entropy (nats)",
             higher_is_better=False, datasets=(self.dataset,),
@@ -84,5 +90,5 @@ class ImageClassification(LabelledImages):
             "accuracy_lost", [clean], each, higher_is_better=False,
             label="accuracy lost: clean minus mean shifted",
         )  # fmt: skip
-        pooled = accuracy("shifted_accuracy", self.shifted, "accuracy shifted, pooled")
-        return clean, pooled, lost, loss, *each
+        pooled = accuracy("shifted_accuracy", self.shifted, "accuracy on shifted images, pooled")
+        return pooled, clean, lost, loss, *each

@@ -70,7 +70,7 @@ def test_runs_on_ray_and_shows_what_cannot_be_summed_as_a_gap(cluster, sweep, tm
     folder = store.fetch(plan.nodes[key].folder)
     # One model stands for both.
     inputs = {f"scores/{model}/none/0/own": folder for model in ("tiny", "tiny-moe")}
-    table, _ = compare(plan.compare.spec, inputs, {})
+    table, *_ = compare(plan.compare.spec, inputs, {})
     scores = pd.read_parquet(folder / "scores.parquet")
     assert list(table["metric"]) == ["acc", "acc_norm"]
     assert list(table["primary"]) == [True, False]

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -186,6 +188,15 @@ def test_several_seeds_widen_the_interval_by_the_variance_between_seeds():
     assert got.minimum_detectable / MDD_FACTOR == pytest.approx(between, rel=0.1)
     one = paired(first[1:2], second[1:2], CORRECT)
     assert got.ci_high - got.ci_low > 2 * (one.ci_high - one.ci_low)
+
+
+def test_a_metric_without_any_score_has_no_number():
+    nothing = scores([np.nan] * 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a mean over nothing
+        got = paired([nothing], [nothing], CORRECT)
+    assert (got.n, got.documents, got.identical) == (0, 0, False)
+    assert np.isnan([got.difference, got.ci_low, got.ci_high, got.p_value]).all()
 
 
 def test_identical_answers_get_the_rule_of_three():

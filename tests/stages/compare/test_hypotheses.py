@@ -335,11 +335,12 @@ def test_texts_are_judged_by_the_same_rule(tmp_path):
 def test_verdicts_carry_the_failed_checks_of_their_attacks(tmp_path):
     table = verdicts(tmp_path, text_spec(), attacks=text_study)
     of_moe = ("attacks: vmoe-4 scratch fails checks of the attack: "
-              "not weaker than joint (embedding_pgd)")
+              "not weaker than joint (embedding_pgd: 0.10 of 400)")
     assert of(table, "H3")["caution"][0] == of_moe
     assert of(table, "H1")["caution"][0].splitlines() == [
         of_moe,
-        "attacks: vit scratch fails checks of the attack: not weaker than joint (embedding_pgd)",
+        "attacks: vit scratch fails checks of the attack: "
+        "not weaker than joint (embedding_pgd: 0.10 of 400)",
     ]
     assert of(table, "H4")["caution"][0] == ""
 

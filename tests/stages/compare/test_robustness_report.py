@@ -122,7 +122,7 @@ def panels(file):
 def test_figures_have_a_panel_for_each_attack_and_model(images):
     found = {file.name: panels(file) for file in (images / "figures").iterdir()}
     assert found == {
-        "adversarial.svg": 2,
+        "adversarial.svg": 4,  # shares, and the Lipschitz constant with a scale of its own
         "budget_scratch.svg": 4,  # the worst case and three attacks
         "routing_scratch.svg": 2,  # two MoE models
         "substitution_scratch.svg": 4,  # curves over shares, and the other number of experts
@@ -165,7 +165,8 @@ def test_text_figures_and_failed_checks(tmp_path):
     assert (tmp_path / "headline.parquet").exists()
     told = cell(found.headline, "robust", "vmoe-4", "sft")["caution"]
     assert told == (
-        "attacks: vmoe-4 sft fails checks of the attack: not weaker than joint (embedding_pgd)")
+        "attacks: vmoe-4 sft fails checks of the attack: not weaker than joint "
+        "(embedding_pgd: 0.10 of 40)")
 
 
 def test_a_sweep_without_attacks_has_no_such_section(tmp_path):

@@ -69,6 +69,18 @@ def test_metrics_by_hand():
     assert {m.name for m in EVALUATION.metrics() if not m.higher_is_better} == {"id_minus_ood"}
 
 
+def test_a_premise_that_several_sets_share_is_one_cluster():
+    premise, other = "0123456789abcdef", "fedcba9876543210"  # digests of texts
+    data = DATA | {
+        "shop": DATA["shop"].assign(document=[premise, premise, "2", "3"]),
+        "film": DATA["film"].assign(document=[other, premise, "2", "3"]),
+    }
+    scores = EVALUATION.score(data, RESPONSES).set_index("example_id")
+    assert scores.loc[["shop/0", "shop/1", "film/1"], "document"].tolist() == [premise] * 3
+    assert scores.loc[["shop/2", "film/2", "film/0"], "document"].tolist() == [
+        "shop/2", "film/2", other]
+
+
 def test_metrics_equal_scikit_learn():
     scores = EVALUATION.score(DATA, RESPONSES)
     values = summary()

@@ -194,9 +194,13 @@ def test_checks_by_hand():
     weaker = hygiene.not_weaker("a", "b", base, booleans("0000000001"))
     assert weaker["value"] == 0.1 and not weaker["passed"]
     assert hygiene.gradients("a", np.array([0.0, 0.5]))["value"] == 0.25
-    assert hygiene.cautions([more, hygiene.unbounded("a", booleans("1"))]) == [
-        "a fails the check 'twice the steps': share of examples that only twice the steps break "
-        "0.20 (n 10)"]
+    # Of two seeds the worse one is told; what passes is not.
+    again = hygiene.more_effort("a", "twice the steps", base, booleans("1011100000"))
+    other = hygiene.more_effort("b", "twice the steps", base, booleans("1010000000"))
+    unbroken = hygiene.unbounded("a", booleans("1"))
+    assert hygiene.failures([more, again, unbroken, other, weaker]) == (
+        "twice the steps (a: 0.30 of 10, b: 0.10 of 10); not weaker than b (a: 0.10 of 10)")
+    assert hygiene.failures([hygiene.unbounded("a", booleans("1"))]) == ""
 
 
 def test_an_attack_that_fails_a_check_is_marked_in_the_table(scores, tmp_path):
@@ -225,9 +229,16 @@ def test_an_attack_that_fails_a_check_is_marked_in_the_table(scores, tmp_path):
     table = pd.read_parquet(tmp_path / "out" / "comparison.parquet")
     marked = table[table["metric"] == "robust_accuracy"].set_index("recipe")["caution"]
     assert marked["none"] == "" and marked["sft"].startswith(
-        "moe sft: embedding_pgd fails the check 'not weaker than random edits")
-    assert "Marked by the checks of the attack: moe sft" in " ".join(
+        "attacked: moe sft fails checks of the attack: not weaker than random edits of the same "
+        "size (embedding_pgd: ")
+    assert "attacked: moe sft fails checks of the attack:" in " ".join(
         render_text(table).split())
+    # The report has all checks, those that passed too.
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "Checks of the attacks: attacked, 1 of " in page
+    line = next(x for x in page.splitlines() if "| not weaker than random edits" in x)
+    cells = [cell.strip() for cell in line.split("|")[3:-1]]
+    assert [cell.endswith("(failed)") for cell in cells] == [False, True, False, False]
     # Routes are compared with the same model before the recipe, and with nothing else.
     assert not table["metric"].str.startswith("routing_change").any()
     effects = pd.read_parquet(tmp_path / "out" / EFFECTS_FILE)

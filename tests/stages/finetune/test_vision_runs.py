@@ -289,6 +289,11 @@ def test_accuracy_on_clean_and_shifted_images(runs, folders, tmp_path):
         assert summary[metric]["value"] == pytest.approx(right)
     lost = summary["accuracy"]["value"] - summary["accuracy/noisy"]["value"]
     assert summary["accuracy_lost"]["value"] == pytest.approx(lost)
+    # A noisy image is the clean one in another form: they are one document.
+    pairs = scores.groupby("document")["domain"].agg(list)
+    assert len(pairs) == 12 and all(domains == ["digits", "noisy"] for domains in pairs)
+    assert list(summary)[0] == evaluation.primary == "shifted_accuracy"
+    assert ImageClassification(dataset="digits").primary == "accuracy"
 
 
 @pytest.mark.parametrize("model", ["dense", "spread"])
