@@ -79,8 +79,8 @@ def test_a_killed_search_goes_on_and_repeats_no_finished_node(cluster, tmp_path)
     # Nothing that the search needs is given away, only the attempt that the kill cut short.
     kept = run.folders_of(sweep, [moe, dense], contents, store)
     assert {finetune, scores, rung_scores, moe.folder} <= kept
-    assert all("attempt-" in line for line in collect([], store, False, kept)[:-1])
-    unneeded = "\n".join(collect([], store, False, kept - {scores}))
+    assert all("attempt-" in line for line in collect(kept, store, False)[:-1])
+    unneeded = "\n".join(collect(kept - {scores}, store, False))
     assert scores in unneeded and finetune not in unneeded
     # A sweep that asks for the same recipe under a name of its own finds it.
     trained = selecting(sweep)
