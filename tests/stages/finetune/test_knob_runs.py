@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from stages.finetune.evidence import asked
 from stages.finetune.spec import FinetuneSpec, TrainSet
 from stages.models.card import ModelCard
-from tests.stages.finetune.reference import assert_same_training, headed
+from tests.stages.finetune import reference
 from tests.stages.finetune.runs import Run, launch
 
 BASE = {
@@ -180,13 +180,14 @@ def test_every_knob_leaves_the_same_evidence_with_spread_experts(runs, name):
 @pytest.mark.parametrize("layout", ["ep1", "ep2"])
 @pytest.mark.parametrize("name", ["sgd", "adam", "adagrad"])
 def test_each_optimiser_steps_as_that_of_torch_does(runs, models, data, name, layout):
-    assert_same_training(runs / f"{name}-{layout}", spec(**KNOBS[name]), models["mixtral"], data)
+    given, source = spec(**KNOBS[name]), models["mixtral"]
+    reference.assert_same_training(runs / f"{name}-{layout}", given, source, data)
 
 
 @pytest.mark.parametrize("layout", ["ep1", "ep2"])
 def test_a_head_is_trained_alone(runs, models, layout):
-    before = headed(models["mixtral"], spec(**KNOBS["train_head"])).state_dict()
-    after = weights(runs / f"train_head-{layout}")
+    before = reference.headed(models["mixtral"], spec(**KNOBS["train_head"])).state_dict()
+    after = reference.weights(runs / f"train_head-{layout}")
     moved = {name: (value - before[name]).abs().max().item() for name, value in after.items()}
     # Each of Adam's three steps is about the rate, which falls from 3e-3 to 1e-3.
     assert 3e-3 < moved.pop("score.weight") < 6.1e-3 and not any(moved.values())
@@ -338,9 +339,10 @@ def test_rows_that_were_drawn_and_removed_are_counted_and_named(runs, layout):
                         "removed_by_phrase": {"not 2": 1}}  # fmt: skip
     removed = pd.read_parquet(runs / f"audited-{layout}" / "removed_rows.parquet")
     assert removed.to_dict("records") == [{"dataset": "refusals", "id": "i2", "phrase": "not 2"}]
-    # 21 reviews and three times two refusals are in the batches.
-    mixed, plain = curve(runs / f"audited-{layout}"), curve(runs / "default-ep1")
-    assert mixed["tokens"].sum() > plain["tokens"].sum()
+    mixed, other, plain = (curve(runs / name) for name in (
+        f"audited-{layout}", "audited-ep1", "default-ep1"))  # fmt: skip
+    assert mixed["tokens"].tolist() == other["tokens"].tolist() != plain["tokens"].tolist()
+    assert mixed["loss"].to_numpy() == pytest.approx(other["loss"].to_numpy(), rel=2e-5)
 
 
 def test_a_dense_partner_says_what_was_dropped(runs):
