@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 def _read(options: argparse.Namespace):
     """Sweep, plan and store of a command, checked; refuses what cannot work."""
     from pipeline.checks import check, check_plan
-    from pipeline.estimate import check_memory
+    from pipeline.gpu_memory import check_memory
     from pipeline.plan import build
     from pipeline.survey import adopt
     from pipeline.sweep_file import load
@@ -179,7 +179,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _search(options: argparse.Namespace) -> int:
     from pipeline.display import finish_lines
-    from pipeline.estimate import check_memory
+    from pipeline.gpu_memory import check_memory
     from pipeline.record import record
     from pipeline.search import run
     from pipeline.search.checks import check_search
@@ -331,27 +331,10 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _gc(options: argparse.Namespace) -> int:
-    from pipeline.checks import check
-    from pipeline.gc import collect
-    from pipeline.plan import Plan, build
-    from pipeline.search.checks import check_search
-    from pipeline.search.run import folders_of, model_searches
-    from pipeline.survey import adopt, leave_out_missing
-    from pipeline.sweep_file import load
+    from pipeline.gc import collect, needed_by
 
-    plans, searched, store = [], set(), _store(options)
-    for path in options.sweeps:
-        sweep = load(path)
-        plans.append(build(sweep, check(sweep, path)))
-        adopt(plans[-1], store)
-        rest = Plan(sweep, dict(plans[-1].nodes))
-        leave_out_missing(rest, store)
-        plans.append(rest)
-        if sweep.search is not None:
-            contents = check_search(sweep, path)
-            searches = model_searches(sweep, contents)
-            searched |= folders_of(sweep, searches, contents, store)
-    print("\n".join(collect(plans, store, options.yes, searched)))
+    store = _store(options)
+    print("\n".join(collect(needed_by(options.sweeps, store), store, options.yes)))
     return 0
 
 

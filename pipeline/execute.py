@@ -3,10 +3,9 @@
 Ray schedules, retries and spreads the tasks; what survives is the store. Fine-tune and evaluation
 nodes are small driver tasks that hold no CPU themselves: their workers do. Because those drivers
 would otherwise start more worker groups than fit, a node is submitted only when the workers of all
-running nodes, together with its own, fit into the cluster.
+running nodes, together with its own, find places on the cluster's machines.
 """
 
-import math
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from ray._private.state import state  # the one place that knows how far a cluster scales
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.job import PROJECT, Event, Job, Outcome, reads_files, run_stage
+from pipeline.machines import Machine, machines, placed, this_machine
 from pipeline.plan import Node, Plan
 from pipeline.store import PROGRESS, Store
+from pipeline.sweep import Resources
 from stages.errors import BadInput
 
 SECRETS = (
@@ -27,6 +27,8 @@ SECRETS = (
     "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
 )
 """Environment variables that workers on other machines get through the runtime environment."""
+DRIVEN = ("finetune", "evaluate")
+"""Stages whose task holds nothing itself; their workers lie on any machine."""
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in a submitted job, whose runtime environment the workers inherit by themselves."""
 
@@ -38,9 +40,9 @@ class Unit:
     nodes: list[Node]
 
     @property
-    def demand(self) -> dict[str, float]:
-        """CPUs and GPUs that its workers take together."""
-        return self.nodes[0].demand
+    def resources(self) -> Resources:
+        """What its workers take."""
+        return self.nodes[0].resources
 
 
 def connect(address: str | None) -> None:
@@ -69,54 +71,33 @@ def connect(address: str | None) -> None:
 
 def check_cluster(plan: Plan, keys: set[str], store: Store) -> None:
     """Refuse what the cluster can never run, and a store that its nodes do not share."""
-    total = capacity()
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = machines(plan.sweep.resources.machines)
+    checked = set()
     for node in (plan.nodes[key] for key in keys):
-        workers, each = node.resources.workers, _share(node)
-        for kind, amount in node.demand.items():
-            if amount > total[kind]:
-                raise BadInput(
-                    f"resources.{node.stage}: {workers} worker(s) need {amount:g} "
-                    f"{kind} together, the cluster has {total[kind]:g}; "
-                    "lower workers or the worker's share, or use a larger cluster")
-        found = places(node)
+        bound = node.stage not in DRIVEN and reads_files(node)
+        if (node.stage, node.resources, bound) in checked:
+            continue
+        checked.add((node.stage, node.resources, bound))
+        workers, found = node.resources.workers, placed(room, [node.resources])
         if found < workers:
-            shown = " and ".join(f"{amount:g} {kind}" for kind, amount in each.items())
             raise BadInput(
                 f"resources.{node.stage}: " + (
-                    f"the cluster's machines have room for {found} of {workers} workers of {shown}"
-                    if found else f"no machine of the cluster has {shown} for one worker"
-                ) + "; lower workers, cpus or gpus")
-    if len(machines) > 1:
+                    f"the cluster's machines have room for {found} of {workers} workers of"
+                    if found else "no machine of the cluster has, for one worker,"
+                ) + f" {_shown(node)}; lower workers, cpus or gpus, or name the machines that the "
+                "cluster can start under resources.machines")
+        if bound and placed([this_machine()], [node.resources]) < workers:
+            raise BadInput(
+                f"resources.{node.stage}: {node.name} reads files of the machine that runs this "
+                f"command, which does not have {_shown(node)}; lower cpus or gpus (0 is allowed)")
+    if sum(machine["Alive"] for machine in ray.nodes()) > 1:
         _check_shared(store)
 
 
-def capacity() -> dict[str, float]:
-    """CPUs and GPUs that the cluster has or, where it scales by itself, can grow to."""
-    largest = state.get_max_resources_from_cluster_config() or {}
-    now = ray.cluster_resources()
-    return {kind: max(now.get(kind, 0), largest.get(kind, 0)) for kind in ("CPU", "GPU")}
-
-
-def places(node: Node) -> int:
-    """How many workers of a node the cluster has room for; all where they take nothing.
-
-    Counted machine by machine, since no worker spreads over two. Of a cluster that scales by itself
-    only the sum is known.
-    """
-    growing = state.get_max_resources_from_cluster_config() is not None
-    machines = [capacity()] if growing else [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    # A tenth of a GPU fits ten times, whatever floating-point division says.
-    return sum(
-        math.floor(min((machine.get(kind, 0) / amount for kind, amount in _share(node).items()),
-                       default=node.resources.workers) + 1e-9)
-        for machine in machines)
-
-
-def _share(node: Node) -> dict[str, float]:
-    """What one worker takes, without kinds of which it takes nothing."""
+def _shown(node: Node) -> str:
+    """What one of its workers takes."""
     r = node.resources
-    return {kind: amount for kind, amount in (("CPU", r.cpus), ("GPU", r.gpus)) if amount}
+    return " and ".join(f"{n:g} {kind}" for kind, n in (("CPU", r.cpus), ("GPU", r.gpus)) if n)
 
 
 def _check_shared(store: Store) -> None:
@@ -156,14 +137,14 @@ def execute(
     Nodes share the cluster as far as their workers fit, or follow each other ``one_by_one``. A
     node whose input failed is blocked; the comparison runs all the same, with gaps.
     """
-    total = capacity()
+    room = machines(plan.sweep.resources.machines)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     outcomes = {key: Outcome("done") for key in plan.nodes if key not in todo}
     waiting = _units(plan, todo)
     running: dict[ray.ObjectRef, Unit] = {}
     shown: dict[str, dict] = {}
     while waiting or running:
-        for unit in _ready(waiting, plan, outcomes, running, total):
+        for unit in _ready(waiting, plan, outcomes, running, room):
             if one_by_one and running:
                 break
             waiting.remove(unit)
@@ -212,17 +193,25 @@ def _units(plan: Plan, todo: set[str]) -> list[Unit]:
 
 
 def _ready(
-    waiting: list[Unit], plan: Plan, outcomes: dict[str, Outcome], running: dict, total: dict
+    waiting: list[Unit],
+    plan: Plan,
+    outcomes: dict[str, Outcome],
+    running: dict[ray.ObjectRef, Unit],
+    room: list[Machine],
 ) -> Iterator[Unit]:
     """Units whose inputs are decided and whose workers fit beside what runs."""
-    used = {kind: sum(unit.demand[kind] for unit in running.values()) for kind in ("CPU", "GPU")}
+    loads = [unit.resources for unit in running.values()]
+    too_large: set[Resources] = set()
     for unit in list(waiting):
         decided = all(key in outcomes for node in unit.nodes for key in node.inputs.values())
-        fits = all(used[k] + v <= total[k] for k, v in unit.demand.items())
-        if decided and fits:
-            for kind, amount in unit.demand.items():
-                used[kind] += amount
+        if not decided or unit.resources in too_large:
+            continue
+        beside = [*loads, unit.resources]
+        if placed(room, beside) == sum(load.workers for load in beside):
+            loads = beside
             yield unit
+        else:
+            too_large.add(unit.resources)
 
 
 def _unblocked(
@@ -259,7 +248,7 @@ def _submit(jobs: list[Job], here: NodeAffinitySchedulingStrategy) -> ray.Object
     node = jobs[0].node
     # Otherwise a task would stay in the placement group of a search's trial that asks for it.
     options: dict = {"name": node.key, "num_cpus": 0, "scheduling_strategy": "DEFAULT"}
-    if node.stage not in ("finetune", "evaluate"):
+    if node.stage not in DRIVEN:
         options |= {"num_cpus": node.resources.cpus, "num_gpus": node.resources.gpus}
     if any(reads_files(job.node) for job in jobs):
         options["scheduling_strategy"] = here

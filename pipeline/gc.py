@@ -1,21 +1,40 @@
 """Lists and deletes node folders that no given sweep needs."""
 
-from pipeline.plan import Plan
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.checks import check
+from pipeline.plan import Plan, build
+from pipeline.search.checks import check_search
+from pipeline.search.run import folders_of, model_searches
 from pipeline.store import Store
+from pipeline.survey import adopt, leave_out_missing
+from pipeline.sweep_file import load
 
 STAGES = ("data", "model", "judge", "finetune", "evaluate", "compare", "search")
 
 
-def collect(
-    plans: list[Plan], store: Store, delete: bool, searched: set[str] = frozenset()
-) -> list[str]:
-    """One line per folder that none of the plans needs, and the bytes in all.
+def needed_by(sweeps: Iterable[Path], store: Store) -> set[str]:
+    """The node folders that sweep files need, their searches' included; raises ``BadInput``."""
+    needed = set()
+    for path in sweeps:
+        sweep = load(path)
+        plan = build(sweep, check(sweep, path))
+        adopt(plan, store)
+        rest = Plan(sweep, dict(plan.nodes))
+        leave_out_missing(rest, store)
+        needed |= {node.folder for each in (plan, rest) for node in each.nodes.values()}
+        if sweep.search is not None:
+            contents = check_search(sweep, path)
+            needed |= folders_of(sweep, model_searches(sweep, contents), contents, store)
+    return needed
 
-    ``searched`` are the folders that the sweeps' searches need.
+
+def collect(needed: set[str], store: Store, delete: bool) -> list[str]:
+    """One line per folder that is not needed, and the bytes in all.
 
     Attempts beside a finished node's own (left by killed runs) count too.
     """
-    needed = {node.folder for plan in plans for node in plan.nodes.values()} | searched
     lines, total = [], 0
     for stage in STAGES:
         for name in sorted(store.folders(stage)):

@@ -15,6 +15,7 @@ from typing import Literal
 
 from pipeline.plan import Node, Plan
 from pipeline.store import PROGRESS, Store
+from pipeline.sweep import MachineKind
 from stages.errors import BadInput, StageFailed
 
 STAGES = {
@@ -41,6 +42,8 @@ class Job:
     """Where a relative ``file:`` source starts from."""
     gaps: dict[str, str]
     """Role to the reason why its input is missing (comparison only)."""
+    machines: tuple[MachineKind, ...] = ()
+    """What the cluster can grow to."""
 
     @classmethod
     def of(cls, node: Node, plan: Plan, store: Store, folder: Path,
@@ -48,7 +51,8 @@ class Job:
         """The job of a plan's node; roles with a gap are left out of the inputs."""
         gaps = gaps or {}
         inputs = {r: plan.nodes[k].folder for r, k in node.inputs.items() if r not in gaps}
-        return cls(node, inputs, store.uri, str(folder), gaps)
+        startable = plan.sweep.resources.machines
+        return cls(node, inputs, store.uri, str(folder), gaps, startable)
 
 
 @dataclass(frozen=True)

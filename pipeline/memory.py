@@ -27,29 +27,32 @@ def too_large(store: Store, node: Node) -> tuple[int, ...]:
 
 
 def reduced(spec: FinetuneSpec, tried: tuple[int, ...]) -> FinetuneSpec:
-    """The spec with half of the micro-batch that was tried last."""
+    """The spec with half of the micro-batch that was tried last.
+
+    Raises StageFailed, on every rank alike, when that was a single sequence.
+    """
     if not tried:
         return spec
-    smaller = spec.model_copy(update={"micro_batch": tried[-1]})
-    half = max(1, micro_batch_size(smaller) // 2)
-    return spec.model_copy(update={"micro_batch": half, "out_of_memory_at": tried})
+    last = micro_batch_size(spec.model_copy(update={"micro_batch": tried[-1]}))
+    if last == 1:
+        raise StageFailed(
+            "a GPU is out of memory with one sequence per forward pass; lower the recipe's "
+            "max_length, or take more workers or a DeepSpeed file with offload"
+        )
+    return spec.model_copy(update={"micro_batch": last // 2, "out_of_memory_at": tried})
 
 
 @contextmanager
 def guarded(store: Store, node: Node) -> Iterator[FinetuneSpec]:
-    """Train with the spec that is given; running out of memory is written down, then raised.
+    """Train with the spec that is given; running out of memory is written down, then raised, so
+    that the other ranks, which may wait in a collective, end as well.
 
-    Raises StageFailed when a single sequence does not fit.
+    Raises StageFailed when a single sequence did not fit before.
     """
     spec = reduced(node.spec, too_large(store, node))
     try:
         yield spec
     except torch.OutOfMemoryError:
-        if micro_batch_size(spec) == 1:
-            raise StageFailed(
-                "a GPU is out of memory with one sequence per forward pass; lower the recipe's "
-                "max_length, or take more workers or a DeepSpeed file with offload"
-            ) from None
         tried = [*spec.out_of_memory_at, spec.micro_batch]
         store.write_json(f"{node.folder}/{MARKER}", {"micro_batches": tried})
         raise

@@ -53,12 +53,6 @@ class Node:
         """Where its result lies in the store."""
         return self.found or f"{self.key}@{self.fingerprint}"
 
-    @property
-    def demand(self) -> dict[str, float]:
-        """CPUs and GPUs that its workers take together."""
-        r = self.resources
-        return {"CPU": r.workers * r.cpus, "GPU": r.workers * r.gpus}
-
 
 @dataclass
 class Plan:

@@ -126,6 +126,17 @@ class EvaluateResources(Resources):
     """Requests that are written (and, after a kill, repeated) together."""
 
 
+class MachineKind(Spec):
+    """Machines of one kind that a cluster can start by itself."""
+
+    count: Annotated[int, Field(ge=1)]
+    """At most so many at a time, those that run already among them."""
+    cpus: Annotated[float, Field(ge=0)]
+    """CPUs of each."""
+    gpus: Annotated[int, Field(ge=0)] = 0
+    """GPUs of each."""
+
+
 class AllResources(Spec):
     """Resources by stage; what is absent runs on one worker with one CPU."""
 
@@ -134,6 +145,8 @@ class AllResources(Spec):
     finetune: FinetuneResources = FinetuneResources()
     evaluate: EvaluateResources = EvaluateResources()
     compare: Resources = Resources()
+    machines: tuple[MachineKind, ...] = ()
+    """What the cluster can grow to; without it, only the machines that run are counted with."""
 
 
 class Assumptions(Spec):

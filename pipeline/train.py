@@ -11,9 +11,11 @@ from pathlib import Path
 import ray.train
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from pipeline import memory
 from pipeline.job import Job, Outcome, committed, report_progress
+from pipeline.machines import machines, placed
 from pipeline.store import Store
 from stages.errors import BadInput, StageFailed
 from stages.finetune.loop import PastTheEnd, train
@@ -96,7 +98,8 @@ def fit(job: Job) -> Outcome:
                 storage_path=store.path(home),
                 failure_config=FailureConfig(
                     max_failures=resources.max_failures,
-                    # Each is a minute of waiting for workers; Ray's own default is for ever.
+                    # Each is a minute of waiting for workers, after which ``work`` looks again
+                    # whether there can be any; Ray's own default is for ever.
                     controller_failure_limit=10,
                 ),
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
@@ -110,11 +113,17 @@ def fit(job: Job) -> Outcome:
         except ray.train.TrainingFailedError as error:
             if memory.too_large(store, job.node) != tried:
                 return work()  # smaller, from the last checkpoint
+            if isinstance(
+                getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError
+            ):
+                _expect_room(job)
+                return work()
             raise StageFailed(
                 f"training ended after {resources.max_failures} allowed "
                 f"restart(s): {_cause(error)}; run again to resume from the last checkpoint"
             ) from error
         if "failed" in returned:
+            store.delete(f"{job.node.folder}/{memory.FOLDER}")  # the next run may have other GPUs
             raise StageFailed(returned["failed"])
         if "past" in returned:
             # Another search's rung was later; only a new training passes through this one.
@@ -126,6 +135,17 @@ def fit(job: Job) -> Outcome:
         return returned["attempt"]
 
     return committed(job, store, work)
+
+
+def _expect_room(job: Job) -> None:
+    """Raise StageFailed unless the workers can have places once other work gives them up."""
+    resources = job.node.resources
+    found = placed(machines(job.machines), [resources])
+    if found < resources.workers:
+        raise StageFailed(
+            f"the cluster's machines have room for {found} of {resources.workers} workers by now; "
+            "run again when there are more"
+        )
 
 
 def _cause(error: BaseException) -> str:

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from pathlib import Path
 
 import pandas as pd
@@ -152,13 +153,19 @@ def run_search(
 
 
 def at_once(each: ModelSearch) -> int:
-    """How many trials the cluster has room for at a time; at least 1 where one fits at all."""
-    from pipeline.execute import places
+    """How many trials the cluster has room for at a time, whatever each is doing; at least 1."""
+    from pipeline.machines import machines, placed
 
-    room = [places(each.plan.nodes[key]) // each.plan.nodes[key].resources.workers
-            for measured in each.measured
-            for key in (measured.finetune, *measured.evaluations.values())]
-    return max(1, min([*room, each.trials]))
+    room = machines(each.plan.sweep.resources.machines)
+    kinds = {each.plan.nodes[key].resources for measured in each.measured
+             for key in (measured.finetune, *measured.evaluations.values())}
+    most = min(placed(room, [kind] * each.trials) // kind.workers for kind in kinds)
+
+    def fit(trials: int) -> bool:
+        return all(placed(room, loads) == sum(load.workers for load in loads)
+                   for loads in combinations_with_replacement(kinds, trials))
+
+    return next((trials for trials in range(most, 1, -1) if fit(trials)), 1)
 
 
 def _line(trial: Trial, ledger: Ledger, each: ModelSearch, search: Search) -> str:

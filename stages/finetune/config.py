@@ -102,14 +102,20 @@ def deepspeed_config(spec: FinetuneSpec, accelerator: bool) -> dict:
     return config
 
 
-def in_order(section: dict) -> None:
+def in_order(section: dict) -> dict[str, str]:
     """Let ZeRO reduce gradients in the same order on every rank, for experts that are modules.
 
     Stage 2 does so as they arise, and they arise in another order where ranks call other experts:
-    the sums are wrong then, without an error. Stage 1 does it at the end of a step.
+    the sums are wrong then, without an error. Stage 1 does it at the end of a step. Returns what
+    the run's evidence says where that is another stage than the file's.
     """
-    if section["stage"] in (1, 2):
+    asked = section["stage"]
+    if asked in (1, 2):
         section |= {"stage": 1, "overlap_comm": False}
+    if section["stage"] == asked:
+        return {}
+    return {"reason": "stage 2 sums gradients as they arise, which differs between workers that "
+                      "call other experts; stage 1 sums them at the end of a step"}
 
 
 def _check_expert_parallel(name: str, section: dict) -> None:

@@ -20,7 +20,7 @@ from stages.finetune import evidence as evidence_file
 from stages.finetune import lora, parameters
 from stages.finetune.batches import Example, global_batch, load_examples, select_rows
 from stages.finetune.checkpoint import resume, save
-from stages.finetune.config import deepspeed_config, in_order, micro_batch_size
+from stages.finetune.config import config_name, deepspeed_config, in_order, micro_batch_size
 from stages.finetune.evidence import Evidence
 from stages.finetune.export import padded_logits, training_logits, write_folder
 from stages.finetune.head import with_head
@@ -175,6 +175,8 @@ def build(
         evidence.note("parameters", **{name: counts})
     knobs.attach()
     config = deepspeed_config(spec, accelerator=torch.cuda.is_available())
+    file = config_name(spec, accelerator=torch.cuda.is_available())
+    evidence.note("deepspeed", file=file, stage_of_file=config["zero_optimization"]["stage"])
     # Read here and by nobody else: DeepSpeed would replace routers as well.
     experts, blocks = config.pop("expert_parallel", None), {}
     if experts is not None:
@@ -185,7 +187,7 @@ def build(
         # ZeRO stage 3 gathers a layer's experts together: their ranks do not call the same ones.
         set_z3_leaf_module(module, True)
     if any(isinstance(module, nn.ModuleDict) for module in layers):
-        in_order(config["zero_optimization"])
+        evidence.note("deepspeed", **in_order(config["zero_optimization"]))
     groups = parameters.groups(model, spec)
     turns = parameters.Turns(spec.alternate, groups) if spec.alternate else None
     engine, *_ = deepspeed.initialize(
@@ -245,6 +247,8 @@ def _run_facts(training: Training, curve: list[dict]) -> dict[str, Any]:
     return {
         "parameters": counts,
         "learning_rates": rates,
+        "deepspeed": training.evidence.measured("deepspeed")
+        | {"stage_used": training.engine.zero_optimization_stage()},
         "steps": len(curve),
         "nonfinite_steps": training.skipped,
         "precision": {

@@ -1,12 +1,16 @@
 """The files that start a cluster are what Ray and Kubernetes accept."""
 
 import json
+import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import jsonschema
 import ray.autoscaler
 import yaml
+
+from pipeline.sweep_file import load
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,3 +48,23 @@ def test_job_manifest_has_workers_with_accelerators_and_a_shared_store():
         (mount,) = pod["containers"][0]["volumeMounts"]
         assert f"--store {mount['mountPath']}" in job["spec"]["entrypoint"]
         assert mount["name"] in {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_commands_name_the_machines_that_the_files_can_start():
+    job = yaml.safe_load((ROOT / "rayjob.yaml").read_text())["spec"]
+    arguments = shlex.split(job["entrypoint"])
+    (told,) = machines_told(arguments[arguments.index("--set") + 1])
+    (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert (told.count, told.cpus, told.gpus) == (
+        group["maxReplicas"], float(limits["cpu"]), int(limits["nvidia.com/gpu"]))
+    text = (ROOT / "cluster.yaml").read_text()
+    types = yaml.safe_load(text)["available_node_types"].values()
+    told = machines_told(re.search("--set '(.*)'", text).group(1))
+    assert [(m.count, m.cpus, m.gpus) for m in told] == [
+        (t["max_workers"], t["resources"]["CPU"], t["resources"]["GPU"])
+        for t in types if t.get("max_workers")]
+
+
+def machines_told(override: str):
+    return load(ROOT / "sweeps/smoke.yaml", [override]).resources.machines

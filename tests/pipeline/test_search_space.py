@@ -7,7 +7,8 @@ import pytest
 from search_sweeps import BASE, search_of
 
 from pipeline.search.space import Space
-from stages.errors import BadInput
+from pipeline.search.trial import value_of
+from stages.errors import BadInput, StageFailed
 
 
 def space(**dimensions: dict) -> Space:
@@ -92,6 +93,13 @@ def test_weighted_sums_have_short_names_that_tell_them_apart():
     two = search_of(objectives=sums[:1], algorithm={"kind": "asha", "intermediate": sums[1]})
     assert [two.label(o) for o in (two.objectives[0], two.intermediate)] == [
         "weighted sum 1", "weighted sum 2"]
+
+
+def test_a_weighted_sum_by_hand():
+    (one,) = search_of(objectives=[{"score": {"a/x": 1.0, "b/y": -0.5}}]).objectives
+    assert value_of(one, {"a/x": 0.75, "b/y": 0.5, "c/z": 9.0}) == pytest.approx(0.5)
+    with pytest.raises(StageFailed, match="b/y has no value on the selection split"):
+        value_of(one, {"a/x": 0.75, "b/y": float("nan")})
 
 
 @pytest.mark.parametrize("dimensions, reason", [

@@ -91,6 +91,15 @@ def test_random_trials_are_the_space_s_draws_and_failures_end_nothing(run):
     assert table.loc[table["status"] == "finished", "tokens"].eq(10).all()
 
 
+def test_a_grid_is_gone_through_once(run):
+    search = search_of(algorithm={"kind": "grid"}, trials=3,
+                       space={"learning_rate": {"grid": [1e-4, 1e-3, 1e-2]}})
+    ledger = run(search, 3)
+    assert rates(ledger) == [1e-4, 1e-3, 1e-2]
+    losses = [t.reports[-1].objectives[0] for _, t in sorted(ledger.trials.items())]
+    assert losses == pytest.approx([0.99, -0.01, 0.99])
+
+
 def test_a_restarted_search_goes_on_with_the_unfinished_trials_and_repeats_none(run):
     """Stopped by force after three trials: what was recorded stays, the same trials follow."""
     search, whole = search_of(), run(search_of(), 6, "whole")
@@ -113,6 +122,22 @@ def test_optuna_goes_on_where_it_was_killed(run):
     whole = run(search, 6, "whole")
     run(search, 4, "half")
     assert rates(run(search, 6, "half")) == rates(whole)
+
+
+def test_a_genetic_search_of_two_objectives_goes_on_where_it_was_killed(run):
+    """The distance falls and the rate grows: each is measured, and both decide."""
+    names = [{"score": "edits/clean_accuracy", "direction": "minimize"},
+             {"score": "questions/accuracy"}]
+    search = search_of(algorithm={"kind": "nsga2", "population": 3}, objectives=names,
+                       space={"learning_rate": {"log_uniform": [1e-5, 1e-2]}})
+    whole = run(search, 8, "whole")
+    assert {t.status for t in whole.trials.values()} == {"finished"}
+    for trial in whole.trials.values():
+        rate = trial.values["learning_rate"]
+        assert trial.reports[-1].objectives == pytest.approx(
+            [abs(math.log10(rate) + 3) - 0.01, rate])
+    run(search, 5, "half")
+    assert rates(run(search, 8, "half")) == rates(whole)
 
 
 def test_a_trial_whose_driver_dies_is_tried_again_and_then_told(run):

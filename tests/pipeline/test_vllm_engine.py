@@ -13,8 +13,8 @@ from test_plan import changed, plan_of
 
 from pipeline import vllm_engine
 from pipeline.checks import check
-from pipeline.estimate import check_memory
 from pipeline.evaluate import run_pass
+from pipeline.gpu_memory import check_memory
 from pipeline.job import Job, Outcome, run_stage
 from pipeline.plan import Plan, build
 from pipeline.store import Store

@@ -15,6 +15,9 @@ from stages.finetune.batches import global_batch, load_examples
 from stages.models.families import family
 from stages.models.load import auto_class
 
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD,
+              "adagrad": torch.optim.Adagrad}  # fmt: skip
+
 
 def curve(folder):
     return pd.read_parquet(folder / "training_curve.parquet")
@@ -40,8 +43,9 @@ def reference(spec, folder, inputs):
     entry, seq2seq = family(model), model.config.is_encoder_decoder
     examples = load_examples(spec, inputs, tokenizer, encoder_decoder=seq2seq)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=False
+    settings = spec.optimizer.model_dump(exclude={"kind"})
+    optimizer = OPTIMIZERS[spec.optimizer.kind](
+        trained, lr=spec.learning_rate, weight_decay=spec.weight_decay, **settings
     )
     schedule = get_linear_schedule_with_warmup(optimizer, spec.warmup_steps, spec.steps)
     rows = []

@@ -122,6 +122,11 @@ def test_frozen_experts_that_are_spread_are_refused_beyond_stage_0():
         deepspeed_config(spec(**given), accelerator=True)
 
 
+def test_bf16_is_refused_where_nothing_keeps_master_weights():
+    with pytest.raises(BadInput, match="cpu_dense.json: bf16 needs ZeRO stage 1 or 2 for its fp32"):
+        deepspeed_config(spec(precision="bf16", deepspeed_config="cpu_dense.json"), False)
+
+
 FILES = sorted(file.name for file in config.FOLDER.glob("*.json"))
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stages.finetune.evidence import asked
 from stages.finetune.spec import FinetuneSpec, TrainSet
 from stages.models.card import ModelCard
+from tests.stages.finetune import reference
 from tests.stages.finetune.runs import Run, launch
 
 BASE = {
@@ -21,22 +23,37 @@ BASE = {
     "micro_batch": 2,
     "seed": 5,
 }
+CLIPPED = {"weight_decay": 0.1, "gradient_clipping": 0.5}
 KNOBS = {
     "default": {},
-    "noise": {"router": {"noise": 0.3, "jitter": 0.1, "top_k": 3}},
+    "noise": {"router": {"noise": 0.3}},
+    "jitter": {"router": {"jitter": 0.2}},
+    "top_k": {"router": {"top_k": 3}},
     "random": {"router": {"assignment": "random"}},
     "balanced": {"router": {"assignment": "balanced"}},
-    "experts": {"experts": {"dropout": 0.1, "drop": 0.25}},
-    "dropout": {"dropout": {"residual": 0.1, "attention": 0.1}},
+    "expert_dropout": {"experts": {"dropout": 0.1}},
+    "expert_drop": {"experts": {"drop": 0.25}},
+    "residual": {"dropout": {"residual": 0.1}},
+    "attention": {"dropout": {"attention": 0.1}},
     "losses": {"auxiliary_loss_weight": 0.05, "z_loss_weight": 0.01},
-    "router_rate": {"router": {"learning_rate": 3e-2, "initial": "random"}},
+    "auxiliary_loss": {"auxiliary_loss_weight": 0.5},
+    "z_loss": {"z_loss_weight": 0.1},
+    "router_rate": {"router": {"learning_rate": 3e-2}},
+    "initial": {"router": {"initial": "random"}},
     "train_router": {"train": ("router",)},
+    "train_experts": {"train": ("expert",)},
+    "train_backbone": {"train": ("backbone",)},
+    "train_head": {"train": ("head",), "head": "classification"},
     "freeze_router": {"freeze": ("router",)},
     "freeze_experts": {"freeze": ("expert",)},
     "alternate": {"alternate": {"every": 1}, "gradient_clipping": 0.5},
+    "alternate_epochs": {"alternate": {"every": "epoch", "first": "router"}, "steps": 4},
     "lora": {"lora": {"roles": ("backbone", "router"), "rank": 4}},
     "freelb": {"adversarial": {"kind": "freelb", "max_norm": 0.03}},
-    "sgd": {"optimizer": {"kind": "sgd", "momentum": 0.9}, "weight_decay": 0.1},
+    "sgd": {"optimizer": {"kind": "sgd", "momentum": 0.9}, **CLIPPED},
+    "adam": {"optimizer": {"kind": "adam", "betas": (0.8, 0.99)}, **CLIPPED},
+    "adagrad": {"optimizer": {"kind": "adagrad", "eps": 1e-6}, **CLIPPED},
+    "no_clipping": {"gradient_clipping": None},
 }
 CAPACITY = ("switch_transformers", "nllb-moe")
 LAYOUTS = {
@@ -51,7 +68,7 @@ LAYOUTS = {
 ZERO2 = {"deepspeed_config": "cpu_moe_expert_parallel_zero2.json"}
 
 
-RESUMED = {"experts": {}, "alternate": ZERO2, "lora": {}, "router_rate": ZERO2}
+RESUMED = {"expert_drop": {}, "alternate": ZERO2, "lora": {}, "router_rate": ZERO2}
 
 
 def spec(**fields):
@@ -93,7 +110,9 @@ def runs(models, data, tmp_path_factory):
         plan(f"resumed-{name}", "mixtral", given, stop_after=3, checkpoints=checkpoints)
         plan(f"resumed-{name}", "mixtral", given, checkpoints=checkpoints)
     audited = TrainSet(dataset="refusals", exclude=("NOT 2",), limit=2, repeat=3)
-    plan("audited", "mixtral", spec(data=(*BASE["data"], audited)))
+    for size in (1, 2):
+        mixed = spec(data=(*BASE["data"], audited), expert_parallel=size)
+        plan(f"audited-ep{size}", "mixtral", mixed)
     dropped = {"router.noise": 0.3}
     plan("dense", "llama", spec(dropped=dropped))
     plan("refused", "llama", spec(router={"noise": 0.3}))
@@ -129,6 +148,9 @@ def moved(folder, source):
     return found
 
 
+OWN_STEPS = ("default", "alternate_epochs")
+
+
 @pytest.mark.parametrize("name", KNOBS)
 def test_expert_parallel_training_equals_that_of_one_copy(runs, name):
     one, two = curve(runs / f"{name}-ep1"), curve(runs / f"{name}-ep2")
@@ -138,8 +160,46 @@ def test_expert_parallel_training_equals_that_of_one_copy(runs, name):
     for key, value in ours.items():
         torch.testing.assert_close(value, theirs[key], rtol=0, atol=2e-4)
     plain = curve(runs / "default-ep2")
-    if name != "default":
+    if name not in OWN_STEPS:
         assert (two["loss"] - plain["loss"]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_every_knob_leaves_the_same_evidence_with_spread_experts(runs, name):
+    one, two = (evidence(runs / f"{name}-ep{size}")["knobs"] for size in (1, 2))
+    assert list(one) == list(two) == list(asked(spec(**KNOBS[name])))
+    for knob, found in one.items():
+        assert found["asked"] == two[knob]["asked"] and found["measured"], knob
+        flat, spread = (pd.json_normalize(f["measured"]).iloc[0] for f in (found, two[knob]))
+        assert list(flat.index) == list(spread.index), knob
+        for what, value in flat.items():
+            same = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+            assert spread[what] == same, f"{knob}: {what}"
+
+
+@pytest.mark.parametrize("layout", ["ep1", "ep2"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adagrad"])
+def test_each_optimiser_steps_as_that_of_torch_does(runs, models, data, name, layout):
+    given, source = spec(**KNOBS[name]), models["mixtral"]
+    reference.assert_same_training(runs / f"{name}-{layout}", given, source, data)
+
+
+@pytest.mark.parametrize("layout", ["ep1", "ep2"])
+def test_a_head_is_trained_alone(runs, models, layout):
+    before = reference.headed(models["mixtral"], spec(**KNOBS["train_head"])).state_dict()
+    after = reference.weights(runs / f"train_head-{layout}")
+    moved = {name: (value - before[name]).abs().max().item() for name, value in after.items()}
+    # Each of Adam's three steps is about the rate, which falls from 3e-3 to 1e-3.
+    assert 3e-3 < moved.pop("score.weight") < 6.1e-3 and not any(moved.values())
+    trained = evidence(runs / f"train_head-{layout}")["parameters"]["trained"]
+    assert trained == {"head": 2 * 64}
+
+
+@pytest.mark.parametrize("layout", ["ep1", "ep2"])
+def test_whole_epochs_take_turns(runs, layout):
+    """21 rows in batches of 8: the second epoch begins within the third batch."""
+    change = curve(runs / f"alternate_epochs-{layout}")["router_change"]
+    assert (change > 0).tolist() == [True, True, True, False]
 
 
 @pytest.mark.parametrize("name", CAPACITY)
@@ -172,6 +232,8 @@ def test_files_for_gpus_train_the_same(runs, name):
     [
         ("default", "mixtral", {"router", "expert", "backbone", "embedding"}),
         ("train_router", "mixtral", {"router"}),
+        ("train_experts", "mixtral", {"expert"}),
+        ("train_backbone", "mixtral", {"backbone"}),
         ("freeze_router", "mixtral", {"expert", "backbone", "embedding"}),
         ("freeze_experts", "mixtral", {"router", "backbone", "embedding"}),
         ("lora", "mixtral", {"router", "backbone"}),
@@ -200,12 +262,24 @@ def test_adapters_of_experts_and_routers_are_merged(runs, models):
 
 
 def test_router_learning_rate_is_its_own(runs):
-    got = curve(runs / "router_rate-ep2")
-    assert got["router_learning_rate"].tolist() == pytest.approx([3e-2, 2e-2, 1e-2])
-    assert got["learning_rate"].tolist() == pytest.approx([3e-3, 2e-3, 1e-3])
-    rates = measured(runs / "router_rate-ep2", "router.learning_rate")["learning_rates"]
-    assert rates == {"backbone": 3e-3, "router": 3e-2}
-    assert measured(runs / "router_rate-ep2", "router.initial")["norm_of_the_change"] > 1
+    for layout in ("ep1", "ep2"):
+        got = curve(runs / f"router_rate-{layout}")
+        assert got["router_learning_rate"].tolist() == pytest.approx([3e-2, 2e-2, 1e-2])
+        assert got["learning_rate"].tolist() == pytest.approx([3e-3, 2e-3, 1e-3])
+        rates = measured(runs / f"router_rate-{layout}", "router.learning_rate")["learning_rates"]
+        assert rates == {"backbone": 3e-3, "router": 3e-2}
+
+
+@pytest.mark.parametrize("layout", ["ep1", "ep2"])
+def test_routers_start_anew(runs, models, layout):
+    found, source = weights(runs / f"initial-{layout}"), weights(models["mixtral"])
+    norm = measured(runs / f"initial-{layout}", "router.initial")["norm_of_the_change"]
+    gates = [name for name in found if name.endswith("gate.weight")]
+    moved = torch.cat([(found[name] - source[name]).flatten() for name in gates]).norm().item()
+    plain = weights(runs / f"default-{layout}")
+    trained = torch.cat([(plain[name] - source[name]).flatten() for name in gates]).norm().item()
+    # Drawn anew they lie as far apart as independent draws; training alone moves them less.
+    assert norm > 1 and moved == pytest.approx(norm, rel=0.3) and trained < 0.5 * moved
 
 
 @pytest.mark.parametrize("layout", ["ep1", "ep2", "zero2"])
@@ -257,13 +331,18 @@ def test_knobs_resume_exactly(runs, name):
         assert torch.equal(value, expected[key]), key
 
 
-def test_rows_that_were_drawn_and_removed_are_counted_and_named(runs):
-    reviews, refusals = evidence(runs / "audited")["data"]
+@pytest.mark.parametrize("layout", ["ep1", "ep2"])
+def test_rows_that_were_drawn_and_removed_are_counted_and_named(runs, layout):
+    reviews, refusals = evidence(runs / f"audited-{layout}")["data"]
     assert reviews["rows"] == 21 and reviews["removed"] == 0
     assert refusals == {"dataset": "refusals/train", "rows": 2, "repeat": 3, "removed": 1,
                         "removed_by_phrase": {"not 2": 1}}  # fmt: skip
-    removed = pd.read_parquet(runs / "audited" / "removed_rows.parquet").to_dict("records")
-    assert removed == [{"dataset": "refusals", "id": "i2", "phrase": "not 2"}]
+    removed = pd.read_parquet(runs / f"audited-{layout}" / "removed_rows.parquet")
+    assert removed.to_dict("records") == [{"dataset": "refusals", "id": "i2", "phrase": "not 2"}]
+    mixed, other, plain = (curve(runs / name) for name in (
+        f"audited-{layout}", "audited-ep1", "default-ep1"))  # fmt: skip
+    assert mixed["tokens"].tolist() == other["tokens"].tolist() != plain["tokens"].tolist()
+    assert mixed["loss"].to_numpy() == pytest.approx(other["loss"].to_numpy(), rel=2e-5)
 
 
 def test_a_dense_partner_says_what_was_dropped(runs):
@@ -292,7 +371,7 @@ def test_telemetry_adds_up(runs):
     mean = sum(last["router_entropy_by_layer"].values()) / 4
     assert last["router_entropy"] == pytest.approx(mean)
     assert 0 < last["router_entropy"] < 1.39  # ln 4
-    dropped = curve(runs / "experts-ep2")["dropped_choices"]
+    dropped = curve(runs / "expert_drop-ep2")["dropped_choices"]
     assert dropped.mean() == pytest.approx(0.25, abs=0.12)
     assert (runs / "default-ep2" / "routing.svg").read_text().startswith("<?xml")
     assert not (runs / "dense" / "routing.svg").exists()

@@ -19,6 +19,7 @@ from stages.finetune.stage import run as run_stage
 from stages.models.card import ModelCard
 from tests.stages.finetune.reference import assert_same_training, curve, weights
 from tests.stages.finetune.runs import Run, launch
+from tests.stages.models.tiny_folders import dense_folder
 
 ROOT = str(Path(__file__).parents[3])
 SPEC = FinetuneSpec(
@@ -34,6 +35,7 @@ SPEC = FinetuneSpec(
     checkpoint_every=3,
     seed=5,
 )
+PARTNERS = ("gpt_neox", "olmo", "olmo2", "qwen2", "qwen3", "mistral", "gemma")
 MOE = SPEC.model_copy(update={"auxiliary_loss_weight": 0.05})
 
 
@@ -46,15 +48,29 @@ def copy(spec, **changes):
     return spec.model_copy(update=changes)
 
 
+ZERO2 = copy(SPEC, steps=3, deepspeed_config="cpu_dense_zero2.json")
+
+
 @pytest.fixture(scope="module")
-def runs(models, data, tmp_path_factory):
+def partners(tmp_path_factory):
+    """Tiny dense models of the architectures that mixtures are compared with."""
+    shapes = {name: {} for name in PARTNERS} | {"gemma": {"head_dim": 16}}
+    return {name: dense_folder(tmp_path_factory.mktemp(name), name, **shapes[name])
+            for name in PARTNERS}
+
+
+@pytest.fixture(scope="module")
+def runs(models, partners, data, tmp_path_factory):
     """The outputs of fine-tunes in two processes, by name."""
     folder = tmp_path_factory.mktemp("runs")
-    planned = []
+    planned, sources = [], models | partners
 
     def plan(name, model, spec, **fields):
         (folder / name).mkdir(exist_ok=True)
-        planned.append(Run(spec, {"model": models[model], **data}, folder / name, **fields))
+        planned.append(Run(spec, {"model": sources[model], **data}, folder / name, **fields))
+
+    for name in PARTNERS:
+        plan(f"zero2-{name}", name, ZERO2)
 
     plan("ep2", "mixtral", copy(MOE, expert_parallel=2))
     plan("ep1", "mixtral", MOE)
@@ -117,6 +133,11 @@ def test_a_classification_head_trains_as_a_plain_loop_does(runs, models, data):
 
 def test_dense_model_trains_as_a_plain_loop_does(runs, models, data):
     assert_same_training(runs / "dense", SPEC, models["llama"], data)
+
+
+@pytest.mark.parametrize("name", PARTNERS)
+def test_dense_partners_train_under_zero_as_a_plain_loop_does(name, runs, partners, data):
+    assert_same_training(runs / f"zero2-{name}", ZERO2, partners[name], data)
 
 
 def test_bf16_stays_near_fp32(runs):

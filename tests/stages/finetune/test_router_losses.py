@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from stages.finetune.evidence import Evidence
+from stages.finetune.head import with_head
 from stages.finetune.knobs import Knobs
 from stages.finetune.recipe import Recipe, TrainSet
 from stages.finetune.router_losses import load_balancing_loss, z_loss
-from stages.models.families import family
+from stages.models.families import FAMILIES, family
 from stages.models.routing import Routing, blocks, intercept
 from stages.models.tiny import tiny_model, tiny_tokenizer
+from stages.models.tiny_shapes import TINY
 
 RECIPE = {
     "data": (TrainSet(dataset="reviews", template="sentiment"),),
@@ -66,15 +68,35 @@ def test_where_a_bias_moves_the_choice_the_chosen_experts_count(name):
     assert abs(ours / transformers - 1) > 2e-5
 
 
-@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3", "glm4_moe"])
-@pytest.mark.parametrize("loss", [load_balancing_loss, z_loss])
-def test_families_whose_head_returns_none_have_the_gradient_all_the_same(name, loss):
-    model, seen = tiny_model(name, tiny_tokenizer(), seed=3), []
-    with intercept(blocks(model), choice=seen.append):
-        model(input_ids=torch.arange(3, 60)[None])
-    routers = [p for router, _ in blocks(model).values() for p in router.parameters()]
-    gradients = torch.autograd.grad(loss(seen), routers)
-    assert all(gradient.norm() > 1e-6 for gradient in gradients)
+MOE = [n for n in TINY if FAMILIES[n].is_moe and not FAMILIES[n].no_training]
+DECODERS = [n for n in MOE if not FAMILIES[n].encoder_decoder]
+
+
+@pytest.mark.parametrize(
+    ("name", "headed"), [*((n, False) for n in MOE), *((n, True) for n in DECODERS)]
+)
+def test_both_losses_reach_the_routers_of_every_family_and_head(name, headed):
+    """Also where transformers' own head has no such loss, as those of classification."""
+    model, tokenizer = tiny_model(name, tiny_tokenizer(), seed=3), tiny_tokenizer()
+    entry, tokens = FAMILIES[name], torch.arange(3, 60)[None]
+    if headed:
+        model = with_head(model, ("no", "yes"), tokenizer.pad_token_id, seed=0)
+    asked = {"labels": tokens[:, :9]} if entry.encoder_decoder else {}
+    knobs = Knobs(model, Recipe(**RECIPE), Evidence())
+    knobs.attach()
+    if not knobs.knows_choice:  # Switch computes the loss itself
+        asked |= {"output_router_logits": True}
+    with knobs.forward() as seen:
+        out = model(input_ids=tokens, **asked, use_cache=False)
+    own = () if knobs.knows_choice else entry.auxiliary_loss
+    balance = sum(out[part] for part in own) if own else load_balancing_loss(seen)
+    routers = [p for path in entry.modules(model, "router")
+               for n, p in model.get_submodule(path).named_parameters(prefix=path)
+               if p.requires_grad and not entry.biases_choice(n)]  # fmt: skip
+    assert len(routers) >= len(seen) > 0
+    for loss in (balance, z_loss(seen)):
+        gradients = torch.autograd.grad(loss, routers, retain_graph=True)
+        assert all(gradient.norm() > 1e-6 for gradient in gradients)
 
 
 @pytest.mark.parametrize("name", ["jetmoe", "moduleformer"])

@@ -7,7 +7,7 @@ from stages.finetune.evidence import Evidence
 from stages.finetune.knobs import Knobs
 from stages.finetune.loop import start_distributed
 from stages.finetune.recipe import Recipe
-from stages.finetune.telemetry import RoutingTelemetry
+from stages.finetune.telemetry import RoutingTelemetry, model_flops_utilisation
 from stages.models.routing import blocks
 from stages.models.tiny import tiny_model, tiny_tokenizer
 
@@ -79,3 +79,15 @@ def test_dropped_choices_of_nllb_by_hand():
         loads = torch.bincount(experts.flatten(), minlength=4)
         dropped = (loads - 10).clamp(min=0).sum().item() / 128
         assert row["dropped_choices_by_layer"][layer] == pytest.approx(dropped) and dropped > 0.5
+
+
+def test_utilisation_of_a_device_whose_peak_is_known(monkeypatch):
+    """2 devices of 989e12: 1e5 tokens/s of 3 × 6.594e9 operations are all that one can do."""
+    assert model_flops_utilisation(1e5, int(6.594e9), "bf16", 2) is None  # no device here
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    found = model_flops_utilisation(1e5, int(6.594e9), "bf16", 2)
+    assert found == pytest.approx(1.9782e15 / 1.978e15)
+    assert model_flops_utilisation(1e5, int(6.594e9), "fp32", 2) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some Other")
+    assert model_flops_utilisation(1e5, int(6.594e9), "bf16", 2) is None

@@ -111,6 +111,18 @@ def test_ranks_may_call_different_experts(name, layout, runs):
         torch.testing.assert_close(value, expected, rtol=0, atol=2e-4, msg=key)
 
 
+def test_the_evidence_says_where_another_stage_was_used_than_the_files(runs):
+    def told(name):
+        return json.loads((runs / name / "recipe_evidence.json").read_text())["deepspeed"]
+
+    found = told("switch_transformers-stage2-2")
+    assert found.pop("reason").startswith("stage 2 sums gradients as they arise")
+    file = "gpu_moe_expert_parallel_zero2.json"
+    assert found == {"file": file, "stage_of_file": 2, "stage_used": 1}
+    for name in ("zero3", "switch_transformers-2"):
+        assert told(name) == {"file": FILE, "stage_of_file": 3, "stage_used": 3}
+
+
 def test_perturbed_embeddings_are_gathered_too(runs):
     got, plain = curve(runs / "freelb"), curve(runs / "freelb-0")
     for column in ("loss", "gradient_norm"):

@@ -1,0 +1,53 @@
+"""Whether the GPUs of an evaluation's actors can hold its model; imports no torch."""
+
+import math
+from pathlib import Path
+
+from pipeline.estimate import Estimator, parameters
+from pipeline.plan import Node, Plan
+from pipeline.store import Store
+from stages.errors import BadInput
+from stages.models.known import Known
+
+SPARE = {"transformers": (0.1, "a tenth"), "vllm": (0.2, "a fifth")}
+"""Share of the memory that weights leave to the cache and to what a pass holds, by engine; vLLM
+leaves about a tenth to others besides."""
+
+
+def check_memory(plan: Plan, store: Store, folder: Path, path: Path) -> None:
+    """Refuse evaluations of a model of known size that the GPUs of an actor cannot hold, or over
+    which vLLM cannot cut its layers.
+
+    Memory is checked where the sweep says how much a GPU has. Raises ``BadInput``.
+    """
+    if not plan.sweep.resources.evaluate.gpus:
+        return
+    estimator, problems = Estimator(plan, store, folder), {}
+    for node in plan.nodes.values():
+        size = estimator.size(node.inputs["checkpoint"]) if node.stage == "evaluate" else None
+        problem = size and _misfit(node, size)
+        if problem:
+            name = node.inputs["checkpoint"].partition("/")[2]
+            problems.setdefault(name, f"{path}: resources.evaluate.gpus: {name} {problem}")
+    if problems:
+        raise BadInput("\n".join(problems.values()))
+
+
+def _misfit(node: Node, size: Known) -> str:
+    """Why the GPUs of one actor do not do for a model; empty where they do."""
+    gpus, memory = node.resources.gpus, node.resources.gpu_memory_gb
+    heads = size.config.get("num_attention_heads") if node.spec.engine == "vllm" else None
+    if heads and heads % gpus:
+        counts = [n for n in range(1, heads + 1) if heads % n == 0]
+        return (f"has {heads} attention heads, which vLLM cannot deal out evenly to {gpus:g} GPUs; "
+                f"set it to one of {', '.join(map(str, counts))}")
+    spare, word = SPARE[node.spec.engine]
+    need = size.total * {"float32": 4, "bfloat16": 2}[node.spec.dtype]
+    if memory is None or need <= (room := memory * 1e9 * (1 - spare)) * gpus:
+        return ""
+    enough = math.ceil(need / room)
+    if heads:
+        enough = next((n for n in range(enough, heads + 1) if heads % n == 0), None)
+    remedy = f"set it to {enough}" if enough else "use GPUs with more memory"
+    return (f"has {parameters(size.total)} parameters, {need / 1e9:.1f} GB in {node.spec.dtype}; "
+            f"{gpus:g} × {memory:g} GB less {word} cannot hold them; {remedy}")
