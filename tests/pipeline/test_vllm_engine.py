@@ -83,6 +83,8 @@ def test_what_vllm_cannot_do_is_refused_before_any_work(there, monkeypatch):
     told = refused(*one, "models.tiny-moe={source: 'tiny:llama_moe'}")
     assert ("generation_engine: tiny-moe is of the llama_moe architecture: it is a class of this "
             "project, which other programs lack; use transformers") in told
+    assert ("tiny-moe is of the phimoe architecture: vLLM has no class of its own for it; use "
+            "transformers") in refused(*one, "models.tiny-moe={source: 'tiny:phimoe'}")
     monkeypatch.undo()
     if importlib.util.find_spec("vllm") is None:
         assert "not installed; `pip install 'moe-reliability[vllm]'`" in refused(*one)
