@@ -158,6 +158,8 @@ class Scores:
             for a, b in zip(first, second, strict=True)
             if a in self.tables and b in self.tables and not lacks
         ]
+        if metric.per and not all(self._same(a, b, metric.per) for a, b in there):
+            there, lacks = [], f"the models' {metric.per} differ, and it is a mean over them"
         gap = lacks or "; ".join(
             f"{model} {recipe} seed {seed}: {self.missing[model, recipe, seed]}"
             for model, recipe, seed in dict.fromkeys([*first, *second])
@@ -188,6 +190,11 @@ class Scores:
             row |= {f"{name}_ci_low": level.ci_low, f"{name}_ci_high": level.ci_high}
         kept = (*_NUMBERS, "n", "documents", "test", "identical")
         return row | {name: getattr(found, name) for name in kept}
+
+    def _same(self, first: tuple, second: tuple, column: str) -> bool:
+        """Whether two tables have the same values in a column, example by example."""
+        a, b = (self.tables[key].set_index("example_id")[column] for key in (first, second))
+        return a.sort_index().equals(b.sort_index())
 
 
 def _read(file: Path) -> pd.DataFrame:

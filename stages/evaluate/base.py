@@ -134,6 +134,9 @@ class Metric:
     upcycled model, whose experts start alike, count as change from the untrained twin."""
     gap: str = ""
     """Why there is no number for it, where there is none: no row of a table may be missing."""
+    per: str = ""
+    """Score column that counts the parts of an example (tokens) that it is a mean over, where
+    models may cut examples into parts of their own: those whose counts differ are not compared."""
 
 
 def mean_of(

@@ -36,4 +36,4 @@ def lacks(family: Family) -> str:
     """Why vLLM cannot generate with an architecture; empty where it can."""
     if family.encoder_decoder:
         return "vLLM has no encoder-decoder that reads and writes texts"
-    return family.no_export
+    return family.no_export or family.no_vllm

@@ -1,7 +1,7 @@
 """Language modelling: how well held-out text is predicted, in the domain of the training and out.
 
-Perplexity is per token and therefore comparable only between models of one tokenizer. Bits per byte
-of UTF-8 stand beside it and compare any two models.
+Perplexity is per token and therefore comparable only between models of one tokenizer; for other
+pairs it is a gap. Bits per byte of UTF-8 stand beside it and compare any two models.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -155,5 +155,11 @@ def _over_domains(
         return mean - values[..., len(domains) :].mean(axis=-1) if minus else mean
 
     return Metric(
-        name, statistics, value, higher_is_better=False, label=label, datasets=everything
+        name,
+        statistics,
+        value,
+        higher_is_better=False,
+        label=label,
+        datasets=everything,
+        per=unit if unit == "tokens" else "",
     )

@@ -57,6 +57,7 @@ def _decoder(
 _UNEQUAL = (
     "ten steps differ from those of a plain loop by up to 2e-3 of the loss, which is not understood"
 )
+_NO_VLLM = "vLLM has no class of its own for it"
 _AUX = ("aux_loss",)
 _LOCAL = {"num_experts": "num_local_experts"}
 _DEEPSEEK_V3 = {
@@ -102,8 +103,13 @@ _MOE = (
     _decoder("deepseek_v3", sparse_layers=after("first_k_dense_replace", 3), **_DEEPSEEK_V3),
     _decoder("glm4_moe", sparse_layers=after("first_k_dense_replace", 1), **_DEEPSEEK_V3),
     _decoder("glm4_moe_lite", sparse_layers=listed(1), **_DEEPSEEK_V3),
-    _decoder("dots1", sparse_layers=after("first_k_dense_replace", 0), **_DEEPSEEK_V3),
-    _decoder("solar_open", **_DEEPSEEK_V3),
+    _decoder(
+        "dots1",
+        sparse_layers=after("first_k_dense_replace", 0),
+        no_vllm=_NO_VLLM,
+        **_DEEPSEEK_V3,
+    ),
+    _decoder("solar_open", no_vllm=_NO_VLLM, **_DEEPSEEK_V3),
     _decoder(
         "exaone_moe",
         sparse_layers=listed(1),
@@ -150,6 +156,7 @@ _MOE = (
         scores="sparsemixer",
         normalised=False,
         auxiliary_loss=_AUX,
+        no_vllm=_NO_VLLM,
         **_LOCAL,
     ),
     _decoder(
@@ -169,7 +176,7 @@ _MOE = (
         sparse_layers=listed(0),
         scores="softmax of the chosen",
     ),
-    _decoder("minimax", auxiliary_loss=_AUX, recurrent=True, **_LOCAL),
+    _decoder("minimax", auxiliary_loss=_AUX, recurrent=True, no_vllm=_NO_VLLM, **_LOCAL),
     _decoder(
         "granitemoehybrid",
         shared="shared_mlp",
@@ -259,6 +266,7 @@ _MOE = (
         weights=None,
         index=None,
         auxiliary_loss=_AUX,
+        no_vllm=_NO_VLLM,
     ),
     Family(
         "moduleformer",  # stages/models/moduleformer.py

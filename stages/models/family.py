@@ -91,6 +91,8 @@ class Family:
     """Why expert parallelism is refused; empty where it is exact."""
     no_export: str = ""
     """Why other programs cannot load a checkpoint of it."""
+    no_vllm: str = ""
+    """Why vLLM, which other checkpoints can be given to, cannot generate with it."""
 
     @property
     def is_moe(self) -> bool:

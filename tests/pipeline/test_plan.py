@@ -204,6 +204,18 @@ def test_stale_nodes_say_because_of_what(tmp_path):
     assert states["finetune/tiny-moe-sft-seed0"].status == "to run"
 
 
+def test_an_added_evaluation_is_all_that_is_to_run(tmp_path):
+    store, before = Store(str(tmp_path)), plan_of()
+    for key in before.nodes:
+        _finish(before, store, key)
+    after = plan_of(
+        "evaluations.again={kind: refusal, harmful: [harmful], benign: [benign], technique: "
+        "{kind: self_consistency, samples: 2}}")
+    to_run = {key for key, state in survey(after, store).items() if state.status != "done"}
+    labels = ("tiny-none", "tiny-moe-none", "tiny-sft-seed0", "tiny-moe-sft-seed0")
+    assert to_run == {f"evaluate/{label}-again" for label in labels} | {"compare/smoke"}
+
+
 def test_plan_of_ten_thousand_nodes_is_summarised(tmp_path):
     command = [sys.executable, "-m", "pipeline", "plan", str(SMOKE), "--store", str(tmp_path),
                "--set", f"seeds={list(range(1000))}"]

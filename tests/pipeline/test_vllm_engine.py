@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -82,6 +83,8 @@ def test_what_vllm_cannot_do_is_refused_before_any_work(there, monkeypatch):
     told = refused(*one, "models.tiny-moe={source: 'tiny:llama_moe'}")
     assert ("generation_engine: tiny-moe is of the llama_moe architecture: it is a class of this "
             "project, which other programs lack; use transformers") in told
+    assert ("tiny-moe is of the phimoe architecture: vLLM has no class of its own for it; use "
+            "transformers") in refused(*one, "models.tiny-moe={source: 'tiny:phimoe'}")
     monkeypatch.undo()
     if importlib.util.find_spec("vllm") is None:
         assert "not installed; `pip install 'moe-reliability[vllm]'`" in refused(*one)
@@ -209,13 +212,19 @@ def test_an_engine_that_dies_again_and_again_fails_its_own_nodes_only(
     monkeypatch.setattr(vllm_engine, "build_processor", vllm_stand_in.build_processor)
     plan, store = ready(tmp_path)
     folder = store.fetch(plan.nodes["model/tiny-moe"].folder)
-    (folder / "dies").touch()
+    dies = folder / "dies"
+    dies.write_text("always")
     outcomes = answers(plan, store, ("refusal", "questions"))
     assert outcomes["questions"].status == "done"
     assert outcomes["refusal"].status == "failed"
     assert "the traceback is in" in outcomes["refusal"].message
-    tried = (folder / "asked").read_text().splitlines()
-    assert len(set(tried)) < len(tried) <= len(set(tried)) * (1 + vllm_engine.RESTARTS)
+    # Which requests wait when it dies is Ray's affair; none is tried more often than that.
+    tried = Counter((folder / "asked").read_text().splitlines())
+    assert tried and max(tried.values()) <= 1 + vllm_engine.RESTARTS
+    # One that dies once is started anew and asked again.
+    dies.write_text("once")
+    assert answers(plan, store, ("refusal",))["refusal"].status == "done"
+    assert not dies.exists()
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "olmoe"])

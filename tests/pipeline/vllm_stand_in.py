@@ -21,8 +21,8 @@ class StandIn(StatefulStageUDF):
 
     Does with a plain loop over transformers what a row's sampling parameters say. Rows whose prompt
     has as many tokens as the file ``fails`` of the model's folder says are errors; with a file
-    ``dies`` the actor ends as ray.data.llm ends one whose engine died. Each batch is written to
-    ``asked``, beside it, with the arguments of the engine.
+    ``dies`` (``always`` or ``once``) the actor ends as ray.data.llm ends one whose engine died.
+    Each batch is written to ``asked``, beside it, with the arguments of the engine.
     """
 
     def __init__(self, data_column, expected_input_keys, *, model, engine_kwargs, **options):
@@ -37,7 +37,10 @@ class StandIn(StatefulStageUDF):
         prompts = [list(map(int, row["tokenized_prompt"])) for row in rows]
         with open(self.folder / "asked", "a") as asked:
             asked.write(json.dumps({"prompts": prompts, "arguments": self.arguments}) + "\n")
-        if (self.folder / "dies").exists():
+        dies = self.folder / "dies"
+        if dies.exists():
+            if dies.read_text() == "once":
+                dies.unlink()
             os._exit(1)
         fails = self.folder / "fails"
         failing = int(fails.read_text()) if fails.exists() else None

@@ -10,6 +10,9 @@ WRONG = {
     "unknown field of an evaluation": (
         {"evaluations.refusal.max_tokens": 3}, "evaluations.refusal.max_tokens: unknown field",
         "did you mean 'max_new_tokens'?"),
+    "temperature of greedy answers": (
+        {"evaluations.refusal.temperature": 0.1}, "evaluations.refusal.temperature: unknown field",
+        ""),
     "unknown field of a model": (
         {"models.tiny-moe.upcycle.expert": 3}, "models.tiny-moe.upcycle.expert: unknown field",
         "did you mean 'experts'?"),

