@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
+from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -85,9 +86,10 @@ class SuffixSearch(_Prompts):
             )
 
         def gradient(tokens: torch.Tensor) -> torch.Tensor:
-            embedded = table[tokens][None].requires_grad_()
+            embedded = table[tokens[start:]][None].requires_grad_()
             victim.gradients += 1
-            return torch.autograd.grad(worth(embedded).sum(), embedded)[0][0]
+            slope = torch.autograd.grad(worth(embedded, beginning).sum(), embedded)[0][0]
+            return pad(slope, (0, 0, start, 0))
 
         generator = torch.Generator().manual_seed(hash_of(f"{spec.seed}/{row['id']}"))
         settings = {

@@ -168,7 +168,8 @@ class Attacker(Asker):
                 }
         if row["checked"]:
             for key, variant in variants(attack):
-                other, _ = self._asked(self.attempt(variant, row, clean))
+                same = variant == attack
+                other, _ = self._asked(made if same else self.attempt(variant, row, clean))
                 found["checks"][key] = self.labels[int(other.argmax())]
         return found
 

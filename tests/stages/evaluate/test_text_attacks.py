@@ -16,7 +16,7 @@ from stages.compare.table import render_text
 from stages.evaluate import hygiene
 from stages.evaluate.engine import Engine
 from stages.evaluate.shards import plan_shards
-from stages.evaluate.text_attacking import Attempt, common, variants
+from stages.evaluate.text_attacking import Attacker, Attempt, common, variants
 from stages.evaluate.text_attacks import TextAttacks
 from stages.models.card import ModelCard
 from stages.models.routes import imposed
@@ -176,6 +176,20 @@ def test_the_checks_of_an_attack_are_attacks(engines, data):
         curves)
     unbounded = report.set_index(["attack", "check"]).loc[("embedding_pgd", "unbounded")]
     assert unbounded["value"] == 1.0 and unbounded["passed"]
+
+
+def test_an_attack_is_not_run_again_for_the_check_of_its_own_budget(engines, data, monkeypatch):
+    tried, real = [], Attacker.attempt
+
+    def attempt(self, attack, row, clean):
+        tried.append((attack.steps, attack.substitutions))
+        return real(self, attack, row, clean)
+
+    monkeypatch.setattr(Attacker, "attempt", attempt)
+    evaluation = spec(attacks=ATTACKS[2:3], checked=1)
+    scores = scores_of(engines["mixtral"], evaluation, {"shop": data["shop"].head(1)})
+    assert tried == [(3, 2), (6, 2), (3, 1), (3, 4)]
+    assert scores["check/gcg/budget 2"].tolist() == (1 - scores["correct/gcg"]).tolist()
 
 
 def test_checks_by_hand():
