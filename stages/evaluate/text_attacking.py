@@ -22,13 +22,10 @@ from stages.attack.text_spec import (
 from stages.attack.wordnet import WordNet, folder
 from stages.errors import StageFailed
 from stages.evaluate.asking import Asker, allowed_tokens, are_texts
-from stages.evaluate.text_attacks import BUDGETS, SWAPS
+from stages.evaluate.text_attacks import SWAPS, variants
 from stages.models.routes import Weigh, hash_of, imposed
 from stages.models.routing import Routing, weighing
 from stages.probe.change import chance, routing_change
-
-UNBOUNDED = 100.0
-"""Radius, in norms of an embedding, that leaves nothing of the original."""
 
 
 @dataclass(frozen=True)
@@ -316,25 +313,6 @@ class Attacker(Asker):
                 )  # fmt: skip
                 found[f"{swap}/{what}"] = self.labels[int(answer.argmax())]
         return found
-
-
-def variants(attack: AnyTextAttack) -> Iterator[tuple[str, AnyTextAttack]]:
-    """The same attack with twice the effort, with other budgets and, on embeddings, without a
-    bound, each with the name of the check that it serves."""
-    if isinstance(attack, EmbeddingPGD):
-        yield "steps", attack.model_copy(update={"steps": 2 * attack.steps})
-        yield "restarts", attack.model_copy(update={"restarts": 2 * attack.restarts})
-        for factor in BUDGETS:
-            epsilon = factor * attack.epsilon
-            yield f"budget {epsilon:g}", attack.model_copy(update={"epsilon": epsilon})
-        yield "unbounded", attack.model_copy(update={"epsilon": UNBOUNDED})
-        return
-    field = "substitutions" if isinstance(attack, GCG) else "edits"
-    if isinstance(attack, GCG):
-        yield "steps", attack.model_copy(update={"steps": 2 * attack.steps})
-    size = getattr(attack, field)
-    for budget in sorted({max(1, size // 2), size, 2 * size}):
-        yield f"budget {budget}", attack.model_copy(update={field: budget})
 
 
 def common(before: Sequence[int], after: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
