@@ -19,6 +19,7 @@ from pipeline.sweep_file import load
 from stages.attack.image_spec import PAPER_BUDGETS
 from stages.errors import BadInput
 from stages.evaluate.base import AXES
+from stages.evaluate.shards import PROCEDURE_WORK
 from stages.models.card import ModelCard
 from stages.models.known import CANNOT_RUN, KNOWN, known
 from stages.models.load import auto_class
@@ -262,6 +263,7 @@ def test_passes_of_images_by_hand(tmp_path):
     # 5 substitutions at 4 shares, 2 numbers of experts, 8 masks of each of 6 routers.
     assert probes.tokens == 145 * 1_000 * (1 + 20 + 2 + 48) and probes.whole
     assert curve.gpu_hours == pytest.approx(dense * curve.tokens / 200e12 / 3600)
+    assert found.plan.sweep.resources.evaluate.shard_size == 32 * PROCEDURE_WORK
     wide = found.size("model/vit-b32-wide")
     assert wide.active / found.size("model/vmoe-b32-e8-k2-every2").active == pytest.approx(1, 1e-3)
 
