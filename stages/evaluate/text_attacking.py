@@ -10,7 +10,7 @@ import torch
 
 from stages.attack import edits, embeddings, gcg
 from stages.attack.objectives import Objective
-from stages.attack.questions import TOKENS_AT_ONCE, Question, margin
+from stages.attack.questions import Question, margin
 from stages.attack.text_spec import (
     GCG,
     AnyTextAttack,
@@ -222,11 +222,9 @@ class Attacker(Asker):
         question, table = clean.question, self.victim.table
         objective = Objective(self.victim, question, attack)
         width = len(question.tokens) * len(question.beginnings)
-        at_once = max(1, TOKENS_AT_ONCE[self.model.device.type] // width)
 
-        @torch.no_grad()
         def value(rows: torch.Tensor) -> torch.Tensor:
-            return torch.cat([objective(table[part])[0] for part in rows.split(at_once)])
+            return self.victim.batched(lambda part: objective(table[part])[0], rows, width)
 
         def gradient(tokens: torch.Tensor) -> torch.Tensor:
             embedded = table[tokens][None].requires_grad_()

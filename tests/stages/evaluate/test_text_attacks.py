@@ -97,6 +97,16 @@ def test_budgets_are_kept_and_effort_is_counted(scores):
     assert scores["gradients/gcg"].le(3).all()
 
 
+def test_perturbations_are_measured_in_half_distances_to_the_nearest_token(scores, engines):
+    table = engines["mixtral"].model.get_input_embeddings().weight.detach()
+    distances = torch.cdist(table, table).fill_diagonal_(torch.inf)
+    radius = 0.5 * table.norm(dim=1).median() / (distances.amin(1).median() / 2)
+    sizes = scores["size/embedding_pgd"]
+    # 0 where the clean input was the best; no token is moved further than the radius.
+    assert sizes.le(radius.item() * (1 + 1e-4)).all() and sizes.max() > 0.5 * radius.item()
+    assert scores["size/gcg"].eq(0).all()
+
+
 def test_routes_change_more_the_more_they_are_aimed_at(scores):
     assert scores["noise"].lt(0.05).all()
     # 2 of 4 experts: overlap 0, 1/3 or 1 with probability 1/6, 4/6 and 1/6.
