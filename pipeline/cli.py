@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 def _read(options: argparse.Namespace):
     """Sweep, plan and store of a command, checked; refuses what cannot work."""
     from pipeline.checks import check, check_plan
-    from pipeline.estimate import check_memory
+    from pipeline.memory import check_memory
     from pipeline.plan import build
     from pipeline.survey import adopt
     from pipeline.sweep_file import load
@@ -179,7 +179,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _search(options: argparse.Namespace) -> int:
     from pipeline.display import finish_lines
-    from pipeline.estimate import check_memory
+    from pipeline.memory import check_memory
     from pipeline.record import record
     from pipeline.search import run
     from pipeline.search.checks import check_search

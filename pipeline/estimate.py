@@ -10,17 +10,15 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pandas as pd
-
+from pipeline.filler import filler
 from pipeline.plan import Node, Plan
 from pipeline.store import Store
 from pipeline.sweep import Assumptions
 from pipeline.sweep_file import located
 from stages.data.sets import SIZES
 from stages.data.sources import CatalogueSet, KnownSet, LocalFile, load, parse
-from stages.data.spec import TASK_COLUMNS, TEMPLATED, DataSpec, Task
+from stages.data.spec import TASK_COLUMNS, TEMPLATED, DataSpec
 from stages.data.templates import TEMPLATES
-from stages.errors import BadInput
 from stages.evaluate import passes
 from stages.evaluate.base import Evaluation
 from stages.evaluate.harness import LmEval
@@ -40,7 +38,6 @@ MOMENTS = {"adamw": 2, "adam": 2, "adagrad": 1, "sgd": 1}
 """Vectors that an optimiser keeps beside each weight."""
 GATED_BLOCKS = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 """Dense families whose feed-forward block is three matrices without biases."""
-FILLER = "the river is wide and the stone is old "
 
 
 @dataclass(frozen=True)
@@ -292,7 +289,7 @@ class Estimator:
             sampled = min(max(1, round(rows or 1)), SAMPLE)
             task = self.plan.sweep.datasets[dataset].task
             labels = tuple(TEMPLATES[evaluation.template].labels) if task in TEMPLATED else ()
-            data[key] = _filler(task, sampled, self.characters(dataset), labels)
+            data[key] = filler(task, sampled, self.characters(dataset), labels)
             if key == dataset:  # not the examples that stand before each question
                 whole = whole and rows is not None
                 weights[dataset] = (rows or 0) / sampled
@@ -362,94 +359,6 @@ def _vision_twin(spec: UpcycleSpec | WidenSpec, dense: Known) -> Known:
     return replace(dense, total=dense.total + router + sparse * (spec.experts - 1) * block,
                    active=dense.active + router + used * block,
                    flops_per_token=dense.flops_per_token + 2 * multiplied)
-
-
-def _filler(task: Task, rows: int, characters: float, labels: tuple[str, ...]) -> pd.DataFrame:
-    """Rows of a task whose texts have so many characters together."""
-    shares = {
-        "classification": {"text": 1},
-        "nli": {"premise": 2 / 3, "hypothesis": 1 / 3},
-        "paraphrase": {"sentence1": 1 / 2, "sentence2": 1 / 2},
-        "prompts": {"prompt": 1},
-        "multiple_choice": {"question": 0.15, "context": 0.75},
-        "statements": {"question": 0.1},
-        "open_question": {"question": 0.7},
-        "text": {"text": 1},
-        "instructions": {"prompt": 0.3, "response": 0.7},
-        "images": {},
-    }[task]
-
-    def text(share: float, number: int = 0) -> str:
-        length = max(1, round(share * characters))
-        return (f"{number} {FILLER}" + FILLER * (length // len(FILLER)))[:length]
-
-    frame = pd.DataFrame({"id": [str(number) for number in range(rows)]})
-    for name, share in shares.items():
-        frame[name] = text(share)
-    if task == "images":
-        frame["image"], frame["label"] = b"", ""
-    frame["document"] = frame["id"]
-    if labels:
-        frame["label"] = [labels[number % len(labels)] for number in range(rows)]
-    if task == "prompts":
-        # A jailbreak template needs the place of the request.
-        frame["prompt"] += "{prompt}"
-        frame["category"] = ""
-    if task == "multiple_choice":
-        frame["choices"] = [[text(0.025)] * 4] * rows
-        frame["answer"] = 0
-    if task == "statements":
-        true, false = ([text(0.15, n) for n in numbers] for numbers in ((1, 2), (3, 4, 5, 6)))
-        frame["best_answer"], frame["best_incorrect_answer"] = true[0], false[0]
-        frame["correct_answers"], frame["incorrect_answers"] = [true] * rows, [false] * rows
-        frame["category"] = ""
-    if task == "open_question":
-        frame["answers"], frame["category"] = [[text(0.3)]] * rows, ""
-    return frame
-
-
-SPARE = {"transformers": (0.1, "a tenth"), "vllm": (0.2, "a fifth")}
-"""Share of the memory that weights leave to the cache and to what a pass holds, by engine; vLLM
-leaves about a tenth to others besides."""
-
-
-def check_memory(plan: Plan, store: Store, folder: Path, path: Path) -> None:
-    """Refuse evaluations of a model of known size that the GPUs of an actor cannot hold, or over
-    which vLLM cannot cut its layers.
-
-    Memory is checked where the sweep says how much a GPU has. Raises ``BadInput``.
-    """
-    if not plan.sweep.resources.evaluate.gpus:
-        return
-    estimator, problems = Estimator(plan, store, folder), {}
-    for node in plan.nodes.values():
-        size = estimator.size(node.inputs["checkpoint"]) if node.stage == "evaluate" else None
-        problem = size and _misfit(node, size)
-        if problem:
-            name = node.inputs["checkpoint"].partition("/")[2]
-            problems.setdefault(name, f"{path}: resources.evaluate.gpus: {name} {problem}")
-    if problems:
-        raise BadInput("\n".join(problems.values()))
-
-
-def _misfit(node: Node, size: Known) -> str:
-    """Why the GPUs of one actor do not do for a model; empty where they do."""
-    gpus, memory = node.resources.gpus, node.resources.gpu_memory_gb
-    heads = size.config.get("num_attention_heads") if node.spec.engine == "vllm" else None
-    if heads and heads % gpus:
-        counts = [n for n in range(1, heads + 1) if heads % n == 0]
-        return (f"has {heads} attention heads, which vLLM cannot deal out evenly to {gpus:g} GPUs; "
-                f"set it to one of {', '.join(map(str, counts))}")
-    spare, word = SPARE[node.spec.engine]
-    need = size.total * {"float32": 4, "bfloat16": 2}[node.spec.dtype]
-    if memory is None or need <= (room := memory * 1e9 * (1 - spare)) * gpus:
-        return ""
-    enough = math.ceil(need / room)
-    if heads:
-        enough = next((n for n in range(enough, heads + 1) if heads % n == 0), None)
-    remedy = f"set it to {enough}" if enough else "use GPUs with more memory"
-    return (f"has {parameters(size.total)} parameters, {need / 1e9:.1f} GB in {node.spec.dtype}; "
-            f"{gpus:g} × {memory:g} GB less {word} cannot hold them; {remedy}")
 
 
 # --- for the terminal -----------------------------------------------------------------------------

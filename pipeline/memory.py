@@ -1,55 +1,53 @@
-"""Out of memory while training: on with half the micro-batch and twice the accumulation.
+"""Whether the GPUs of an actor hold a model of known size. Imports no torch."""
 
-The global batch stays the same. One rank alone must not try again inside a collective, so it writes
-down which micro-batch was too large and fails; the worker group ends, and the next one reads what
-was written and starts from the last checkpoint.
-"""
+import math
+from pathlib import Path
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
-
-from pipeline.plan import Node
+from pipeline.estimate import Estimator, parameters
+from pipeline.plan import Node, Plan
 from pipeline.store import Store
-from stages.errors import StageFailed
-from stages.finetune.config import micro_batch_size
-from stages.finetune.spec import FinetuneSpec
+from stages.errors import BadInput
+from stages.models.known import Known
 
-FOLDER = "memory"
-MARKER = f"{FOLDER}/out_of_memory.json"
-
-
-def too_large(store: Store, node: Node) -> tuple[int, ...]:
-    """The micro-batches of a node that ran out of memory, in the order of the attempts."""
-    found = store.read_json(f"{node.folder}/{MARKER}")
-    return tuple(found["micro_batches"]) if found else ()
+SPARE = {"transformers": (0.1, "a tenth"), "vllm": (0.2, "a fifth")}
+"""Share of the memory that weights leave to the cache and to what a pass holds, by engine; vLLM
+leaves about a tenth to others besides."""
 
 
-def reduced(spec: FinetuneSpec, tried: tuple[int, ...]) -> FinetuneSpec:
-    """The spec with half of the micro-batch that was tried last."""
-    if not tried:
-        return spec
-    smaller = spec.model_copy(update={"micro_batch": tried[-1]})
-    half = max(1, micro_batch_size(smaller) // 2)
-    return spec.model_copy(update={"micro_batch": half, "out_of_memory_at": tried})
+def check_memory(plan: Plan, store: Store, folder: Path, path: Path) -> None:
+    """Refuse evaluations of a model of known size that the GPUs of an actor cannot hold, or over
+    which vLLM cannot cut its layers.
 
-
-@contextmanager
-def guarded(store: Store, node: Node) -> Iterator[FinetuneSpec]:
-    """Train with the spec that is given; running out of memory is written down, then raised.
-
-    Raises StageFailed when a single sequence does not fit.
+    Memory is checked where the sweep says how much a GPU has. Raises ``BadInput``.
     """
-    spec = reduced(node.spec, too_large(store, node))
-    try:
-        yield spec
-    except torch.OutOfMemoryError:
-        if micro_batch_size(spec) == 1:
-            raise StageFailed(
-                "a GPU is out of memory with one sequence per forward pass; lower the recipe's "
-                "max_length, or take more workers or a DeepSpeed file with offload"
-            ) from None
-        tried = [*spec.out_of_memory_at, spec.micro_batch]
-        store.write_json(f"{node.folder}/{MARKER}", {"micro_batches": tried})
-        raise
+    if not plan.sweep.resources.evaluate.gpus:
+        return
+    estimator, problems = Estimator(plan, store, folder), {}
+    for node in plan.nodes.values():
+        size = estimator.size(node.inputs["checkpoint"]) if node.stage == "evaluate" else None
+        problem = size and _misfit(node, size)
+        if problem:
+            name = node.inputs["checkpoint"].partition("/")[2]
+            problems.setdefault(name, f"{path}: resources.evaluate.gpus: {name} {problem}")
+    if problems:
+        raise BadInput("\n".join(problems.values()))
+
+
+def _misfit(node: Node, size: Known) -> str:
+    """Why the GPUs of one actor do not do for a model; empty where they do."""
+    gpus, memory = node.resources.gpus, node.resources.gpu_memory_gb
+    heads = size.config.get("num_attention_heads") if node.spec.engine == "vllm" else None
+    if heads and heads % gpus:
+        counts = [n for n in range(1, heads + 1) if heads % n == 0]
+        return (f"has {heads} attention heads, which vLLM cannot deal out evenly to {gpus:g} GPUs; "
+                f"set it to one of {', '.join(map(str, counts))}")
+    spare, word = SPARE[node.spec.engine]
+    need = size.total * {"float32": 4, "bfloat16": 2}[node.spec.dtype]
+    if memory is None or need <= (room := memory * 1e9 * (1 - spare)) * gpus:
+        return ""
+    enough = math.ceil(need / room)
+    if heads:
+        enough = next((n for n in range(enough, heads + 1) if heads % n == 0), None)
+    remedy = f"set it to {enough}" if enough else "use GPUs with more memory"
+    return (f"has {parameters(size.total)} parameters, {need / 1e9:.1f} GB in {node.spec.dtype}; "
+            f"{gpus:g} × {memory:g} GB less {word} cannot hold them; {remedy}")

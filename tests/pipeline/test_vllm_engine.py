@@ -13,9 +13,9 @@ from test_plan import changed, plan_of
 
 from pipeline import vllm_engine
 from pipeline.checks import check
-from pipeline.estimate import check_memory
 from pipeline.evaluate import run_pass
 from pipeline.job import Job, Outcome, run_stage
+from pipeline.memory import check_memory
 from pipeline.plan import Plan, build
 from pipeline.store import Store
 from pipeline.sweep import EvaluateResources

@@ -11,8 +11,9 @@ from transformers import AutoConfig
 
 from pipeline.checks import check, check_plan
 from pipeline.cli import main
-from pipeline.estimate import Estimator, check_memory
+from pipeline.estimate import Estimator
 from pipeline.estimate_text import scaled, work_text
+from pipeline.memory import check_memory
 from pipeline.plan import build
 from pipeline.store import Store
 from pipeline.sweep_file import load
