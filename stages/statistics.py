@@ -139,7 +139,8 @@ def paired(
     differences = over_seeds(boot[:, :runs] - boot[:, runs:], seed)
     ci_low, ci_high = _percentiles(differences)
     deltas = _row_differences(both, metric, runs)
-    identical = bool(np.array_equal(both.sums[:runs], both.sums[runs:]))
+    # Where no row has a score there is nothing to be identical.
+    identical = both.documents > 0 and bool(np.array_equal(both.sums[:runs], both.sums[runs:]))
     if identical:
         ci_low, ci_high = _rule_of_three(deltas, both.documents)
 

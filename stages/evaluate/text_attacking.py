@@ -166,15 +166,19 @@ class Attacker(Asker):
         if row["checked"]:
             for key, variant in variants(attack):
                 same = variant == attack
-                other, _ = self._asked(made if same else self.attempt(variant, row, clean))
-                found["checks"][key] = self.labels[int(other.argmax())]
+                # A check asks whether it succeeds, and not by how much.
+                other = made if same else self.attempt(variant, row, clean, goal=0.0)
+                found["checks"][key] = self.labels[int(self._asked(other)[0].argmax())]
         return found
 
-    def attempt(self, attack: AnyTextAttack, row: dict, clean: Attempt) -> Attempt:
-        """Run one attack on one row."""
+    def attempt(
+        self, attack: AnyTextAttack, row: dict, clean: Attempt, goal: float = float("inf")
+    ) -> Attempt:
+        """Run one attack on one row; an ascent ends where its margin is above ``goal``, the others
+        where they succeed."""
         seed = hash_of(f"{self.spec.seed}/{row['id']}/{attack.label}")
         if isinstance(attack, EmbeddingPGD):
-            return self._ascent(attack, clean, torch.Generator().manual_seed(seed))
+            return self._ascent(attack, clean, torch.Generator().manual_seed(seed), goal)
         if isinstance(attack, GCG):
             return self._search(attack, clean, torch.Generator().manual_seed(seed))
         found = edits.greedy(
@@ -203,13 +207,13 @@ class Attacker(Asker):
         return self._written(row, text, done)
 
     def _ascent(
-        self, attack: EmbeddingPGD, clean: Attempt, generator: torch.Generator
+        self, attack: EmbeddingPGD, clean: Attempt, generator: torch.Generator, goal: float
     ) -> Attempt:
         radius = attack.epsilon * self.scale[attack.norm]
         found = embeddings.ascend(
             Objective(self.victim, clean.question, attack), clean.embedded,
             clean.question.editable, radius, norm=attack.norm, steps=attack.steps,
-            restarts=attack.restarts, generator=generator,
+            restarts=attack.restarts, generator=generator, goal=goal,
         )  # fmt: skip
         self.victim.gradients += found.gradients
         length = found.delta.norm(dim=-1).max().item()

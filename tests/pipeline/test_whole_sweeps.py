@@ -270,14 +270,14 @@ def test_passes_of_images_by_hand(tmp_path):
 
 
 def test_passes_of_texts_by_hand(tmp_path):
-    """The four requests of the text sweep: 20 steps of 32 candidates for ten tokens."""
+    """The four requests of the text sweep: 20 steps of 32 candidates for eight tokens."""
     found = estimator(SWEEPS / "adversarial_moe" / "text_cpu.yaml", tmp_path)
     suffixes = found.plan.sweep.evaluations["suffixes"]
     asked = found.asked(suffixes)
     # The filler's requests end with the place for one, {prompt}.
     prompt = (round(found.characters("advbench")) + len("{prompt}")) / 4
-    searched = 10 + 3
-    each = 5 * (prompt + searched) + (1 + 20 * 35) * searched + prompt + 3 * (prompt + 10)
+    searched = 8 + 3
+    each = 5 * (prompt + searched) + (1 + 20 * 35) * searched + prompt + 3 * (prompt + 8)
     assert asked.read == pytest.approx(4 * each) and asked.written == 4 * 3 * 24 and asked.whole
     # Slopes of 8 texts: 2 starts of 5 steps, 8 samples, 2 labels; a model with experts twice.
     slopes = found.plan.sweep.evaluations["slopes"]

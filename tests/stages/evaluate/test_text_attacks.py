@@ -191,15 +191,31 @@ def test_the_checks_of_an_attack_are_attacks(engines, data):
 def test_an_attack_is_not_run_again_for_the_check_of_its_own_budget(engines, data, monkeypatch):
     tried, real = [], Attacker.attempt
 
-    def attempt(self, attack, row, clean):
+    def attempt(self, attack, row, clean, **options):
         tried.append((attack.steps, attack.substitutions))
-        return real(self, attack, row, clean)
+        return real(self, attack, row, clean, **options)
 
     monkeypatch.setattr(Attacker, "attempt", attempt)
     evaluation = spec(attacks=ATTACKS[2:3], checked=1)
     scores = scores_of(engines["mixtral"], evaluation, {"shop": data["shop"].head(1)})
     assert tried == [(3, 2), (6, 2), (3, 1), (3, 4)]
     assert scores["check/gcg/budget 2"].tolist() == (1 - scores["correct/gcg"]).tolist()
+
+
+def test_a_check_ends_where_it_succeeds(engines, data):
+    attacker = Attacker(spec(), engines["mixtral"].model, engines["mixtral"].tokenizer)
+    row = next(r for r in spec().rows(data["shop"]) if r["label"] == "positive")
+    question = attacker.question(row, row["text"])
+    clean = Attempt(attacker.victim.table[question.tokens], question, row["text"], 0)
+    for _, variant in variants(spec().attacks[0]):
+        spent = []
+        for options in ({}, {"goal": 0.0}):
+            before = attacker.victim.gradients
+            made = attacker.attempt(variant, row, clean, **options)
+            answer = attacker._asked(made)[0].argmax().item()
+            spent.append((attacker.victim.gradients - before, answer != question.gold))
+        (whole, broken), (part, too) = spent
+        assert broken == too and part <= whole and (part < whole or not broken)
 
 
 def test_checks_by_hand():
