@@ -159,7 +159,9 @@ def paired(
         p_value=p_value,
         test=test,
         effect_size=float(deltas.mean() / spread) if spread > 0 else np.nan,
-        minimum_detectable=np.nan if identical else MDD_FACTOR * float(np.nanstd(differences)),
+        minimum_detectable=np.nan if identical or both.documents < 2 else (
+            MDD_FACTOR * float(np.nanstd(differences))
+        ),
         n=both.n,
         documents=both.documents,
         seeds=runs,
