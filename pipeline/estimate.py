@@ -5,23 +5,25 @@ Known are the counts that data sets declare, the limits of the sweep, the sizes 
 ``assumptions`` say. What follows from neither is unknown, and is said to be. Imports no torch.
 """
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pandas as pd
-
+from pipeline.filler import filler
 from pipeline.plan import Node, Plan
 from pipeline.store import Store
 from pipeline.sweep import Assumptions
 from pipeline.sweep_file import located
-from stages.attack.image_spec import AnyImageAttack
 from stages.data.sets import SIZES
 from stages.data.sources import CatalogueSet, KnownSet, LocalFile, load, parse
-from stages.data.spec import TASK_COLUMNS, TEMPLATED, DataSpec, Task
+from stages.data.spec import TASK_COLUMNS, TEMPLATED, DataSpec
 from stages.data.templates import TEMPLATES
+from stages.evaluate import passes
 from stages.evaluate.base import Evaluation
 from stages.evaluate.harness import LmEval
+from stages.evaluate.held_prompts import HeldPrompts
+from stages.evaluate.shards import PROCEDURE_WORK
 from stages.evaluate.spec import AMATEUR
 from stages.evaluate.techniques import applied
 from stages.finetune.recipe import ImageAdversary, Trades
@@ -36,7 +38,6 @@ MOMENTS = {"adamw": 2, "adam": 2, "adagrad": 1, "sgd": 1}
 """Vectors that an optimiser keeps beside each weight."""
 GATED_BLOCKS = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 """Dense families whose feed-forward block is three matrices without biases."""
-FILLER = "the river is wide and the stone is old "
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,8 @@ class Estimator:
         size = self.size(node.inputs["checkpoint"])
         if size and size.tokens_per_image:
             return self._of_images(node, size)
-        asked = self.asked(node.spec.evaluation)
+        layers, rows = self.sparse_blocks(node.inputs["checkpoint"]), self._shard(node)
+        asked = self.asked(node.spec.evaluation, layers, rows)
         sizes = [self.size(key) for role, key in node.inputs.items()
                  if role == "checkpoint" or role.startswith(AMATEUR)]
         tokens = asked.read + asked.written
@@ -225,35 +227,60 @@ class Estimator:
         return Work(tokens, read + written, hours, disk, whole=asked.whole)
 
     def _of_images(self, node: Node, size: Known) -> Work:
-        """An evaluation of a vision model: one pass of every image and those of its attacks."""
-        evaluation, passes, images = node.spec.evaluation, 1, 0.0
-        if evaluation.kind == "image_attacks":
-            passes += len(evaluation.budgets) * sum(map(_passes, evaluation.attacks.values()))
+        """An evaluation of a vision model: all passes of its images, of their attacks and probes,
+        a gradient as three."""
+        evaluation, count, whole = node.spec.evaluation, 0.0, True
+        layers, rows_a_shard = self.sparse_blocks(node.inputs["checkpoint"]), self._shard(node)
         for dataset, split in evaluation.datasets().items():
-            images += self.rows(dataset, split) or 0
-        tokens = images * passes * size.tokens_per_image
+            rows = self.rows(dataset, split)
+            whole = whole and rows is not None
+            images = min(rows or 0, getattr(evaluation, "limit", math.inf))
+            checked = min(images, getattr(evaluation, "checked", 0))
+            count += (images - checked) * passes.of_image(evaluation, layers)
+            count += checked * passes.of_image(evaluation, layers, checked=True)
+            count += math.ceil(images / rows_a_shard) * passes.calibration(evaluation)
+        tokens = count * size.tokens_per_image
         flops = tokens * size.flops_per_token
-        # The passes of checks and probes are not counted.
         return Work(tokens, flops, self._hours(node, flops, self.assumed.training_tflops),
-                    whole=evaluation.kind == "image_classification")
+                    whole=whole)
+
+    def sparse_blocks(self, key: str) -> int:
+        """Sparse blocks of a checkpoint, 0 for a dense model; of a released Mixture-of-Experts
+        model every layer counts as one."""
+        node, size = self.plan.nodes[key], self.size(key)
+        if node.stage == "finetune":
+            return self.sparse_blocks(node.inputs["model"])
+        if isinstance(node.spec, VisionSpec):
+            return len(node.spec.moe_layers) + node.spec.has_head_experts
+        if isinstance(node.spec, UpcycleSpec):
+            dense = self.size(node.inputs["dense"])
+            return len(indices(node.spec.layers, dense.config["num_hidden_layers"])) if (
+                dense and dense.config) else 0
+        moe = size is not None and size.active < size.total
+        return size.config.get("num_hidden_layers", 0) if moe else 0
+
+    def _shard(self, node: Node) -> int:
+        """Rows of a procedure that are worked on together."""
+        return max(1, node.spec.shard_size // PROCEDURE_WORK)
 
     def _hours(self, node: Node, flops: float | None, tflops: float) -> float | None:
         if not node.resources.gpus:
             return 0
         return None if flops is None else flops / (tflops * 1e12 * 3600)
 
-    def asked(self, evaluation: Evaluation) -> Asked:
+    def asked(self, evaluation: Evaluation, layers: int = 0, rows_a_shard: int = 1) -> Asked:
         """Tokens of an evaluation: its own requests for rows of filler, weighted by the rows.
 
         A request belongs to the data set that its id begins with. Sets that multiply others
-        (jailbreaks) count in full up to ``SAMPLE`` rows.
+        (jailbreaks) count in full up to ``SAMPLE`` rows. Procedures count by their passes
+        (``passes.py``), for a model of so many sparse blocks and so many rows in a shard.
         """
-        key = evaluation.model_dump_json()
+        key = f"{evaluation.model_dump_json()} {layers} {rows_a_shard}"
         if key not in self.counted:
-            self.counted[key] = self._count(evaluation)
+            self.counted[key] = self._count(evaluation, layers, rows_a_shard)
         return self.counted[key]
 
-    def _count(self, evaluation: Evaluation) -> Asked:
+    def _count(self, evaluation: Evaluation, layers: int, rows_a_shard: int) -> Asked:
         if isinstance(evaluation, LmEval):  # its data is the harness's and not here yet
             return Asked(0.0, 0.0, whole=False)
         data, weights, whole = {}, {}, True
@@ -262,26 +289,30 @@ class Estimator:
             sampled = min(max(1, round(rows or 1)), SAMPLE)
             task = self.plan.sweep.datasets[dataset].task
             labels = tuple(TEMPLATES[evaluation.template].labels) if task in TEMPLATED else ()
-            data[key] = _filler(task, sampled, self.characters(dataset), labels)
+            data[key] = filler(task, sampled, self.characters(dataset), labels)
             if key == dataset:  # not the examples that stand before each question
                 whole = whole and rows is not None
                 weights[dataset] = (rows or 0) / sampled
         read = written = 0.0
         per_token = self.assumed.characters_per_token
         for request in applied(evaluation.technique, evaluation.requests(data)):
-            # What a procedure does with its row is its own affair.
-            whole = whole and not request.procedure
             weight = weights.get(request.id.partition("/")[0], 1.0)
-            read += weight * (len(request.context) + sum(map(len, request.choices))) / per_token
-            written += weight * request.max_new_tokens
+            if not request.procedure:
+                read += weight * (len(request.context) + sum(map(len, request.choices))) / per_token
+                written += weight * request.max_new_tokens
+                continue
+            row = json.loads(request.row)
+            if isinstance(evaluation, HeldPrompts):
+                tokens = passes.of_prompts(evaluation, row, weights, per_token)
+                read, written = read + weight * tokens[0], written + weight * tokens[1]
+                continue
+            prompt = sum(len(row[part]) for part in ("before", "text", "after")) / per_token
+            each = passes.of_text(evaluation, len(row["text"]), layers)
+            read += prompt * weight * (each + passes.calibration(evaluation) / rows_a_shard)
+            if row.get("checked"):
+                more = passes.of_text(evaluation, len(row["text"]), layers, checked=True)
+                read += prompt * (more - each)
         return Asked(read, written, whole)
-
-
-def _passes(attack: AnyImageAttack) -> int:
-    """Forward passes of an image that an attack takes at one budget; a gradient is three. Soft,
-    frozen and targeted routing take more."""
-    gradients = getattr(attack, "steps", 0) * getattr(attack, "restarts", 1)
-    return 3 * gradients * (getattr(attack, "targets", 0) or 1) + getattr(attack, "queries", 0)
 
 
 def _twin(spec: UpcycleSpec | WidenSpec, dense: Known) -> Known | None:
@@ -330,48 +361,7 @@ def _vision_twin(spec: UpcycleSpec | WidenSpec, dense: Known) -> Known:
                    flops_per_token=dense.flops_per_token + 2 * multiplied)
 
 
-def _filler(task: Task, rows: int, characters: float, labels: tuple[str, ...]) -> pd.DataFrame:
-    """Rows of a task whose texts have so many characters together."""
-    shares = {
-        "classification": {"text": 1},
-        "nli": {"premise": 2 / 3, "hypothesis": 1 / 3},
-        "paraphrase": {"sentence1": 1 / 2, "sentence2": 1 / 2},
-        "prompts": {"prompt": 1},
-        "multiple_choice": {"question": 0.15, "context": 0.75},
-        "statements": {"question": 0.1},
-        "open_question": {"question": 0.7},
-        "text": {"text": 1},
-        "instructions": {"prompt": 0.3, "response": 0.7},
-        "images": {},
-    }[task]
-
-    def text(share: float, number: int = 0) -> str:
-        length = max(1, round(share * characters))
-        return (f"{number} {FILLER}" + FILLER * (length // len(FILLER)))[:length]
-
-    frame = pd.DataFrame({"id": [str(number) for number in range(rows)]})
-    for name, share in shares.items():
-        frame[name] = text(share)
-    if task == "images":
-        frame["image"], frame["label"] = b"", ""
-    frame["document"] = frame["id"]
-    if labels:
-        frame["label"] = [labels[number % len(labels)] for number in range(rows)]
-    if task == "prompts":
-        # A jailbreak template needs the place of the request.
-        frame["prompt"] += "{prompt}"
-        frame["category"] = ""
-    if task == "multiple_choice":
-        frame["choices"] = [[text(0.025)] * 4] * rows
-        frame["answer"] = 0
-    if task == "statements":
-        true, false = ([text(0.15, n) for n in numbers] for numbers in ((1, 2), (3, 4, 5, 6)))
-        frame["best_answer"], frame["best_incorrect_answer"] = true[0], false[0]
-        frame["correct_answers"], frame["incorrect_answers"] = [true] * rows, [false] * rows
-        frame["category"] = ""
-    if task == "open_question":
-        frame["answers"], frame["category"] = [[text(0.3)]] * rows, ""
-    return frame
+# --- for the terminal -----------------------------------------------------------------------------
 
 
 def parameters(count: int) -> str:

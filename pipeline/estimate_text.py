@@ -69,7 +69,7 @@ def summary_lines(
            f"{a.scoring_tflops:g} reading, {a.decoding_tflops:g} writing "
            "(`assumptions` of the sweep)")
     yield ("  left out  attention scores, padding, loading, judges that are models, the layers "
-           "that DoLa reads out")
+           "that DoLa reads out, single experts that probes ask")
 
 
 def _pairs(plan: Plan, estimator: Estimator) -> Iterator[str]:

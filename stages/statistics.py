@@ -139,6 +139,7 @@ def paired(
     differences = over_seeds(boot[:, :runs] - boot[:, runs:], seed)
     ci_low, ci_high = _percentiles(differences)
     deltas = _row_differences(both, metric, runs)
+    # Where no row has a score there is nothing to be identical.
     identical = both.documents > 0 and bool(np.array_equal(both.sums[:runs], both.sums[runs:]))
     if identical:
         ci_low, ci_high = _rule_of_three(deltas, both.documents)
@@ -158,7 +159,9 @@ def paired(
         p_value=p_value,
         test=test,
         effect_size=float(deltas.mean() / spread) if spread > 0 else np.nan,
-        minimum_detectable=np.nan if identical else MDD_FACTOR * float(np.nanstd(differences)),
+        minimum_detectable=np.nan if identical or both.documents < 2 else (
+            MDD_FACTOR * float(np.nanstd(differences))
+        ),
         n=both.n,
         documents=both.documents,
         seeds=runs,

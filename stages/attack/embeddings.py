@@ -51,13 +51,15 @@ def ascend(
     restarts: int,
     generator: torch.Generator,
     from_clean: bool = True,
+    goal: float = float("inf"),
 ) -> Perturbation:
     """Raise an objective within a ball of ``radius`` around each editable token's embedding.
 
     ``clean`` (n, D), ``editable`` booleans (n,). The objective maps inputs (B, n, D) to losses and
     margins (B,); the gradient of the losses is followed, normalised for each token, and the iterate
     with the largest margin is kept. The first restart starts at the clean input (unless told not
-    to), which is thereby among them, the others at random in the ball.
+    to), which is thereby among them, the others at random in the ball. It ends where the margin is
+    above ``goal``.
     """
     mask = editable[:, None].to(clean)
     shape = (restarts, *clean.shape)
@@ -77,7 +79,7 @@ def ascend(
         top = int(margins.argmax())
         if margins[top].item() > best[1]:
             best = delta[top].detach().clone(), margins[top].item()
-        if step == steps:
+        if step == steps or best[1] > goal:
             break
         gradient = torch.autograd.grad(losses.sum(), delta)[0] * mask
         if not gradient.isfinite().all():
@@ -86,7 +88,7 @@ def ascend(
         seen += restarts * int(editable.sum())
         delta = project(delta.detach() + STEP * radius / steps * _steepest(gradient, norm),
                         radius, norm)
-    return Perturbation(*best, zero / max(1, seen), restarts * steps)
+    return Perturbation(*best, zero / max(1, seen), restarts * step)
 
 
 def project(delta: torch.Tensor, radius: float, norm: Literal["l2", "linf"]) -> torch.Tensor:

@@ -45,9 +45,9 @@ def draw_candidates(
     """Different token sequences (at most ``number``, n), each with one replacement.
 
     Position and replacement are drawn evenly: a position among ``positions`` (k,), a token among
-    the ``top`` of its gains (n, V) (``-inf`` for those that may not be used).
+    the ``top`` of its gains (k, V) (``-inf`` for those that may not be used).
     """
-    best = gains[positions].topk(min(top, gains.shape[1]), dim=-1)
+    best = gains.topk(min(top, gains.shape[1]), dim=-1)
     allowed = best.values > -torch.inf
     pairs = allowed.nonzero().cpu()
     chosen = pairs[torch.randperm(len(pairs), generator=generator)[:number]].to(tokens.device)
@@ -102,11 +102,11 @@ def search(
         made += 1
         slope = gradient(tokens)
         zero += int((slope[positions] == 0).all(-1).sum())
-        gains = promises(slope, table, tokens).masked_fill(~allowed, -torch.inf)
-        gains[torch.arange(len(tokens)), tokens] = -torch.inf
         changed = tokens != start
         # With the budget spent, only what differs already may change again.
         free = positions if int(changed.sum()) < budget else positions[changed[positions]]
+        gains = promises(slope[free], table, tokens[free]).masked_fill(~allowed, -torch.inf)
+        gains[torch.arange(len(free)), tokens[free]] = -torch.inf
         rows = draw_candidates(
             gains, tokens, free, top=top, number=candidates, generator=generator
         )

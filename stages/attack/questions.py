@@ -20,8 +20,9 @@ from stages.models.families import family
 from stages.models.routes import Policy, routed
 from stages.models.routing import Routing
 
-TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 65536}
-"""Tokens of one forward pass without a gradient."""
+TOKENS_AT_ONCE = {"cpu": 4096}
+"""Tokens of one forward pass without a gradient, where more of them take longer each; other devices
+are given as many as their memory holds."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Victim:
         """Inputs whose answers were computed."""
         self.gradients = 0
         """Inputs whose gradient was computed."""
+        self.most = TOKENS_AT_ONCE.get(model.device.type)
+        """Tokens of one forward pass without a gradient; None until it has been too many."""
 
     @cached_property
     def table(self) -> torch.Tensor:
@@ -82,7 +85,6 @@ class Victim:
     ) -> torch.Tensor:
         """Log-probabilities (B, C) of the answers after prompts (B, n, D), or after a ``beginning``
         that was read before and the rest of the prompts."""
-        self.queries += len(embedded)
         beginnings = question.beginnings
         longest = max(map(len, beginnings))
         padded = [[*tokens, *[0] * (longest - len(tokens))] for tokens in beginnings]
@@ -102,6 +104,7 @@ class Victim:
             extra["past_key_values"].batch_repeat_interleave(len(rows))
         cached = beginning is not None
         logits = self.model(inputs_embeds=rows, use_cache=cached, **extra).logits
+        self.queries += len(embedded)
         logits = logits[:, -longest - 1 :].unflatten(0, (len(embedded), len(beginnings)))
         found = logits.float().log_softmax(-1)
         sums = []
@@ -115,6 +118,21 @@ class Victim:
         )
 
     @torch.no_grad()
+    def batched(
+        self, value: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, width: int
+    ) -> torch.Tensor:
+        """``value`` (B,) of rows (B, …) that take ``width`` tokens of a pass each, in batches as
+        large as memory allows: halved where the device runs out of it, and kept so."""
+        while True:
+            size = len(rows) if self.most is None else max(1, self.most // width)
+            try:
+                return torch.cat([value(part) for part in rows.split(size)])
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                self.most = min(size, len(rows)) // 2 * width
+
+    @torch.no_grad()
     def margins(self, inputs: Sequence[torch.Tensor], question: Question) -> torch.Tensor:
         """Margins (B,) of prompts given as tokens (n,) of any lengths, alike ones together."""
         found = torch.empty(len(inputs))
@@ -123,10 +141,11 @@ class Victim:
             by_length.setdefault(len(tokens), []).append(index)
         for length, members in by_length.items():
             width = (length + max(map(len, question.beginnings))) * len(question.beginnings)
-            limit = TOKENS_AT_ONCE[self.model.device.type]
-            for part in torch.tensor(members).split(max(1, limit // width)):
-                batch = torch.stack([inputs[index] for index in part]).to(self.model.device)
-                found[part] = margin(self.logprobs(self.table[batch], question), question).cpu()
+            batch = torch.stack([inputs[index] for index in members]).to(self.model.device)
+            found[members] = self.batched(
+                lambda rows: margin(self.logprobs(self.table[rows], question), question),
+                batch, width,
+            ).cpu()  # fmt: skip
         return found
 
     def routes(

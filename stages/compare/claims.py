@@ -68,6 +68,8 @@ class Claim:
     told: Callable[[float], float] = float
     """From the scale of the test to that in which it is told: ``np.exp`` for the logarithm of a
     ratio, ``np.tanh`` for a correlation."""
+    premise: bool = False
+    """Without it the others hold trivially: it has to be shown for support, and refutes nothing."""
 
     @property
     def holds(self) -> bool:
@@ -193,6 +195,7 @@ class Claims:
             clean = 1.0 if of_images(evaluation) else table["clean"]
             return clean - row_mean(table, swap)
 
+        matter = self._matter(models, of_predictions=of_images(evaluation))
         claims = [
             Claim(
                 f"change of routes minus {asked.far:g} × that {words}",
@@ -212,7 +215,7 @@ class Claims:
             )
         )
         level = {name: self._mean("attacks", models, columns[name]) for name in columns}
-        return claims, (
+        return [*claims, matter], (
             f"{', '.join(models)}; change of routes under attack {number(level['attack'])}, "
             f"random perturbation {number(level['random'])}, same input again "
             f"{number(level['noise'])}, independent choices {number(level['chance'])}"
@@ -254,10 +257,33 @@ class Claims:
         return [
             Claim("accuracy lost with second-best experts", cost, above=False),
             Claim("that minus the accuracy lost with random ones", saved, above=False),
+            self._matter(models, of_predictions=False),
         ], (
             f"{', '.join(models)}; accuracy as routed {number(level[0])}, second-best experts "
             f"{number(level[1])}, random experts {number(level[2])}"
         )
+
+    def _matter(self, models: dict[str, float], *, of_predictions: bool) -> Claim:
+        """That the experts matter: what is lost without the output of any is above the margin."""
+        _, there = self._part("interventions")
+        tried = shares(there, "drop_output")
+        if not tried:
+            raise NotTested(
+                f"{self._name('interventions')} never leaves the experts' output out, so that it "
+                "is not known whether they matter; name drop_output in substitutions"
+            )
+        column = f"drop_output_{tried[-1]}"
+
+        def lost(table: pd.DataFrame) -> pd.Series:
+            if of_predictions:
+                return table[f"changed/{column}"]
+            return table["correct"] - table[f"correct/{column}"]
+
+        what = "predictions changed" if of_predictions else "accuracy lost"
+        found = self._contrast(
+            "interventions", models, lost, null=self.asked.margin, share=True
+        )
+        return Claim(f"{what} with no expert's output", found, above=True, premise=True)
 
     def _contrast(
         self,

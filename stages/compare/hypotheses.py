@@ -12,6 +12,11 @@ These p-values are Holm-corrected over all hypotheses of the table. Below 5 % th
 *supported* or *refuted*, by side; otherwise *undecided*. What lacks an input is *not tested*, with
 the reason, and is left out of the correction.
 
+Where dropping the experts' whole output does no harm, exchanging them or their routes does none
+either, and that would say nothing. H3 and H5 therefore have a *premise*, that this drop costs more
+than ``margin``: it is one more claim without which nothing is supported, and which refutes nothing.
+Where it is not shown, H3 and H5 are undecided (or refuted by another claim), with the reason.
+
 The claims, each a mean over the models named, seeds and examples:
 
 - H1, pairs of equal FLOPs: robust accuracy (worst case over attacks; mean over budgets), MoE minus
@@ -21,12 +26,14 @@ The claims, each a mean over the models named, seeds and examples:
 - H3, all MoE models: change of routes (1 - IoU; attacks on the loss, mean over budgets) minus
   ``far`` times that under a random perturbation of the same size, above 0; the same for the noise
   floor; share of clean predictions that change under the routes of the attacked input (texts:
-  accuracy lost), below ``margin``. What independent choices would give is told beside it and is no
-  claim: at .75 and more, nothing can lie far above it.
+  accuracy lost), below ``margin``; premise: the same without any expert's output, above ``margin``.
+  What independent choices would give is told beside it and is no claim: at .75 and more, nothing
+  can lie far above it.
 - H4, all MoE models: Pearson's correlation over examples of loss rise under attack and routing
   term (averaged and tested on Fisher's scale), above 0.
 - H5, all MoE models: accuracy lost with ranks K + 1 to 2K instead of 1 to K, below ``margin``; that
-  minus the accuracy lost with random experts, below 0.
+  minus the accuracy lost with random experts, below 0; premise: accuracy lost without any expert's
+  output, above ``margin``.
 """
 
 from collections.abc import Sequence
@@ -38,6 +45,7 @@ from stages.compare.claims import Claim, Claims
 from stages.compare.measured import Measured
 from stages.compare.selection import NotTested
 from stages.compare.spec import UNTUNED
+from stages.compare.table import number
 from stages.models.card import ModelCard
 from stages.statistics import CONFIDENCE, holm
 
@@ -54,20 +62,37 @@ SUPPORTED, REFUTED, UNDECIDED, NOT_TESTED = "supported", "refuted", "undecided",
 
 def decide(claims: Sequence[Claim]) -> tuple[float, str]:
     """The hypothesis' p-value before Holm's correction, and the verdict that it would be."""
-    contrary = [claim.found.p_value for claim in claims if not claim.holds]
+    stated = [claim for claim in claims if not claim.premise]
+    contrary = [claim.found.p_value for claim in stated if not claim.holds]
     if contrary:
-        return min(1.0, len(claims) * min(contrary)), REFUTED
+        return min(1.0, len(stated) * min(contrary)), REFUTED
+    if not all(claim.holds for claim in claims):
+        return 1.0, UNDECIDED
     return max(claim.found.p_value for claim in claims), SUPPORTED
+
+
+def trivial(claims: Sequence[Claim]) -> str:
+    """Why nothing follows from claims that hold: the experts are not shown to matter."""
+    for claim in claims:
+        shown = claim.holds and claim.found.p_value < 1 - CONFIDENCE
+        if claim.premise and not shown:
+            beside = "not shown to be more" if claim.holds else "no more"
+            return (
+                "experts matter too little here: dropping them all costs "
+                f"{number(claim.found.value)} ({claim.label}), {beside} than the margin of "
+                f"{claim.found.null:g}, so that little harm by other experts or routes says nothing"
+            )
+    return ""
 
 
 def judge(measured: Measured, cards: dict[str, ModelCard]) -> pd.DataFrame:
     """One row per recipe, hypothesis and claim; none unless the sweep asks for verdicts.
 
     Columns: ``recipe``, ``hypothesis``, ``title``, ``verdict``, ``p_value`` and ``p_holm`` (of the
-    hypothesis), ``compared`` (a sentence), ``reason`` (of *not tested*), ``caution`` (a
-    line each); and of each claim ``claim``, ``side`` (``>`` or ``<``), ``null``, ``value``,
-    ``ci_low``, ``ci_high``, ``p_claim``, ``detectable``, ``ratio``, ``n``, ``documents``,
-    ``seeds``.
+    hypothesis), ``compared`` (a sentence), ``reason`` (of *not tested*, and where the experts are
+    not shown to matter), ``caution`` (a line each); and of each claim ``claim``, ``side`` (``>`` or
+    ``<``), ``null``, ``value``, ``ci_low``, ``ci_high``, ``p_claim``, ``detectable``, ``ratio``,
+    ``n``, ``documents``, ``seeds``.
     """
     spec = measured.spec
     if spec.hypotheses is None:
@@ -85,7 +110,8 @@ def judge(measured: Measured, cards: dict[str, ModelCard]) -> pd.DataFrame:
                 continue
             p_value, verdict = decide(claims)
             row |= {"verdict": verdict, "p_value": p_value, "compared": compared,
-                    "reason": "", "caution": "\n".join(cautions)}  # fmt: skip
+                    "reason": "" if verdict == REFUTED else trivial(claims),
+                    "caution": "\n".join(cautions)}  # fmt: skip
             rows += [row | claim.row() for claim in claims]
     table = pd.DataFrame(rows)
     first = ~table.duplicated(["recipe", "hypothesis"])

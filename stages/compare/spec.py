@@ -39,7 +39,7 @@ class Hypotheses(Spec):
     alone."""
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """The share of predictions, or loss of accuracy, up to which H3 and H5 count an intervention as
-    harmless."""
+    harmless; without any expert's output more must be lost for that to say anything."""
     far: Annotated[float, Field(ge=1)] = 2.0
     """How many times a baseline a change of routes must be to lie far above it (H3)."""
 

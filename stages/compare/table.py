@@ -131,8 +131,8 @@ def render_verdicts(verdicts: pd.DataFrame) -> str:
         p = "" if pd.isna(row["p_holm"]) else f" (p {p_value(row['p_holm'])})"
         recipe = f"{recipe_title(row['recipe'])} " if several else ""
         mark = "; see its caution in the report" if row["caution"] else ""
-        why = f": {row['reason']}" if row["reason"] else mark
-        text = f"{recipe}{row['hypothesis']} {row['verdict']}{p}. {row['title']}{why}"
+        why = f": {row['reason']}" if row["reason"] else ""
+        text = f"{recipe}{row['hypothesis']} {row['verdict']}{p}. {row['title']}{why}{mark}"
         lines += textwrap.wrap(text, _WIDTH - 2, initial_indent="  ", subsequent_indent="     ")
     return "\n".join(lines)
 

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
+from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.attack import gcg
 from stages.attack.objectives import routing_loss
-from stages.attack.questions import TOKENS_AT_ONCE, Question, Victim
+from stages.attack.questions import Question, Victim
 from stages.errors import StageFailed
 from stages.evaluate import refusal
 from stages.evaluate.asking import allowed_tokens, inside
@@ -66,8 +67,7 @@ class SuffixSearch(_Prompts):
         start = 0 if aimed else int(places.min())
         beginning = victim.read(table[question.tokens[:start]])
         start = 0 if beginning is None else start
-        at_once = max(1, TOKENS_AT_ONCE[self.model.device.type] // (
-            len(question.tokens) - start + length))
+        width = len(question.tokens) - start + length
         with torch.no_grad():
             first_routes = victim.routes(table[question.tokens][None], question)[1]
 
@@ -78,16 +78,16 @@ class SuffixSearch(_Prompts):
             leaning = routing_loss(first_routes, now, len(embedded), embedded.shape[1])
             return logprobs[:, 0] / length + spec.routing_weight * leaning
 
-        @torch.no_grad()
         def value(tokens: torch.Tensor) -> torch.Tensor:
-            return torch.cat(
-                [worth(table[part[:, start:]], beginning) for part in tokens.split(at_once)]
+            return victim.batched(
+                lambda part: worth(table[part[:, start:]], beginning), tokens, width
             )
 
         def gradient(tokens: torch.Tensor) -> torch.Tensor:
-            embedded = table[tokens][None].requires_grad_()
+            embedded = table[tokens[start:]][None].requires_grad_()
             victim.gradients += 1
-            return torch.autograd.grad(worth(embedded).sum(), embedded)[0][0]
+            slope = torch.autograd.grad(worth(embedded, beginning).sum(), embedded)[0][0]
+            return pad(slope, (0, 0, start, 0))
 
         generator = torch.Generator().manual_seed(hash_of(f"{spec.seed}/{row['id']}"))
         settings = {

@@ -8,18 +8,16 @@ from transformers import PreTrainedModel
 
 from stages.attack import images
 from stages.attack.image_objective import Best, Value
-from stages.attack.image_spec import (
-    APGD,
-    PGD,
-    AnyImageAttack,
-    Noise,
-    PaperPGD,
-    Square,
-    Transfer,
-)
+from stages.attack.image_spec import AnyImageAttack, Noise, PaperPGD, Transfer
 from stages.attack.images import Outcome, attack_images
 from stages.errors import StageFailed
-from stages.evaluate.image_attacks import SWAPS, ImageAttacks, shown
+from stages.evaluate.image_attacks import (
+    SWAPS,
+    ImageAttacks,
+    checked_without_bound,
+    shown,
+    variants,
+)
 from stages.evaluate.showing import Shown
 from stages.models.families import family
 from stages.models.images import Classifier, ImageProcessor
@@ -189,9 +187,7 @@ class Attacker(Shown):
 
     def _check_without_bound(self, found: list[dict]) -> None:
         for name, attack in self.spec.attacks.items():
-            if isinstance(attack, Square) or (
-                isinstance(attack, PGD | APGD) and attack.routing != "targeted"
-            ):
+            if checked_without_bound(attack):
                 radius = UNBOUNDED
                 if attack.norm == "l2":
                     radius *= self.pixels[0].numel() ** 0.5
@@ -214,20 +210,3 @@ class Attacker(Shown):
         for row, result, success in zip(self.rows, found, broken.tolist(), strict=True):
             if row["checked"]:
                 result["checks"][key] = success
-
-
-def variants(name: str, attack: AnyImageAttack) -> dict[str, tuple[str, AnyImageAttack]]:
-    """The same attack with twice the effort, by the name of the check that it serves, and the name
-    that its random numbers come from.
-
-    None of a transfer, which more steps on the other model need not make stronger.
-    """
-    if isinstance(attack, Square):
-        return {"queries": (name, attack.model_copy(update={"queries": 2 * attack.queries}))}
-    if not isinstance(attack, PGD | APGD):
-        return {}
-    found = {"steps": (name, attack.model_copy(update={"steps": 2 * attack.steps}))}
-    if getattr(attack, "random_start", True):
-        # What it has not broken meets as many starts again.
-        found["restarts"] = f"{name}/again", attack
-    return found

@@ -334,3 +334,27 @@ def _by_layer(column: str, values: dict[str, float]) -> dict[str, float]:
 def shown(budget: float) -> str:
     """A budget in units of 1/255, for names."""
     return f"{budget * 255:.4g}"
+
+
+def variants(name: str, attack: AnyImageAttack) -> dict[str, tuple[str, AnyImageAttack]]:
+    """The same attack with twice the effort, by the name of the check that it serves, and the name
+    that its random numbers come from.
+
+    None of a transfer, which more steps on the other model need not make stronger.
+    """
+    if isinstance(attack, Square):
+        return {"queries": (name, attack.model_copy(update={"queries": 2 * attack.queries}))}
+    if not isinstance(attack, PGD | APGD):
+        return {}
+    found = {"steps": (name, attack.model_copy(update={"steps": 2 * attack.steps}))}
+    if getattr(attack, "random_start", True):
+        # What it has not broken meets as many starts again.
+        found["restarts"] = f"{name}/again", attack
+    return found
+
+
+def checked_without_bound(attack: AnyImageAttack) -> bool:
+    """Whether an attack is also tried where every image is within its budget: those on the loss."""
+    return isinstance(attack, Square) or (
+        isinstance(attack, PGD | APGD) and attack.routing != "targeted"
+    )

@@ -10,7 +10,7 @@ import torch
 
 from stages.attack import edits, embeddings, gcg
 from stages.attack.objectives import Objective
-from stages.attack.questions import TOKENS_AT_ONCE, Question, margin
+from stages.attack.questions import Question, margin
 from stages.attack.text_spec import (
     GCG,
     AnyTextAttack,
@@ -22,13 +22,10 @@ from stages.attack.text_spec import (
 from stages.attack.wordnet import WordNet, folder
 from stages.errors import StageFailed
 from stages.evaluate.asking import Asker, allowed_tokens, are_texts
-from stages.evaluate.text_attacks import BUDGETS, SWAPS
+from stages.evaluate.text_attacks import SWAPS, variants
 from stages.models.routes import Weigh, hash_of, imposed
 from stages.models.routing import Routing, weighing
 from stages.probe.change import chance, routing_change
-
-UNBOUNDED = 100.0
-"""Radius, in norms of an embedding, that leaves nothing of the original."""
 
 
 @dataclass(frozen=True)
@@ -168,15 +165,20 @@ class Attacker(Asker):
                 }
         if row["checked"]:
             for key, variant in variants(attack):
-                other, _ = self._asked(self.attempt(variant, row, clean))
-                found["checks"][key] = self.labels[int(other.argmax())]
+                same = variant == attack
+                # A check asks whether it succeeds, and not by how much.
+                other = made if same else self.attempt(variant, row, clean, goal=0.0)
+                found["checks"][key] = self.labels[int(self._asked(other)[0].argmax())]
         return found
 
-    def attempt(self, attack: AnyTextAttack, row: dict, clean: Attempt) -> Attempt:
-        """Run one attack on one row."""
+    def attempt(
+        self, attack: AnyTextAttack, row: dict, clean: Attempt, goal: float = float("inf")
+    ) -> Attempt:
+        """Run one attack on one row; an ascent ends where its margin is above ``goal``, the others
+        where they succeed."""
         seed = hash_of(f"{self.spec.seed}/{row['id']}/{attack.label}")
         if isinstance(attack, EmbeddingPGD):
-            return self._ascent(attack, clean, torch.Generator().manual_seed(seed))
+            return self._ascent(attack, clean, torch.Generator().manual_seed(seed), goal)
         if isinstance(attack, GCG):
             return self._search(attack, clean, torch.Generator().manual_seed(seed))
         found = edits.greedy(
@@ -205,13 +207,13 @@ class Attacker(Asker):
         return self._written(row, text, done)
 
     def _ascent(
-        self, attack: EmbeddingPGD, clean: Attempt, generator: torch.Generator
+        self, attack: EmbeddingPGD, clean: Attempt, generator: torch.Generator, goal: float
     ) -> Attempt:
         radius = attack.epsilon * self.scale[attack.norm]
         found = embeddings.ascend(
             Objective(self.victim, clean.question, attack), clean.embedded,
             clean.question.editable, radius, norm=attack.norm, steps=attack.steps,
-            restarts=attack.restarts, generator=generator,
+            restarts=attack.restarts, generator=generator, goal=goal,
         )  # fmt: skip
         self.victim.gradients += found.gradients
         length = found.delta.norm(dim=-1).max().item()
@@ -224,11 +226,9 @@ class Attacker(Asker):
         question, table = clean.question, self.victim.table
         objective = Objective(self.victim, question, attack)
         width = len(question.tokens) * len(question.beginnings)
-        at_once = max(1, TOKENS_AT_ONCE[self.model.device.type] // width)
 
-        @torch.no_grad()
         def value(rows: torch.Tensor) -> torch.Tensor:
-            return torch.cat([objective(table[part])[0] for part in rows.split(at_once)])
+            return self.victim.batched(lambda part: objective(table[part])[0], rows, width)
 
         def gradient(tokens: torch.Tensor) -> torch.Tensor:
             embedded = table[tokens][None].requires_grad_()
@@ -315,25 +315,6 @@ class Attacker(Asker):
                 )  # fmt: skip
                 found[f"{swap}/{what}"] = self.labels[int(answer.argmax())]
         return found
-
-
-def variants(attack: AnyTextAttack) -> Iterator[tuple[str, AnyTextAttack]]:
-    """The same attack with twice the effort, with other budgets and, on embeddings, without a
-    bound, each with the name of the check that it serves."""
-    if isinstance(attack, EmbeddingPGD):
-        yield "steps", attack.model_copy(update={"steps": 2 * attack.steps})
-        yield "restarts", attack.model_copy(update={"restarts": 2 * attack.restarts})
-        for factor in BUDGETS:
-            epsilon = factor * attack.epsilon
-            yield f"budget {epsilon:g}", attack.model_copy(update={"epsilon": epsilon})
-        yield "unbounded", attack.model_copy(update={"epsilon": UNBOUNDED})
-        return
-    field = "substitutions" if isinstance(attack, GCG) else "edits"
-    if isinstance(attack, GCG):
-        yield "steps", attack.model_copy(update={"steps": 2 * attack.steps})
-    size = getattr(attack, field)
-    for budget in sorted({max(1, size // 2), size, 2 * size}):
-        yield f"budget {budget}", attack.model_copy(update={field: budget})
 
 
 def common(before: Sequence[int], after: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from stages.attack import wordnet
-from stages.attack.text_spec import AnyTextAttack, EmbeddingPGD, GradientAttack, GreedyEdits
+from stages.attack.text_spec import GCG, AnyTextAttack, EmbeddingPGD, GradientAttack, GreedyEdits
 from stages.evaluate import hygiene
 from stages.evaluate.base import Metric, Request, Response, mean_of
 from stages.evaluate.examples import results
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 BUDGETS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Of the checks, in units of the attack's own."""
+UNBOUNDED = 100.0
+"""Radius, in norms of an embedding, that leaves nothing of the original."""
 SWAPS = {"clean_attacked": "clean input, attacked routes",
          "attacked_clean": "attacked input, clean routes"}  # fmt: skip
 
@@ -242,3 +244,22 @@ def _routes(column: str, label: str, higher_is_better: bool = False) -> Metric:
 
 def _mean(by_layer: dict[str, float]) -> float:
     return float(np.mean(list(by_layer.values()))) if by_layer else np.nan
+
+
+def variants(attack: AnyTextAttack) -> Iterator[tuple[str, AnyTextAttack]]:
+    """The same attack with twice the effort, with other budgets and, on embeddings, without a
+    bound, each with the name of the check that it serves."""
+    if isinstance(attack, EmbeddingPGD):
+        yield "steps", attack.model_copy(update={"steps": 2 * attack.steps})
+        yield "restarts", attack.model_copy(update={"restarts": 2 * attack.restarts})
+        for factor in BUDGETS:
+            epsilon = factor * attack.epsilon
+            yield f"budget {epsilon:g}", attack.model_copy(update={"epsilon": epsilon})
+        yield "unbounded", attack.model_copy(update={"epsilon": UNBOUNDED})
+        return
+    field = "substitutions" if isinstance(attack, GCG) else "edits"
+    if isinstance(attack, GCG):
+        yield "steps", attack.model_copy(update={"steps": 2 * attack.steps})
+    size = getattr(attack, field)
+    for budget in sorted({max(1, size // 2), size, 2 * size}):
+        yield f"budget {budget}", attack.model_copy(update={field: budget})

@@ -208,6 +208,15 @@ def test_identical_answers_get_the_rule_of_three():
     assert np.isnan(got.minimum_detectable)
 
 
+def test_a_metric_that_no_row_has_a_score_of_has_no_number():
+    none = scores([np.nan] * 5)
+    got = paired([none], [none], CORRECT)
+    assert (got.n, got.documents, got.identical) == (0, 0, False)
+    numbers = (got.first.value, got.difference, got.ci_low, got.ci_high, got.p_value,
+               got.minimum_detectable, got.effect_size)
+    assert np.isnan(numbers).all()
+
+
 def test_rows_are_matched_by_example_id_and_unmatched_ones_are_named():
     first, second = scores([1, 1, 0, 1]), scores([0, 1, 0, 1])
     got = paired([first], [second.iloc[::-1]], CORRECT)

@@ -55,6 +55,34 @@ def test_margins_of_texts_of_several_lengths_and_their_count(victim):
         assert value.item() == pytest.approx(margin(alone, question).item(), abs=1e-4)
 
 
+def test_batches_are_as_large_as_memory_allows():
+    """A device that holds 30 tokens; each row takes 4."""
+    victim, sizes = Victim(tiny_model("llama", TOKENIZER, seed=0)), []
+
+    def value(rows):
+        sizes.append(len(rows))
+        if 4 * len(rows) > 30:
+            raise torch.OutOfMemoryError("too many")
+        return rows.sum(1).float()
+
+    rows = torch.arange(60).view(20, 3)
+    victim.most = None  # as on a device other than a CPU
+    for _ in range(2):
+        torch.testing.assert_close(victim.batched(value, rows, 4), rows.sum(1).float())
+    # All 20, halves, quarters; what fits is remembered.
+    assert sizes == [20, 10, 5, 5, 5, 5, 5, 5, 5, 5] and victim.most == 20
+    def never(rows):
+        raise torch.OutOfMemoryError("too many")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        victim.batched(never, rows, 4)
+    on_cpu = Victim(victim.model)
+    assert on_cpu.most == 4096
+    sizes.clear()
+    on_cpu.batched(lambda rows: sizes.append(len(rows)) or rows.sum(1), rows, 1024)
+    assert sizes == [4, 4, 4, 4, 4]
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v2", "qwen3_next"])
 def test_a_beginning_is_read_once_for_many_prompts(name):
     victim = Victim(tiny_model(name, TOKENIZER, seed=0).requires_grad_(False))

@@ -51,6 +51,17 @@ def test_the_best_iterate_is_kept_and_never_worse_than_the_clean_input():
     assert found.margin == 0 and not found.delta.any()
 
 
+def test_it_ends_where_the_goal_is_reached():
+    """A step of 2.5 / 10 of the radius gains a quarter of what all of them do, 4.87."""
+    start = linear(CLEAN[None])[0].item()
+    whole = climbed(restarts=1)
+    assert climbed(restarts=1, goal=start - 1).gradients == 0
+    found = climbed(restarts=1, goal=start + 1)
+    assert found.gradients == 1
+    assert found.margin == pytest.approx(start + 0.25 * (whole.margin - start), rel=1e-4)
+    assert climbed(restarts=1, goal=1e6).gradients == 10 == whole.gradients
+
+
 def test_gradients_that_are_zero_are_counted():
     def masked(embedded):
         value = (embedded * SLOPE)[:, 0].sum(-1)

@@ -144,11 +144,13 @@ def slopes(level=2.0, moe=True, n=N):
                     routing_share=lipschitz / frozen)
 
 
-def interventions(second=0.9, drawn=0.3, own=0.95, n=N):
+def interventions(second=0.9, drawn=0.3, own=0.95, dropped=0.1, n=N):
     values = {"correct": share(own, n)}
-    for name, level in (("next_ranked", second), ("random", drawn), ("drop_output", 0.1)):
+    for name, level in (("next_ranked", second), ("random", drawn), ("drop_output", dropped)):
         values[f"correct/{name}_0.5"] = share((own + level) / 2, n)
         values[f"correct/{name}_1"] = share(level, n)
+        for of in ("0.5", "1"):
+            values[f"changed/{name}_{of}"] = values["correct"] - values[f"correct/{name}_{of}"]
     return examples(n, **values, **{"correct/top_2": share(own, n)})
 
 

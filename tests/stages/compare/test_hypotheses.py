@@ -7,7 +7,7 @@ from scipy import stats
 
 from stages.compare.claims import Claim
 from stages.compare.contrast import Contrast
-from stages.compare.hypotheses import TITLES, decide, judge
+from stages.compare.hypotheses import TITLES, decide, judge, trivial
 from stages.compare.measured import Measured
 from stages.statistics import holm
 from tests.stages.compare import attacked
@@ -159,8 +159,10 @@ def test_h3_routes_change_far_more_and_do_no_harm(tmp_path, fields, verdict):
     assert found["verdict"][0] == verdict
     change, kept = fields.get("change", 0.6), fields.get("kept", 1.0)
     # The attack on the routes and the control do not count in the change.
-    assert found["value"].tolist() == pytest.approx([change - 0.4, change, 1 - kept])
-    assert found["null"].tolist() == [0, 0, 0.05]
+    # Without any expert's output .95 - .1 of the predictions change.
+    assert found["value"].tolist() == pytest.approx([change - 0.4, change, 1 - kept, 0.85])
+    assert found["null"].tolist() == [0, 0, 0.05, 0.05]
+    assert found["claim"][3] == "predictions changed with no expert's output"
     for text in ("random perturbation 0.200", "again 0.000", "independent choices 0.820"):
         assert text in found["compared"][0]
 
@@ -211,7 +213,8 @@ def test_h4_does_not_drown_in_the_size_of_its_columns(tmp_path):
 def test_h5_second_best_cost_little_and_random_more(tmp_path, second, drawn, verdict):
     found = of(verdicts(tmp_path, interventions=interventions(second, drawn, n=MANY)), "H5")
     assert found["verdict"][0] == verdict
-    assert found["value"].tolist() == pytest.approx([0.95 - second, drawn - second])
+    assert found["value"].tolist() == pytest.approx([0.95 - second, drawn - second, 0.85])
+    assert found["side"].tolist() == ["<", "<", ">"] and found["reason"][0] == ""
     assert f"second-best experts {second:.3f}" in found["compared"][0]
 
 
@@ -221,15 +224,16 @@ def test_holm_runs_over_the_hypotheses_that_were_tested(tmp_path):
     assert table["hypothesis"].unique().tolist() == list(TITLES)
     untested = of(table, "H5")
     assert untested["verdict"][0] == "not tested" and np.isnan(untested["p_holm"][0])
-    assert "add image_interventions or expert_interventions" in untested["reason"][0]
+    for name in ("H3", "H5"):
+        assert "add image_interventions or expert_interventions" in of(table, name)["reason"][0]
     tested = table[table["verdict"] != "not tested"].drop_duplicates("hypothesis")
-    assert len(tested) == 4
+    assert len(tested) == 3
     assert tested["p_holm"].tolist() == pytest.approx(holm(tested["p_value"]).tolist())
 
 
-def claim(p_value, value, above=True):
+def claim(p_value, value, above=True, **fields):
     found = Contrast(value, np.nan, np.nan, 0.0, p_value, np.nan, (), 10, 10, 3)
-    return Claim("", found, above)
+    return Claim("", found, above, **fields)
 
 
 def test_all_claims_must_hold_and_one_contrary_refutes():
@@ -237,6 +241,60 @@ def test_all_claims_must_hold_and_one_contrary_refutes():
     assert decide([claim(0.001, 1), claim(0.04, 1, above=False)]) == (0.08, "refuted")
     assert decide([claim(0.001, -1), claim(0.04, 1, above=False)]) == (0.002, "refuted")
     assert decide([claim(0.7, -1), claim(0.001, 1)]) == (1.0, "refuted")
+
+
+def test_a_premise_is_needed_for_support_and_refutes_nothing():
+    holds, fails = claim(0.03, 1, premise=True), claim(0.001, -1, premise=True)
+    assert decide([claim(0.001, 1), holds]) == (0.03, "supported")
+    assert decide([claim(0.001, 1), fails]) == (1.0, "undecided")
+    # It is no claim that could have been refuted: one claim, not two.
+    assert decide([claim(0.001, -1), fails]) == (0.001, "refuted")
+    assert trivial([claim(0.001, 1), holds]) == ""
+    unsure = trivial([claim(0.001, 1), claim(0.2, 1, premise=True)])
+    assert "not shown to be more than the margin" in unsure
+
+
+@pytest.mark.parametrize(
+    ("dropped", "verdict", "beside"),
+    [
+        (0.95, "undecided", "costs 0.000"),
+        (0.93, "undecided", "costs 0.020"),
+        (0.88, "undecided", "costs 0.070"),  # 1.6 standard errors above the margin
+        (0.85, "supported", ""),
+    ],
+)
+def test_experts_that_do_not_matter_support_nothing(tmp_path, dropped, verdict, beside):
+    """Of 400 examples the accuracy is .95 as routed; no exchange of experts or routes costs more
+    than .01, which is trivial where dropping all experts' output costs next to nothing."""
+    changes = {
+        "attacks": lambda model, seed: attacks(0.5, model != "vit", n=MANY),
+        "interventions": interventions(second=0.94, drawn=0.6, dropped=dropped, n=MANY),
+    }
+    table = verdicts(tmp_path, spec_of(resamples=4000), **changes)
+    for name in ("H3", "H5"):
+        found = of(table, name)
+        assert found["verdict"][0] == verdict
+        premise = found.iloc[-1]
+        assert premise["value"] == pytest.approx(0.95 - dropped) and premise["side"] == ">"
+        # The standard error is at least that of the null, sqrt(.05 * .95 / 400) = .0109, and that
+        # of the share itself, here of three equal seeds: sqrt(share * (1 - share) / 399).
+        error = max(0.0109, np.sqrt((0.95 - dropped) * (0.05 + dropped) / 399))
+        expected = 2 * stats.t(399).sf(abs(0.9 - dropped) / error)
+        assert premise["p_claim"] == pytest.approx(expected, rel=0.3)
+        if verdict == "supported":
+            assert found["reason"][0] == ""
+        else:
+            assert found["reason"][0].startswith("experts matter too little here: dropping them "
+                                                 f"all {beside} (")
+            told = "not shown to be more than" if dropped == 0.88 else "no more than"
+            assert f"{told} the margin of 0.05" in found["reason"][0]
+
+
+def test_experts_that_do_not_matter_can_still_be_worse_than_nothing(tmp_path):
+    """Second-best experts cost .45 and dropping all nothing: that they cost little is false."""
+    tables = {"interventions": interventions(second=0.5, drawn=0.3, dropped=0.95, n=MANY)}
+    found = of(verdicts(tmp_path, **tables), "H5")
+    assert found["verdict"][0] == "refuted" and found["reason"][0] == ""
 
 
 def test_few_seeds_that_differ_leave_it_undecided(tmp_path):
@@ -304,6 +362,9 @@ def test_a_recipe_of_some_models_is_judged_by_those(tmp_path):
         ({"interventions": interventions().drop(
             columns=["correct/random_0.5", "correct/random_1"])},
          "H5", "name both in substitutions"),
+        ({"interventions": interventions().drop(
+            columns=["correct/drop_output_0.5", "correct/drop_output_1"])},
+         "H3", "it is not known whether they matter; name drop_output in substitutions"),
         ({"geometry": geometry().head(1)}, "H4", "no number (0 documents)"),
     ],
 )  # fmt: skip
@@ -328,8 +389,9 @@ def test_texts_are_judged_by_the_same_rule(tmp_path):
     routes = of(table, "H3")
     assert routes["verdict"][0] == "supported"
     # Two attacks on the loss change 0.3, random edits 0.1; accuracy under attacked routes is clean.
-    assert routes["value"].tolist() == pytest.approx([0.1, 0.28, 0.0])
+    assert routes["value"].tolist() == pytest.approx([0.1, 0.28, 0.0, 0.85])
     assert routes["claim"][2] == "clean accuracy lost under the attacked routes"
+    assert routes["claim"][3] == "accuracy lost with no expert's output"
 
 
 def test_verdicts_carry_the_failed_checks_of_their_attacks(tmp_path):
@@ -352,7 +414,8 @@ def test_experts_that_started_alike_are_pointed_out_with_their_twin(tmp_path):
     assert set(table["recipe"]) == {"scratch"}
     assert of(table, "H5")["caution"][0] == (
         "the experts of vmoe-4 started alike; before the recipe: accuracy lost with second-best "
-        "experts 0.000, that minus the accuracy lost with random ones 0.000"
+        "experts 0.000, that minus the accuracy lost with random ones 0.000, accuracy lost with "
+        "no expert's output 0.850"
     )
     assert "started alike" not in of(table, "H1")["caution"][0]
 

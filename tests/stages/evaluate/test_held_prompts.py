@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from stages.attack import gcg
 from stages.attack.objectives import routing_loss
 from stages.attack.questions import Victim
 from stages.errors import StageFailed
@@ -98,6 +99,30 @@ def test_routers_can_be_part_of_the_goal(engines, data):
 
     for row in routed_too.itertuples():
         assert leaning(row, row.suffix) > leaning(row, " x x x")
+
+
+def test_the_gradient_after_what_was_read_once_is_that_of_the_whole_prompt(
+    engines, data, monkeypatch
+):
+    engine, seen = engines["mixtral"], {}
+
+    def search(value, gradient, table, start, positions, **settings):
+        seen.update(slope=gradient(start), places=positions, tokens=start)
+        return gcg.Found(start, 0.0, 0, 0.0)
+
+    monkeypatch.setattr(gcg, "search", search)
+    evaluation = TargetAttack(harmful=["bad"], suffix="x x x", target="Sure", max_new_tokens=1)
+    scores_of(engine, evaluation, {"bad": data["bad"].head(1)})
+    victim, first = Victim(engine.model), int(seen["places"].min())
+    assert 0 < first and victim.read(victim.table[seen["tokens"][:first]]) is not None
+    prompts = SuffixSearch(evaluation, engine.model, engine.tokenizer)
+    question, _ = prompts._question({"id": "", "prompt": HARMFUL[0]}, " x x x")
+    embedded = victim.table[question.tokens][None].requires_grad_()
+    worth = victim.logprobs(embedded, question)[0, 0] / len(question.words[0])
+    whole = torch.autograd.grad(worth, embedded)[0][0]
+    assert whole[first:].abs().max() > 1e-3
+    torch.testing.assert_close(seen["slope"][first:], whole[first:], rtol=1e-3, atol=1e-6)
+    assert seen["slope"][:first].eq(0).all() and len(seen["slope"]) == len(whole)
 
 
 def by_word(prompt, answer):

@@ -16,7 +16,7 @@ from stages.compare.table import render_text
 from stages.evaluate import hygiene
 from stages.evaluate.engine import Engine
 from stages.evaluate.shards import plan_shards
-from stages.evaluate.text_attacking import Attempt, common, variants
+from stages.evaluate.text_attacking import Attacker, Attempt, common, variants
 from stages.evaluate.text_attacks import TextAttacks
 from stages.models.card import ModelCard
 from stages.models.routes import imposed
@@ -95,6 +95,16 @@ def test_budgets_are_kept_and_effort_is_counted(scores):
     assert scores["gradients/embedding_pgd"].eq(8).all()
     assert scores["queries/embedding_pgd"].eq(10).all()
     assert scores["gradients/gcg"].le(3).all()
+
+
+def test_perturbations_are_measured_in_half_distances_to_the_nearest_token(scores, engines):
+    table = engines["mixtral"].model.get_input_embeddings().weight.detach()
+    distances = torch.cdist(table, table).fill_diagonal_(torch.inf)
+    radius = 0.5 * table.norm(dim=1).median() / (distances.amin(1).median() / 2)
+    sizes = scores["size/embedding_pgd"]
+    # 0 where the clean input was the best; no token is moved further than the radius.
+    assert sizes.le(radius.item() * (1 + 1e-4)).all() and sizes.max() > 0.5 * radius.item()
+    assert scores["size/gcg"].eq(0).all()
 
 
 def test_routes_change_more_the_more_they_are_aimed_at(scores):
@@ -176,6 +186,36 @@ def test_the_checks_of_an_attack_are_attacks(engines, data):
         curves)
     unbounded = report.set_index(["attack", "check"]).loc[("embedding_pgd", "unbounded")]
     assert unbounded["value"] == 1.0 and unbounded["passed"]
+
+
+def test_an_attack_is_not_run_again_for_the_check_of_its_own_budget(engines, data, monkeypatch):
+    tried, real = [], Attacker.attempt
+
+    def attempt(self, attack, row, clean, **options):
+        tried.append((attack.steps, attack.substitutions))
+        return real(self, attack, row, clean, **options)
+
+    monkeypatch.setattr(Attacker, "attempt", attempt)
+    evaluation = spec(attacks=ATTACKS[2:3], checked=1)
+    scores = scores_of(engines["mixtral"], evaluation, {"shop": data["shop"].head(1)})
+    assert tried == [(3, 2), (6, 2), (3, 1), (3, 4)]
+    assert scores["check/gcg/budget 2"].tolist() == (1 - scores["correct/gcg"]).tolist()
+
+
+def test_a_check_ends_where_it_succeeds(engines, data):
+    attacker = Attacker(spec(), engines["mixtral"].model, engines["mixtral"].tokenizer)
+    row = next(r for r in spec().rows(data["shop"]) if r["label"] == "positive")
+    question = attacker.question(row, row["text"])
+    clean = Attempt(attacker.victim.table[question.tokens], question, row["text"], 0)
+    for _, variant in variants(spec().attacks[0]):
+        spent = []
+        for options in ({}, {"goal": 0.0}):
+            before = attacker.victim.gradients
+            made = attacker.attempt(variant, row, clean, **options)
+            answer = attacker._asked(made)[0].argmax().item()
+            spent.append((attacker.victim.gradients - before, answer != question.gold))
+        (whole, broken), (part, too) = spent
+        assert broken == too and part <= whole and (part < whole or not broken)
 
 
 def test_checks_by_hand():

@@ -24,6 +24,16 @@ def test_overlap_of_sets():
     assert found[:4].tolist() == [1, 0.75, 0.5, 0.25] and found[4:].isnan().all()
 
 
+def test_sums_over_images_are_those_of_the_published_code():
+    """Three images of two tokens with two experts, the last one masked or not."""
+    before = sets({0}, {0, 1}, {}, {0, 1}, {1}, {1}, experts=2)
+    after = sets({0}, {1}, {}, {0}, {1}, {1}, experts=2)
+    each = overlap(before, after, published=True).view(3, 2).mean(1)
+    assert each.tolist() == [0.75, 0.25, 1] and (each[:2].sum(), each.sum()) == (1, 2)
+    # Left out of the mean, the token without experts is no change.
+    assert overlap(before, after).view(3, 2).nanmean(1).tolist() == [0.75, 0.5, 1]
+
+
 def routing(experts, weights=None, layer="x"):
     experts = torch.tensor(experts)
     weights = torch.ones(experts.shape) if weights is None else torch.tensor(weights)
