@@ -8,10 +8,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
+def pytest_itemcollected(item):
     """One process has the Ray cluster, and a module stays whole for the sake of its fixtures."""
+    group = "cluster" if "cluster" in item.fixturenames else item.path.stem
+    item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_modifyitems(items):
+    """The cluster's tests first: they are the longest group."""
     items.sort(key=lambda item: "cluster" not in item.fixturenames)
-    for item in items:
-        group = "cluster" if "cluster" in item.fixturenames else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
