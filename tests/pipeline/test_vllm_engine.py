@@ -27,6 +27,7 @@ from stages.evaluate.base import Request
 from stages.evaluate.engine import Engine
 from stages.evaluate.shards import plan_shards, requests_from_table
 from stages.evaluate.spec import EvaluateSpec
+from stages.evaluate.techniques import SelfConsistency, applied
 from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.models.tiny_shapes import TINY
 
@@ -232,9 +233,11 @@ def test_vllm_itself_answers_as_transformers_do(cluster, tmp_path, monkeypatch, 
     """Where vLLM is installed, for CPUs too: greedy answers are the same but where the two best
     tokens are within 1e-4."""
     pytest.importorskip("vllm")
-    # vLLM's attention on the CPU wants heads of 32 or more.
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    monkeypatch.setitem(TINY, family, TINY[family] | heads)
+    # vLLM's attention on the CPU wants heads of 32 or more; its OLMoE never shares the embedding
+    # with the head, as no released one does.
+    shape = {"num_attention_heads": 2, "num_key_value_heads": 1,
+             "tie_word_embeddings": family != "olmoe"}
+    monkeypatch.setitem(TINY, family, TINY[family] | shape)
     monkeypatch.setitem(vllm_engine.ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     arguments = vllm_engine.engine_arguments
     monkeypatch.setattr(vllm_engine, "engine_arguments",
@@ -250,6 +253,8 @@ def test_vllm_itself_answers_as_transformers_do(cluster, tmp_path, monkeypatch, 
         Request(f"r{n}", text, max_new_tokens=20, chat=n % 2 == 0, stop=("8",) if n % 3 else ())
         for n, text in enumerate(["Hello?", "x", "Once upon a time", "The quick fox", "", "1"])
     ]
+    drawn = applied(SelfConsistency(kind="self_consistency", samples=2, temperature=2.0),
+                    [Request("drawn", "Hello?", max_new_tokens=20)])
     spec = EvaluateSpec(evaluation={"kind": "perplexity", "in_domain": ["d"]}, shard_size=4)
     written = {}
     response = vllm_engine.Interpreter.response
@@ -258,10 +263,11 @@ def test_vllm_itself_answers_as_transformers_do(cluster, tmp_path, monkeypatch, 
             {request.id: list(tokens)}) or response(self, request, tokens))
     found = {}
     for _, answered in vllm_engine.answer(
-            plan_shards(requests, 4), store, "model/x@1", spec, EvaluateResources()):
+            plan_shards([*requests, *drawn], 4), store, "model/x@1", spec, EvaluateResources()):
         assert not answered.failures
         found |= {each.id: each for each in answered.responses}
-    assert written.keys() == found.keys() == {request.id for request in requests}
+    assert written.keys() == found.keys() == {request.id for request in (*requests, *drawn)}
+    assert written["drawn#sample0"] != written["drawn#sample1"]  # by seeds of their own
     engine = Engine(store.fetch("model/x@1"), threads=1)
     interpreter = vllm_engine.Interpreter(store.fetch("model/x@1"))
     for request, expected in zip(requests, engine.respond(requests), strict=True):
