@@ -37,8 +37,6 @@ def record(plan: Plan, store: Store, uri: str) -> list[str]:
     if not children:
         return []
     report = store.download(report_folder(sweep.name))
-    if report is None:  # the comparison failed, and there is none of an earlier run
-        return []
     fingerprint = content_fingerprint(sweep.name, children, report)
     memory = f"tracking/{sweep.name}.json"
     known = store.read_json(memory) or {}
