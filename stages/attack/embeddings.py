@@ -36,7 +36,7 @@ def nearest_distance(table: torch.Tensor, sample: int = 512) -> float:
     chosen = table[:: max(1, len(table) // sample)].float()
     distances = torch.cdist(chosen, table.float())
     # Tokens that were never trained may share one embedding; they are no neighbours.
-    distances[distances < 1e-4 * distances.median()] = torch.inf
+    distances[distances < 1e-3 * distances.median()] = torch.inf
     return distances.amin(1).median().item()
 
 

@@ -3,24 +3,22 @@
 import json
 import re
 import socket
-from pathlib import Path
 
 import pytest
 import torch
+from estimates import IMAGENET, SWEEPS, estimator, planned
 from transformers import AutoConfig
 
-from pipeline.checks import check, check_plan
+from pipeline.checks import check
 from pipeline.cli import main
 from pipeline.estimate import Estimator
 from pipeline.estimate_text import scaled, work_text
 from pipeline.gpu_memory import check_memory
-from pipeline.plan import build
 from pipeline.store import Store
 from pipeline.sweep_file import load
 from stages.attack.image_spec import PAPER_BUDGETS
 from stages.errors import BadInput
 from stages.evaluate.base import AXES
-from stages.evaluate.shards import PROCEDURE_WORK
 from stages.models.card import ModelCard
 from stages.models.known import CANNOT_RUN, KNOWN, known
 from stages.models.load import auto_class
@@ -28,7 +26,6 @@ from stages.models.size import measure
 from stages.models.spec import indices
 from stages.models.targets import configuration
 
-SWEEPS = Path(__file__).parents[2] / "sweeps"
 FOLDER = SWEEPS / "moe_rbench"
 
 
@@ -38,17 +35,6 @@ def _no_network(monkeypatch):
         raise AssertionError("planning went to the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-
-
-def planned(file, *overrides):
-    sweep = load(file, list(overrides))
-    plan = build(sweep, check(sweep, file))
-    check_plan(plan, file)
-    return plan
-
-
-def estimator(file, tmp_path, *overrides):
-    return Estimator(planned(file, *overrides), Store(str(tmp_path)), file.parent)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +180,6 @@ def test_known_sizes_of_other_architectures_are_worked_out():
     assert not [source for source in CANNOT_RUN if KNOWN.get(source) and KNOWN[source].config]
 
 
-IMAGENET = SWEEPS / "adversarial_moe" / "imagenet.yaml"
 
 
 def test_the_setting_of_the_adversarial_paper(tmp_path):
@@ -241,55 +226,6 @@ def test_vision_twins_have_the_sizes_of_their_cards(name, tmp_path):
     assert (size.total, size.active, size.flops_per_token, size.tokens_per_image) == (
         card.total_parameters, card.active_parameters, card.flops_per_token,
         card.notes["tokens_per_image"])
-
-
-def test_passes_of_images_by_hand(tmp_path):
-    found = estimator(IMAGENET, tmp_path)
-    nodes = found.plan.nodes
-    dense = 174_587_904
-    trained = found.work(nodes["finetune/vit-b32-released-seed0"])
-    assert trained.tokens == 10_000 * 1024 * 145 and trained.flops == 3 * dense * trained.tokens
-    plain = found.work(nodes["evaluate/vit-b32-released-seed0-images"])
-    assert plain.tokens == 5_000 * 145 and plain.whole
-    curve = found.work(nodes["evaluate/vit-b32-released-seed0-curve"])
-    # At each budget 40 gradients, a last look and a clean gradient twice (paper and pgd), 40 points
-    # of noise; all seen again; three for the random perturbation and the worst images. 16 images
-    # meet pgd with twice the steps, from another start, and once without a bound.
-    at_budget, harder = 2 * (124 + 1) + 41 + 3, 26 * (244 + 124) + 124
-    assert curve.tokens == 145 * (1_000 * (3 + 26 * at_budget) + 16 * harder) and curve.whole
-    sparse = found.work(nodes["evaluate/vmoe-b32-e8-k2-every2-released-seed0-curve"])
-    # Routes exchanged both ways: as they are, weighed anew, in each of 6 layers.
-    assert sparse.tokens - curve.tokens == 145 * 1_000 * 26 * 2 * 8
-    probes = found.work(nodes["evaluate/vmoe-b32-e8-k2-every2-released-seed0-interventions"])
-    # 5 substitutions at 4 shares, 2 numbers of experts, 8 masks of each of 6 routers.
-    assert probes.tokens == 145 * 1_000 * (1 + 20 + 2 + 48) and probes.whole
-    assert curve.gpu_hours == pytest.approx(dense * curve.tokens / 200e12 / 3600)
-    assert found.plan.sweep.resources.evaluate.shard_size == 32 * PROCEDURE_WORK
-    wide = found.size("model/vit-b32-wide")
-    assert wide.active / found.size("model/vmoe-b32-e8-k2-every2").active == pytest.approx(1, 1e-3)
-
-
-def test_passes_of_texts_by_hand(tmp_path):
-    """The four requests of the text sweep: 20 steps of 32 candidates for eight tokens."""
-    found = estimator(SWEEPS / "adversarial_moe" / "text_cpu.yaml", tmp_path)
-    suffixes = found.plan.sweep.evaluations["suffixes"]
-    asked = found.asked(suffixes)
-    # The filler's requests end with the place for one, {prompt}.
-    prompt = (round(found.characters("advbench")) + len("{prompt}")) / 4
-    searched = 8 + 3
-    each = 5 * (prompt + searched) + (1 + 20 * 35) * searched + prompt + 3 * (prompt + 8)
-    assert asked.read == pytest.approx(4 * each) and asked.written == 4 * 3 * 24 and asked.whole
-    # Slopes of 8 texts: 2 starts of 5 steps, 8 samples, 2 labels; a model with experts twice.
-    slopes = found.plan.sweep.evaluations["slopes"]
-    ascent, jacobian = 1 + 2 * 16, 1 + 2 * 2
-    length = (round(found.characters("amazon")) + len("Text: \nSentiment:")) / 4
-    for layers, sides in ((0, 1), (6, 2)):
-        passes = 1 + sides * (ascent + jacobian) + 9
-        assert found.asked(slopes, layers).read == pytest.approx(8 * length * passes)
-    moe = "evaluate/smollm2-moe-sft-seed0-attacks"
-    assert found.sparse_blocks(found.plan.nodes[moe].inputs["checkpoint"]) == 6
-    assert found.sparse_blocks("model/smollm2") == 0
-    assert found.work(found.plan.nodes[moe]).whole
 
 
 def test_the_smoke_sweep_by_hand(tmp_path):

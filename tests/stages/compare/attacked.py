@@ -3,6 +3,10 @@
 import numpy as np
 import pandas as pd
 
+from stages.compare.claims import Claim
+from stages.compare.contrast import Contrast
+from stages.compare.hypotheses import judge
+from stages.compare.measured import Measured
 from stages.compare.spec import CompareSpec, Pair
 from stages.models.card import ModelCard
 
@@ -200,3 +204,29 @@ def study(folder, spec, **overrides):
                 inputs[role].mkdir(parents=True)
                 card(model).write(inputs[role])
     return inputs
+
+
+MANY = 400
+"""Examples of the hypotheses on harmlessness; 40 cannot tell 0 from 5 %."""
+
+
+def verdicts(folder, spec=None, cards=None, gaps=None, without=(), **tables):
+    """One row per claim, from the standard study with other tables in it."""
+    spec = spec or spec_of()
+    inputs = study(folder, spec, **tables)
+    inputs = {role: path for role, path in inputs.items() if role not in without}
+    cards = {name: card(name) for name in spec.models} | (cards or {})
+    return judge(Measured(spec, inputs, gaps or {}), cards)
+
+
+def of(table, hypothesis):
+    """The rows of one hypothesis, which have one verdict."""
+    rows = table[table["hypothesis"] == hypothesis]
+    assert rows["verdict"].nunique() == 1
+    return rows.reset_index(drop=True)
+
+
+def claim(p_value, value, above=True, **fields):
+    """A claim of which only this is known."""
+    found = Contrast(value, np.nan, np.nan, 0.0, p_value, np.nan, (), 10, 10, 3)
+    return Claim("", found, above, **fields)

@@ -5,42 +5,24 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from stages.compare.claims import Claim
-from stages.compare.contrast import Contrast
-from stages.compare.hypotheses import TITLES, decide, judge, trivial
-from stages.compare.measured import Measured
+from stages.compare.hypotheses import TITLES, decide
 from stages.statistics import holm
 from tests.stages.compare import attacked
 from tests.stages.compare.attacked import (
     EVALUATIONS,
+    MANY,
     TEXTS,
     attacks,
     card,
+    claim,
     geometry,
     interventions,
+    of,
     slopes,
     spec_of,
-    study,
     text_attacks,
+    verdicts,
 )
-
-MANY = 400
-"""Examples of the hypotheses on harmlessness; 40 cannot tell 0 from 5 %."""
-
-
-def verdicts(folder, spec=None, cards=None, gaps=None, without=(), **tables):
-    """One row per claim, from the standard study with other tables in it."""
-    spec = spec or spec_of()
-    inputs = study(folder, spec, **tables)
-    inputs = {role: path for role, path in inputs.items() if role not in without}
-    cards = {name: card(name) for name in spec.models} | (cards or {})
-    return judge(Measured(spec, inputs, gaps or {}), cards)
-
-
-def of(table, hypothesis):
-    rows = table[table["hypothesis"] == hypothesis]
-    assert rows["verdict"].nunique() == 1
-    return rows.reset_index(drop=True)
 
 
 def by_model(make, **levels):
@@ -231,70 +213,11 @@ def test_holm_runs_over_the_hypotheses_that_were_tested(tmp_path):
     assert tested["p_holm"].tolist() == pytest.approx(holm(tested["p_value"]).tolist())
 
 
-def claim(p_value, value, above=True, **fields):
-    found = Contrast(value, np.nan, np.nan, 0.0, p_value, np.nan, (), 10, 10, 3)
-    return Claim("", found, above, **fields)
-
-
 def test_all_claims_must_hold_and_one_contrary_refutes():
     assert decide([claim(0.001, 1), claim(0.04, -1, above=False)]) == (0.04, "supported")
     assert decide([claim(0.001, 1), claim(0.04, 1, above=False)]) == (0.08, "refuted")
     assert decide([claim(0.001, -1), claim(0.04, 1, above=False)]) == (0.002, "refuted")
     assert decide([claim(0.7, -1), claim(0.001, 1)]) == (1.0, "refuted")
-
-
-def test_a_premise_is_needed_for_support_and_refutes_nothing():
-    holds, fails = claim(0.03, 1, premise=True), claim(0.001, -1, premise=True)
-    assert decide([claim(0.001, 1), holds]) == (0.03, "supported")
-    assert decide([claim(0.001, 1), fails]) == (1.0, "undecided")
-    # It is no claim that could have been refuted: one claim, not two.
-    assert decide([claim(0.001, -1), fails]) == (0.001, "refuted")
-    assert trivial([claim(0.001, 1), holds]) == ""
-    unsure = trivial([claim(0.001, 1), claim(0.2, 1, premise=True)])
-    assert "not shown to be more than the margin" in unsure
-
-
-@pytest.mark.parametrize(
-    ("dropped", "verdict", "beside"),
-    [
-        (0.95, "undecided", "costs 0.000"),
-        (0.93, "undecided", "costs 0.020"),
-        (0.88, "undecided", "costs 0.070"),  # 1.6 standard errors above the margin
-        (0.85, "supported", ""),
-    ],
-)
-def test_experts_that_do_not_matter_support_nothing(tmp_path, dropped, verdict, beside):
-    """Of 400 examples the accuracy is .95 as routed; no exchange of experts or routes costs more
-    than .01, which is trivial where dropping all experts' output costs next to nothing."""
-    changes = {
-        "attacks": lambda model, seed: attacks(0.5, model != "vit", n=MANY),
-        "interventions": interventions(second=0.94, drawn=0.6, dropped=dropped, n=MANY),
-    }
-    table = verdicts(tmp_path, spec_of(resamples=4000), **changes)
-    for name in ("H3", "H5"):
-        found = of(table, name)
-        assert found["verdict"][0] == verdict
-        premise = found.iloc[-1]
-        assert premise["value"] == pytest.approx(0.95 - dropped) and premise["side"] == ">"
-        # The standard error is at least that of the null, sqrt(.05 * .95 / 400) = .0109, and that
-        # of the share itself, here of three equal seeds: sqrt(share * (1 - share) / 399).
-        error = max(0.0109, np.sqrt((0.95 - dropped) * (0.05 + dropped) / 399))
-        expected = 2 * stats.t(399).sf(abs(0.9 - dropped) / error)
-        assert premise["p_claim"] == pytest.approx(expected, rel=0.3)
-        if verdict == "supported":
-            assert found["reason"][0] == ""
-        else:
-            assert found["reason"][0].startswith("experts matter too little here: dropping them "
-                                                 f"all {beside} (")
-            told = "not shown to be more than" if dropped == 0.88 else "no more than"
-            assert f"{told} the margin of 0.05" in found["reason"][0]
-
-
-def test_experts_that_do_not_matter_can_still_be_worse_than_nothing(tmp_path):
-    """Second-best experts cost .45 and dropping all nothing: that they cost little is false."""
-    tables = {"interventions": interventions(second=0.5, drawn=0.3, dropped=0.95, n=MANY)}
-    found = of(verdicts(tmp_path, **tables), "H5")
-    assert found["verdict"][0] == "refuted" and found["reason"][0] == ""
 
 
 def test_few_seeds_that_differ_leave_it_undecided(tmp_path):

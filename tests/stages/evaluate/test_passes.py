@@ -104,12 +104,14 @@ OF_IMAGES = {
 }
 
 
-@pytest.mark.parametrize("model", ["sparse", "dense"])
-@pytest.mark.parametrize("name", OF_IMAGES)
+def asked_of(evaluations, moe, dense):
+    """Every evaluation and the model with experts, and those that are not about experts alone."""
+    return [(name, moe) for name in evaluations] + [("attacks", dense), ("lipschitz", dense)]
+
+
+@pytest.mark.parametrize(("name", "model"), asked_of(OF_IMAGES, "sparse", "dense"))
 def test_passes_of_images_are_those_made(engines, data, made, monkeypatch, name, model):
     evaluation = OF_IMAGES[name]
-    if model == "dense" and name not in ("attacks", "lipschitz"):
-        pytest.skip("about experts")
     # How often it iterates is assumed; twice is enough to see what an iteration takes.
     monkeypatch.setattr("stages.probe.slopes.MOST_ITERATIONS", 2)
     monkeypatch.setattr("stages.probe.slopes.TOLERANCE", -1.0)
@@ -154,12 +156,9 @@ OF_TEXTS = {
 }
 
 
-@pytest.mark.parametrize("model", ["mixtral", "llama"])
-@pytest.mark.parametrize("name", OF_TEXTS)
+@pytest.mark.parametrize(("name", "model"), asked_of(OF_TEXTS, "mixtral", "llama"))
 def test_passes_of_texts_are_those_made(engines, data, made, name, model):
     evaluation = OF_TEXTS[name]
-    if model == "llama" and name not in ("attacks", "lipschitz"):
-        pytest.skip("about experts")
     rows = run(engines[model], evaluation, data)
     expected = passes.calibration(evaluation) + sum(
         passes.of_text(evaluation, len(row["text"]), LAYERS[model], row.get("checked", False))
