@@ -35,8 +35,9 @@ def nearest_distance(table: torch.Tensor, sample: int = 512) -> float:
     """The median l2 distance of an embedding to the nearest other one, over evenly spaced ones."""
     chosen = table[:: max(1, len(table) // sample)].float()
     distances = torch.cdist(chosen, table.float())
-    # Tokens that were never trained may share one embedding; they are no neighbours.
-    distances[distances < 1e-3 * distances.median()] = torch.inf
+    # Tokens that were never trained may share one embedding; they are no neighbours. Nor is a token
+    # its own, whose distance is rounded to a thousandth of the others.
+    distances[distances < 1e-2 * distances.median()] = torch.inf
     return distances.amin(1).median().item()
 
 
