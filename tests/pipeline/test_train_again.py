@@ -1,4 +1,4 @@
-"""Fine-tunes under Ray Train that run short of memory, or of places for their workers."""
+"""Fine-tunes under Ray Train of which one rank alone runs out of memory."""
 
 import json
 import shutil
@@ -15,9 +15,7 @@ from smoke import SMOKE, planned
 from pipeline import memory, train
 from pipeline.execute import execute
 from pipeline.job import Job
-from pipeline.machines import Machine
 from pipeline.store import Store
-from stages.errors import StageFailed
 from stages.finetune.config import micro_batch_size
 
 # Workers do not see this file.
@@ -100,41 +98,3 @@ def test_one_sequence_that_does_not_fit_in_one_rank_ends_all_ranks(
         "failed", "a GPU is out of memory with one sequence per forward pa")
     assert time.monotonic() - started < 300  # gloo would wait for half an hour
     assert not (Path(prepared.root) / node.folder / memory.FOLDER).exists()
-
-
-def test_a_fine_tune_waits_for_places_as_long_as_there_can_be_any(
-    cluster, prepared, monkeypatch
-):
-    """One CPU of two is taken while Ray gives up ten times; when it is free again, it trains."""
-    plan = planned()
-    node = plan.nodes[KEY]
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "0.2")
-    seen, expect = [], train._expect_room
-
-    def look_again(job: Job) -> None:
-        expect(job)
-        seen.append(job.node.key)
-        monkeypatch.delenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S")
-        ray.kill(other)
-
-    monkeypatch.setattr(train, "_expect_room", look_again)
-    other = ray.remote(num_cpus=1)(Occupied).remote()
-    ray.get(other.ready.remote())
-    assert train.fit(Job.of(node, plan, prepared, SMOKE.parent)).status == "done"
-    assert seen == [node.key]
-
-
-def test_workers_that_can_have_no_places_any_more_are_told(inputs, monkeypatch):
-    """As when a machine was lost."""
-    plan = planned()
-    job = Job.of(plan.nodes[KEY], plan, inputs, SMOKE.parent)
-    monkeypatch.setattr(train, "machines", lambda startable: [Machine(1, 0)])
-    with pytest.raises(StageFailed, match="room for 1 of 2 workers by now; run again when"):
-        train._expect_room(job)
-
-
-class Occupied:
-    """Holds what it was given."""
-
-    def ready(self) -> None:
-        pass
