@@ -1,5 +1,6 @@
 """One Ray cluster of two simulated machines, and one smoke sweep run on it as a job."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -22,18 +23,26 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 @pytest.fixture(scope="session")
 def cluster():
     """Two machines of one CPU each, so that two workers never share one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    dashboard, *agents = _free_ports(3)
+    # Agents take submitted jobs, and on their default port that of another cluster would be first.
     cluster = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": 1, "include_dashboard": True, "dashboard_port": port})
-    cluster.add_node(num_cpus=1)
+        "num_cpus": 1, "include_dashboard": True, "dashboard_port": dashboard,
+        "dashboard_agent_listen_port": agents[0]})
+    cluster.add_node(num_cpus=1, dashboard_agent_listen_port=agents[1])
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
     yield SimpleNamespace(
         address=cluster.address, dashboard=f"http://{cluster.head_node.webui_url}")
     ray.shutdown()
     cluster.shutdown()
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 @pytest.fixture(scope="session")

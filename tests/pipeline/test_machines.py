@@ -3,12 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
-import ray
+import ray.train
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from search_sweeps import searching
 from smoke import SMOKE, planned
 
+from pipeline import train
 from pipeline.execute import Unit, _ready, check_cluster
-from pipeline.job import Outcome
+from pipeline.job import Job, Outcome
 from pipeline.machines import Machine, machines, placed
 from pipeline.search import run
 from pipeline.search.checks import check_search
@@ -126,6 +128,37 @@ def test_nodes_start_only_where_their_workers_find_places_beside_those_that_run(
     assert list(_ready([passes], plan, outcomes, {}, room)) == [passes]
     assert list(_ready([passes, tuned], plan, outcomes, {}, room)) == [passes]
     assert list(_ready([passes], plan, outcomes, {"a": tuned}, [*room, Machine(1, 2)])) == [passes]
+
+
+def test_a_fine_tune_waits_for_places_as_long_as_there_can_be_any(
+    cluster_of, tmp_path, monkeypatch
+):
+    """Ray gives up after some minutes; others may hold the places, or the machine may be lost."""
+    plan, tried = planned(), []
+    node = plan.nodes["finetune/tiny-moe-sft-seed0"]
+    job = Job.of(node, plan, Store(str(tmp_path)), SMOKE.parent)
+
+    class Group:
+        """Workers that find their places at the third attempt."""
+
+        def __init__(self, *_, **__):
+            pass
+
+        def fit(self):
+            tried.append(self)
+            if len(tried) < 3:
+                raise ray.train.ControllerError(WorkerGroupStartupTimeoutError(2))
+            self.return_value = {"failed": "it trains"}
+            return self
+
+    monkeypatch.setattr(train, "TorchTrainer", Group)
+    cluster_of((1.0, 0.0), (1.0, 0.0))
+    assert train.fit(job).message == "it trains" and len(tried) == 3
+    tried.clear()
+    cluster_of((1.0, 0.0))
+    assert train.fit(job).message == (
+        "the cluster's machines have room for 1 of 2 workers by now; run again when there are more")
+    assert len(tried) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """A whole sweep on a cluster of two machines: as a job, again, killed, and failing."""
 
-import json
 import os
 import shutil
 import signal
@@ -13,20 +12,13 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
-import ray
-import torch
 from smoke import ROOT, SECRET, SMOKE, command, planned
 
-from pipeline import memory, train
 from pipeline.execute import _check_shared, check_cluster, execute
-from pipeline.job import Job
 from pipeline.store import Store
 from pipeline.survey import survey
 from stages.errors import BadInput
-from stages.finetune.config import micro_batch_size
 
-# Workers do not see this file.
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 def test_submitted_job_runs_every_stage_over_both_machines(job):
     assert {s.status for s in survey(job.plan, job.store).values()} == {"done"}
@@ -143,95 +135,6 @@ def test_killed_worker_resumes_and_ends_with_the_same_curve(cluster, prepared, t
         for store in (prepared, whole))
     for column in ("step", "loss", "gradient_norm", "learning_rate", "auxiliary_loss", "tokens"):
         assert resumed[column].tolist() == uninterrupted[column].tolist()
-
-
-def short_of_memory(fits: int):
-    """A training worker in which the second rank, and it alone, runs out of memory from the fourth
-    step on with more than ``fits`` sequences, while the first waits for it in a collective."""
-
-    def worker(config: dict) -> dict:
-        from pipeline.train import _worker
-        from stages.finetune.training import Training
-
-        step = Training.step
-
-        def limited(self, number: int) -> dict:
-            if torch.distributed.get_rank() and number >= 3 and micro_batch_size(self.spec) > fits:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return step(self, number)
-
-        Training.step = limited
-        return _worker(config)
-
-    return worker
-
-
-@pytest.mark.parametrize("max_failures", [0, 1])
-def test_out_of_memory_in_one_rank_goes_on_from_the_checkpoint_with_smaller_micro_batches(
-    cluster, prepared, tmp_path, monkeypatch, max_failures
-):
-    """Whether Ray restarts the workers itself or leaves it to us."""
-    key = "finetune/tiny-moe-sft-seed0"
-    plan = planned(f"resources.finetune.max_failures={max_failures}",
-                   "recipes.sft.auxiliary_loss_weight=0")
-    node, whole = plan.nodes[key], Store(str(tmp_path / "whole"))
-    shutil.copytree(prepared.root, whole.root)
-    assert train.fit(Job.of(node, plan, whole, SMOKE.parent)).status == "done"
-    monkeypatch.setattr(train, "_worker", short_of_memory(2))
-    outcome = train.fit(Job.of(node, plan, prepared, SMOKE.parent))
-    assert outcome.status == "done", outcome.message
-    got, expected = (store.fetch(node.folder) for store in (prepared, whole))
-    curves = [pd.read_parquet(folder / "training_curve.parquet") for folder in (got, expected)]
-    for column in ("step", "loss", "gradient_norm", "learning_rate", "tokens"):
-        assert curves[0][column].tolist() == pytest.approx(curves[1][column].tolist(), rel=1e-5)
-    evidence = json.loads((got / "recipe_evidence.json").read_text())
-    assert evidence["micro_batch"] == {"asked": 4, "used": 2, "out_of_memory_at": [4]}
-    progress = prepared.read_json(f"{node.folder}/progress.json")
-    assert "micro-batch 2 after out of memory" in progress["text"]
-    assert not (Path(prepared.root) / node.folder / memory.FOLDER).exists()
-
-
-def test_one_sequence_that_does_not_fit_in_one_rank_ends_all_ranks(
-    cluster, prepared, monkeypatch
-):
-    plan = planned("resources.finetune.max_failures=0")
-    node = plan.nodes["finetune/tiny-moe-sft-seed0"]
-    monkeypatch.setattr(train, "_worker", short_of_memory(0))
-    started = time.monotonic()
-    outcome = train.fit(Job.of(node, plan, prepared, SMOKE.parent))
-    assert (outcome.status, outcome.message[:55]) == (
-        "failed", "a GPU is out of memory with one sequence per forward pa")
-    assert time.monotonic() - started < 300  # gloo would wait for half an hour
-    assert not (Path(prepared.root) / node.folder / memory.FOLDER).exists()
-
-
-def test_a_fine_tune_waits_for_places_as_long_as_there_can_be_any(
-    cluster, prepared, monkeypatch
-):
-    """One CPU of two is taken while Ray gives up ten times; when it is free again, it trains."""
-    plan = planned()
-    node = plan.nodes["finetune/tiny-moe-sft-seed0"]
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "0.2")
-    seen, expect = [], train._expect_room
-
-    def look_again(job: Job) -> None:
-        expect(job)
-        seen.append(job.node.key)
-        monkeypatch.delenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S")
-        ray.kill(other)
-
-    monkeypatch.setattr(train, "_expect_room", look_again)
-    other = ray.remote(num_cpus=1)(Occupied).remote()
-    ray.get(other.ready.remote())
-    assert train.fit(Job.of(node, plan, prepared, SMOKE.parent)).status == "done"
-    assert seen == [node.key]
-
-
-class Occupied:
-    """Holds what it was given."""
-
-    def ready(self) -> None:
-        pass
 
 
 def test_stopped_and_killed_evaluation_repeats_no_finished_shard_and_gives_the_same_scores(
