@@ -7,21 +7,25 @@ def prompts(*rows):
     return [{"prompt": prompt, "category": category} for prompt, category in rows]
 
 
-def pairs(*rows):
+def pairs(*rows, document=None):
+    """Rows of one premise are one document, named by the premise's digest unless it has an id."""
     names = ("premise", "hypothesis", "label", "document")
-    return [dict(zip(names, row, strict=True)) for row in rows]
+    return [dict(zip(names, (*row, document or digest(row[0])), strict=True)) for row in rows]
 
 
 def paraphrases(*rows):
     names = ("sentence1", "sentence2", "label", "document")
-    return [dict(zip(names, row, strict=True)) for row in rows]
+    return [dict(zip(names, (*row, digest(row[0])), strict=True)) for row in rows]
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def texts(*rows):
     return [{"text": text, "label": label} for text, label in rows]
 
 
-FIRST_LINES = hashlib.sha256(b'First line\nand a "second"').hexdigest()[:16]
 MEND = ' How do I mnd a "NA" clock?'
 TRUE_FALSE = {
     "question": "Do pigs fly?",
@@ -126,44 +130,45 @@ FILES = [
         "snli_hard",
         "snli_1.0_test_hard.jsonl",
         pairs(
-            ("A man sits.", 'A man is "tired".', "neutral", "A man sits."),
-            ("NA", "null", "contradiction", "NA"),
+            ("A man sits.", 'A man is "tired".', "neutral"),
+            ("NA", "null", "contradiction"),
         ),
         {"no label": 1},
     ),
     (
         "snli",
         "snli_1.0_test.txt",
-        pairs(('A "dog" runs.', "An animal moves.", "entailment", 'A "dog" runs.')),
+        pairs(('A "dog" runs.', "An animal moves.", "entailment")),
         {"no label": 1},
     ),
     (
         "mnli",
         "snli_1.0_test.txt",
-        pairs(('A "dog" runs.', "An animal moves.", "entailment", 'A "dog" runs.')),
+        pairs(('A "dog" runs.', "An animal moves.", "entailment")),
         {"no label": 1},
     ),
     (
         "anli_r1",
         "anli_test.jsonl",
         pairs(
-            ("Ann was born in 1950.", "Ann is old.", "neutral", "Ann was born in 1950."),
-            ("Ann was born in 1950.", "Ann was born.", "entailment", "Ann was born in 1950."),
+            ("Ann was born in 1950.", "Ann is old.", "neutral"),
+            ("Ann was born in 1950.", "Ann was born.", "entailment"),
         ),
         {"no label": 0},
     ),
     (
         "wanli",
         "wanli.jsonl",
-        pairs(("It rains.", "It is dry.", "contradiction", "It rains.")),
+        pairs(("It rains.", "It is dry.", "contradiction")),
         {"no label": 0},
     ),
     (
         "contract_nli",
         "contract_nli.json",
         pairs(
-            ("The\tparty shall\nkeep it.", "It is kept.", "entailment", "3"),
-            ("The\tparty shall\nkeep it.", "It is sold.", "neutral", "3"),
+            ("The\tparty shall\nkeep it.", "It is kept.", "entailment"),
+            ("The\tparty shall\nkeep it.", "It is sold.", "neutral"),
+            document="3",
         ),
         {"no label": 0},
     ),
@@ -171,44 +176,44 @@ FILES = [
         "counterfactual_snli",
         "counterfactual_nli.tsv",
         pairs(
-            ('Boys say "Police" aloud.', "Boys speak.", "entailment", 'Boys say "Police" aloud.'),
-            ("NA", "null", "contradiction", "NA"),
+            ('Boys say "Police" aloud.', "Boys speak.", "entailment"),
+            ("NA", "null", "contradiction"),
         ),
         {"no label": 0},
     ),
     (
         "adv_glue_mnli",
         "adv_glue.json",
-        pairs(("It rains.", "It is dry.", "contradiction", "It rains.")),
+        pairs(("It rains.", "It is dry.", "contradiction")),
         {"no label": 0},
     ),
     (
         "adv_glue_mnli_mismatched",
         "adv_glue.json",
-        pairs(("a", "b", "entailment", "a")),
+        pairs(("a", "b", "entailment")),
         {"no label": 0},
     ),
     (
         "adv_glue_rte",
         "adv_glue.json",
         pairs(
-            ("It rains.", "It is wet.", "entailment", "It rains."),
-            ("It rains.", "Ann sings.", "not_entailment", "It rains."),
+            ("It rains.", "It is wet.", "entailment"),
+            ("It rains.", "Ann sings.", "not_entailment"),
         ),
         {"no label": 0},
     ),
     (
         "adv_glue_qnli",
         "adv_glue.json",
-        pairs(("Ann sang.", "Who sang?", "entailment", "Ann sang.")),
+        pairs(("Ann sang.", "Who sang?", "entailment")),
         {"no label": 0},
     ),
     (
         "anli",
         "boss_nli.tsv",
         pairs(
-            ('First line\nand a "second"', "NA", "neutral", 'First line\nand a "second"'),
-            ("It rains.", "null", "contradiction", "It rains."),
+            ('First line\nand a "second"', "NA", "neutral"),
+            ("It rains.", "null", "contradiction"),
         ),
         {"no label": 1},
     ),
@@ -216,8 +221,8 @@ FILES = [
         "adv_glue_qqp",
         "adv_glue.json",
         paraphrases(
-            (MEND, "How is a clock mended?", "paraphrase", MEND),
-            (MEND, "null", "not_paraphrase", MEND),
+            (MEND, "How is a clock mended?", "paraphrase"),
+            (MEND, "null", "not_paraphrase"),
         ),
         {"no label": 0},
     ),
@@ -225,8 +230,8 @@ FILES = [
         "qqp",
         "qqp_dev.tsv",
         paraphrases(
-            ('Is "NA a word?', "Is NA one?", "paraphrase", 'Is "NA a word?'),
-            ('Is "NA a word?', "null", "not_paraphrase", 'Is "NA a word?'),
+            ('Is "NA a word?', "Is NA one?", "paraphrase"),
+            ('Is "NA a word?', "null", "not_paraphrase"),
         ),
         {"no label": 0},
     ),
@@ -234,8 +239,8 @@ FILES = [
         "rte",
         "rte_dev.tsv",
         pairs(
-            ('It "rains.', "It is wet.", "entailment", 'It "rains.'),
-            ("NA", "Ann sings.", "not_entailment", "NA"),
+            ('It "rains.', "It is wet.", "entailment"),
+            ("NA", "Ann sings.", "not_entailment"),
         ),
         {"no label": 0},
     ),
@@ -243,8 +248,8 @@ FILES = [
         "qnli",
         "qnli_dev.tsv",
         pairs(
-            ('"Ann" sang.', "Who sang?", "entailment", '"Ann" sang.'),
-            ("null", "Who?", "not_entailment", "null"),
+            ('"Ann" sang.', "Who sang?", "entailment"),
+            ("null", "Who?", "not_entailment"),
         ),
         {"no label": 0},
     ),
