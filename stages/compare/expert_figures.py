@@ -80,9 +80,9 @@ def substitution_figure(measured: Measured, recipe: str, file: Path) -> bool:
             what = "accuracy, change from untuned" if change else "accuracy"
             left, *right = row
             if curves:
+                left.sharey(rows[0][0])  # shared later, the limits would leave out its bands
                 _substitution_curves(left, measured, model, recipe, curves)
                 left.set_ylabel(what)
-                left.sharey(rows[0][0])
             if others:
                 (panel,) = right or [left]
                 _substitution_dots(panel, measured, model, recipe, others)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from stages.compare import expert_figures
 from stages.compare.headline import headline
 from stages.compare.measured import Measured
 from stages.compare.robustness import examine
@@ -128,6 +129,21 @@ def test_figures_have_a_panel_for_each_attack_and_model(images):
         "substitution_scratch.svg": 4,  # curves over shares, and the other number of experts
         "loss_scratch.svg": 4,  # routing term and margin
     }
+
+
+def test_panels_of_one_scale_show_the_bands_of_every_model(tmp_path, monkeypatch):
+    spec = spec_of(pairs=[(f"vmoe-{experts}", "vit") for experts in (4, 8, 16)])
+    low = {"interventions": interventions(drawn=0.9, dropped=0.9),
+           "vmoe-16/interventions": interventions(drawn=0.3, dropped=0.9)}  # fmt: skip
+    drawn = []
+    monkeypatch.setattr(expert_figures, "save", lambda figure, _: drawn.append(figure))
+    measured = Measured(spec, study(tmp_path, spec, **low), {})
+    assert expert_figures.substitution_figure(measured, "scratch", tmp_path / "figure.svg")
+    curves = drawn[0].axes[::2]
+    assert len(curves) == 3 and len({panel.get_ylim() for panel in curves}) == 1
+    ends = [path.vertices[:, 1].min() for panel in curves for band in panel.collections
+            for path in band.get_paths()]  # fmt: skip
+    assert min(ends) < 0.3 and curves[0].get_ylim()[0] < min(ends)
 
 
 def test_text_attacks_have_the_same_table_as_change_from_the_untuned_twin(tmp_path):
