@@ -5,13 +5,16 @@ Everything here is a context manager around forward passes, so no model is chang
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from stages.errors import StageFailed
+from stages.models.routing import replaced
 
 Watch = Callable[[str, torch.Tensor], None]
 """Told the knob's name and an output after dropout."""
@@ -30,6 +33,38 @@ def output_dropout(name: str, modules: list[nn.Module], p: float, watch: Watch) 
         for module in modules:
             undo.enter_context(module.register_forward_hook(hook))
         yield
+
+
+@contextmanager
+def sum_dropout(
+    name: str, methods: list[tuple[nn.Module, str]], p: float, watch: Watch
+) -> Iterator[None]:
+    """Dropout with probability ``p`` on what each method of a module adds up by ``index_add``,
+    whatever it does with the sum before it returns."""
+
+    def dropping(method: Callable) -> Callable:
+        def inside(*args: Any) -> Any:
+            with _SumDropout(name, p, watch):
+                return method(*args)
+
+        return inside
+
+    with ExitStack() as undo:
+        for module, method in methods:
+            undo.enter_context(replaced(module, method, dropping(getattr(module, method))))
+        yield
+
+
+class _SumDropout(TorchFunctionMode):
+    def __init__(self, name: str, p: float, watch: Watch):
+        self.name, self.p, self.watch = name, p, watch
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.index_add:
+            result = F.dropout(result, self.p)
+            self.watch(self.name, result)
+        return result
 
 
 @contextmanager

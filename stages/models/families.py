@@ -259,6 +259,7 @@ _MOE = (
             "model.layers.*.self_attention.experts.input_linear "
             "model.layers.*.self_attention.experts.output_linear"
         ),
+        routed_sum="model.layers.*.mlp.forward model.layers.*.self_attention.experts.reduce",
         num_experts="num_local_experts",
         sparse_layers=every_layer,
         scores="softmax of the chosen",
@@ -275,6 +276,7 @@ _MOE = (
             "transformer.h.*.mlpf.experts transformer.h.*.mlpf.output_experts "
             "transformer.h.*.attn.q_proj.experts transformer.h.*.attn.q_proj.output_experts"
         ),
+        routed_sum="transformer.h.*.mlpf.reduced transformer.h.*.attn.q_proj.reduced",
         num_experts="n_mlp_experts",
         top_k="k_mlp",
         layer_counts=("n_layer",),

@@ -36,6 +36,9 @@ class Family:
     experts: str = ""
     """Module that holds all routed experts of a layer; the first axis of its fused parameters, or
     the index of its children, is the expert."""
+    routed_sum: str = ""
+    """Method that adds up the weighted outputs of a layer's routed experts by ``index_add``, where
+    the experts' module does not return that sum; several paths are separated by spaces."""
     shared_expert: str = ""
     """Feed-forward block that every token of a sparse layer passes."""
     shared_expert_gate: str = ""
@@ -136,6 +139,17 @@ class Family:
         pattern = _pattern(getattr(self, "experts" if role == "expert" else role))
         # The root module's path is empty, like the path of a part that the family lacks.
         return {name: m for name, m in model.named_modules() if name and pattern.fullmatch(name)}
+
+    def routed_sums(self, model: "PreTrainedModel") -> "list[tuple[nn.Module, str]]":
+        """The methods of ``routed_sum``: the module of each, in the order of the layers, and its
+        name."""
+        methods = [path.rpartition(".") for path in self.routed_sum.split()]
+        return [
+            (module, name)
+            for path, module in model.named_modules()
+            for owner, _, name in methods
+            if _pattern(owner).fullmatch(path)
+        ]
 
     def biases_choice(self, parameter: str) -> bool:
         """Whether a parameter of this name shifts the choice of experts and nothing else."""

@@ -9,43 +9,20 @@ from stages.errors import StageFailed
 from stages.finetune.assignment import balanced_experts, random_experts
 from stages.finetune.evidence import Evidence
 from stages.finetune.knobs import Knobs
-from stages.finetune.recipe import AUXILIARY_WEIGHTS, Recipe
+from stages.finetune.recipe import AUXILIARY_WEIGHTS
 from stages.finetune.refusals import inapplicable
 from stages.finetune.router_losses import z_loss
 from stages.models.modes import evaluating
 from stages.models.routing import blocks
 from stages.models.sources import Facts
 from stages.models.tiny import tiny_model, tiny_tokenizer
-
-TOKENS = torch.arange(3, 67)[None]
-
-
-def recipe(**fields):
-    given = {"data": ({"dataset": "d"},), "steps": 1, "batch_size": 1, "learning_rate": 1.0}
-    return Recipe.model_validate(given | fields)
+from tests.stages.finetune.passes import TOKENS, plain, recipe, run
 
 
 @pytest.fixture(scope="module")
 def models():
     names = ("mixtral", "qwen2_moe", "llama", "nllb-moe")
     return {name: tiny_model(name, tiny_tokenizer(), seed=3) for name in names}
-
-
-def run(model, seed=0, **fields):
-    """Logits, routings and the evidence of one forward pass of training."""
-    evidence = Evidence()
-    knobs = Knobs(model, recipe(**fields), evidence)
-    knobs.attach()
-    torch.manual_seed(seed)
-    with knobs.forward() as routings:
-        logits = plain(model)
-    return logits, routings, evidence
-
-
-def plain(model):
-    asked = {"labels": TOKENS} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        return model(input_ids=TOKENS, **asked, use_cache=False).logits
 
 
 ALL = [
