@@ -91,8 +91,8 @@ def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
     if facts.family is None:  # a download would tell; the loop asks again
         return
     entry = FAMILIES[facts.family]
-    if recipe.dropout.residual and entry.modality == "image":
-        yield "dropout.residual", f"{facts.family} has no such dropout; remove it"
+    if recipe.dropout.residual and not entry.residual:
+        yield "dropout.residual", f"{facts.family} has none that can be set; remove it"
     if recipe.load_loss_weight and entry.is_moe and entry.modality == "text" and not entry.packs:
         yield "load_loss_weight", f"{facts.family} is trained on padded sequences; remove it"
     if recipe.adversarial is not None:
