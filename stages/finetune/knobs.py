@@ -122,6 +122,8 @@ class Knobs:
                 rows = logits.flatten(0, -2)
                 router = self.blocks[layer][0]
                 k = getattr(router, "base_layer", router).top_k
+                if self.recipe.router.top_k is not None:
+                    self.evidence.mean("router.top_k", "experts_per_token", k)
                 none = rows.new_zeros(len(rows), 0)
                 routings.append(Routing(layer, rows, rows.topk(k).indices, none))
             return logits

@@ -120,7 +120,9 @@ def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
         reason = f"{facts.family} has no capacity that can be set ({', '.join(CAPACITY)} have)"
         yield "router.capacity", f"{reason}; remove it"
     if entry.index is None:
-        unseen = {"router.top_k", "router.assignment", "experts.drop"}
+        unseen = {"router.assignment", "experts.drop"}
+        if not entry.router_decides_top_k:
+            unseen.add("router.top_k")
         if not (entry.auxiliary_loss or entry.chooses_largest):
             unseen.add("auxiliary_loss_weight")
         for field in moe_only(recipe):

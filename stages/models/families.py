@@ -273,6 +273,7 @@ _MOE = (
         logits=4,
         weights=None,
         index=None,
+        router_decides_top_k=True,
         masks_by_position=False,
         no_export="it is a class of this project, which other programs lack",
     ),

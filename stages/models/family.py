@@ -68,6 +68,9 @@ class Family:
     """Place of the chosen experts' weights; None where they cannot be read off."""
     index: int | None = 2
     """Place of the chosen experts' numbers; None where they cannot be read off."""
+    router_decides_top_k: bool = False
+    """The routers' attribute ``top_k`` is all that the number of experts per token depends on,
+    although their choice cannot be read off."""
     choice_bias: str = ""
     """Parameters that are added to the scores for the choice alone: no gradient reaches them, so
     recipes never train them (nor let weight decay move them)."""

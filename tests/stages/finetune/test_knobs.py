@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from stages.finetune.assignment import balanced_experts, random_experts
 from stages.finetune.evidence import Evidence
@@ -99,6 +100,23 @@ def test_top_k_is_the_familys_own_choice_of_another_size(models):
         assert routing.experts.shape[1] == 3
         torch.testing.assert_close(routing.weights.sum(-1), torch.ones(64))
     assert evidence.measured("router.top_k") == {"experts_per_token": 3.0}
+
+
+def test_a_moduleformer_trains_with_the_experts_of_another_top_k():
+    """In attention and feed-forward blocks, as one whose configuration says so."""
+    model = tiny_model("moduleformer", tiny_tokenizer(), seed=3)
+    three = AutoConfig.for_model(**model.config.to_dict() | {"k_att": 3, "k_mlp": 3})
+    other = type(model)(three).eval()
+    other.load_state_dict(model.state_dict())
+    logits, routings, evidence = run(model, router={"top_k": 3})
+    assert [tuple(routing.experts.shape) for routing in routings] == [(64, 3)] * 4
+    assert evidence.measured("router.top_k") == {"experts_per_token": 3.0}
+    torch.testing.assert_close(logits, plain(other))
+    assert (plain(other) - plain(model)).abs().max() > 1e-2
+    facts = Facts("moe", "moduleformer", experts=4, top_k=2)
+    assert not list(inapplicable(recipe(router={"top_k": 3}), facts))
+    refused = recipe(router={"top_k": 3, "assignment": "random"}, experts={"drop": 0.1})
+    assert [f for f, _ in inapplicable(refused, facts)] == ["router.assignment", "experts.drop"]
 
 
 def test_random_experts_are_different_and_evenly_drawn():
