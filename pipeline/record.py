@@ -22,7 +22,7 @@ from pipeline.sweep import UNTUNED
 from pipeline.tracking import Tracker
 from stages.compare.table import VERDICTS_FILE, render_text, render_verdicts
 from stages.data.card import DataCard
-from stages.finetune.spec import EVIDENCE_FILE, ROUTING_FIGURE
+from stages.finetune.spec import CURVE_FILE, EVIDENCE_FILE, ROUTING_FIGURE
 from stages.models.card import ModelCard
 
 _CUT = "\n… the whole table is in report.md"
@@ -108,9 +108,9 @@ def _child(plan: Plan, store: Store, place: str, node: Node, scores: dict[str, N
         started=min(manifest["started"] for manifest in manifests),
         finished=max(manifest["finished"] for manifest in manifests),
         params=params,
-        curve=pd.read_parquet(folder / "training_curve.parquet") if tuned else None,
+        curve=pd.read_parquet(folder / CURVE_FILE) if tuned else None,
         data=tuple(_data(plan, store, node, scores)),
-        artifacts=tuple(path for name in ("card.json", EVIDENCE_FILE, ROUTING_FIGURE)
+        artifacts=tuple(path for name in ("card.json", CURVE_FILE, EVIDENCE_FILE, ROUTING_FIGURE)
                         if (path := folder / name).exists()),
     )
 

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -327,10 +327,15 @@ def _curve_points(child: Child) -> Iterable:
 
 
 def _numbers(name: str, value: object) -> Iterable[tuple[str, float]]:
-    """A value, or the value of each layer; the loads of single experts are left to the figure."""
+    """A value, or the value of each layer; of the loads of a layer's experts the largest and the
+    smallest (all of them are in the file of the curve)."""
     if isinstance(value, dict):
         for layer, part in value.items():
-            yield from _numbers(f"{name}/{layer}", part)
+            if isinstance(part, Sized):
+                yield f"{name}_max/{layer}", float(max(part))
+                yield f"{name}_min/{layer}", float(min(part))
+            else:
+                yield from _numbers(f"{name}/{layer}", part)
     elif isinstance(value, Real) and math.isfinite(value):
         yield name, float(value)
 

@@ -138,8 +138,7 @@ def _selects(sweep: Sweep, name: str, trained: set[str]) -> Iterator[str]:
     if not evaluation.datasets():
         yield (f"{name} is scored on data of lm-evaluation-harness, of which nothing can be put "
                "aside for the choice; choose an evaluation of the sweep's own data sets")
-    outside = {dataset for e in sweep.evaluations.values()
-               for dataset in getattr(e, "out_of_distribution", ())}
+    outside = {dataset for e in sweep.evaluations.values() for dataset in e.outside}
     for dataset, split in evaluation.datasets().items():
         if dataset in outside:
             yield (f"{dataset} is out of distribution and never selects; choose an evaluation on "

@@ -193,6 +193,11 @@ class Evaluation(Spec):
         return {}
 
     @property
+    def outside(self) -> tuple[str, ...]:
+        """Those of its data sets that are unlike the training's: they never select a recipe."""
+        return ()
+
+    @property
     def asks_head(self) -> bool:
         """Whether it is for checkpoints with a classification head, and for no others."""
         return False

@@ -45,6 +45,11 @@ class Perplexity(Evaluation):
             )
         return self
 
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """The texts out of domain."""
+        return self.out_of_domain
+
     def datasets(self) -> dict[str, str]:
         """Every domain and the split."""
         return {domain: self.split for domain in (*self.in_domain, *self.out_of_domain)}

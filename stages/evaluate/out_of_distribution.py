@@ -191,6 +191,11 @@ class OutOfDistribution(LabelledSets):
         """The other domains."""
         return self.out_of_distribution
 
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """The other domains."""
+        return self.out_of_distribution
+
 
 class AdversarialSets(LabelledSets):
     """How much of the accuracy on a standard test set is left on sets made to be hard.

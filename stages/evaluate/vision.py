@@ -38,6 +38,11 @@ class ImageClassification(LabelledImages):
         return "shifted_accuracy" if self.shifted else "accuracy"
 
     @property
+    def outside(self) -> tuple[str, ...]:
+        """The shifted sets."""
+        return self.shifted
+
+    @property
     def sets(self) -> tuple[str, ...]:
         """The clean set and the shifted ones."""
         return (self.dataset, *self.shifted)

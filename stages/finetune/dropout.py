@@ -5,13 +5,17 @@ Everything here is a context manager around forward passes, so no model is chang
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from stages.errors import StageFailed
+from stages.models.families import family
+from stages.models.routing import replaced
 
 Watch = Callable[[str, torch.Tensor], None]
 """Told the knob's name and an output after dropout."""
@@ -30,6 +34,38 @@ def output_dropout(name: str, modules: list[nn.Module], p: float, watch: Watch) 
         for module in modules:
             undo.enter_context(module.register_forward_hook(hook))
         yield
+
+
+@contextmanager
+def sum_dropout(
+    name: str, methods: list[tuple[nn.Module, str]], p: float, watch: Watch
+) -> Iterator[None]:
+    """Dropout with probability ``p`` on what each method of a module adds up by ``index_add``,
+    whatever it does with the sum before it returns."""
+
+    def dropping(method: Callable) -> Callable:
+        def inside(*args: Any) -> Any:
+            with _SumDropout(name, p, watch):
+                return method(*args)
+
+        return inside
+
+    with ExitStack() as undo:
+        for module, method in methods:
+            undo.enter_context(replaced(module, method, dropping(getattr(module, method))))
+        yield
+
+
+class _SumDropout(TorchFunctionMode):
+    def __init__(self, name: str, p: float, watch: Watch):
+        self.name, self.p, self.watch = name, p, watch
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.index_add:
+            result = F.dropout(result, self.p)
+            self.watch(self.name, result)
+        return result
 
 
 @contextmanager
@@ -66,25 +102,17 @@ _OTHERWISE = ("falcon",)
 def residual_modules(model: PreTrainedModel) -> list[str]:
     """Paths of the attention and feed-forward blocks whose outputs the residual stream takes up.
 
-    That it does is tried out on the first decoder layer: without both outputs the layer must be
-    the identity, and half an output must count half. Raises StageFailed where it does not hold,
-    for example because a norm stands between a block and the residual stream.
+    That it does is tried out on the first layer: without both outputs it must be the identity, and
+    half an output must count half. Raises StageFailed where that does not hold.
     """
-    decoder = model.get_decoder()
-    stem = next(path for path, module in model.named_modules() if module is decoder)
-    found = []
-    for index, layer in enumerate(getattr(decoder, "layers", ())):
-        names = [name for name in ("self_attn", "attention", "mlp") if hasattr(layer, name)]
-        found.append([f"{stem}.layers.{index}.{name}" for name in names])
-    if not found or any(len(paths) != 2 for paths in found):
-        reason = "its layers are not an attention and an mlp"
-    elif not (difference := _not_additive(model, *found[0])) <= 1e-4:
-        reason = f"its blocks are not plainly added to the residual stream ({difference:.1e})"
-    else:
-        return [path for paths in found for path in paths]
-    raise StageFailed(
-        f"dropout.residual: cannot act on {model.config.model_type}: {reason}; remove it"
-    )
+    paths = family(model).residual_blocks(model)
+    difference = _not_additive(model, *paths[:2])
+    if not difference <= 1e-4:
+        raise StageFailed(
+            f"dropout.residual: cannot act on {model.config.model_type}: its blocks are not "
+            f"plainly added to the residual stream ({difference:.1e}); remove it"
+        )
+    return paths
 
 
 @torch.no_grad()

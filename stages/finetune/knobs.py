@@ -17,6 +17,7 @@ from stages.finetune.dropout import (
     attention_modules,
     output_dropout,
     residual_modules,
+    sum_dropout,
 )
 from stages.finetune.evidence import Evidence
 from stages.finetune.recipe import Recipe
@@ -44,6 +45,8 @@ class Knobs:
         """Router logits before noise (T, E) of the last forward pass, by layer."""
         self.blocks: Blocks = {}
         self.experts: list[nn.Module] = []
+        self.sums: list[tuple[nn.Module, str]] = []
+        """Methods that add up the experts' outputs, where the experts do not."""
         self.sees_choice = self.knows_choice = False
         if self.attention:
             evidence.note("dropout.attention", modules=len(self.attention))
@@ -54,6 +57,7 @@ class Knobs:
         if entry.is_moe:
             self.blocks = blocks(self.model)
             self.experts = list(entry.modules(self.model, "expert").values())
+            self.sums = entry.routed_sums(self.model)
             self.sees_choice = entry.index is not None
             self.knows_choice = self.sees_choice or entry.chooses_largest
             if self.noise == "1/E":
@@ -101,7 +105,11 @@ class Knobs:
         undo.enter_context(intercept(self.blocks, **seen))
         if self.recipe.experts.dropout:
             p, name = self.recipe.experts.dropout, "experts.dropout"
-            undo.enter_context(output_dropout(name, self.experts, p, self._zeros))
+            undo.enter_context(
+                sum_dropout(name, self.sums, p, self._zeros)
+                if self.sums
+                else output_dropout(name, self.experts, p, self._zeros)
+            )
 
     def _logits(self, routings: list[Routing]) -> Callable[[str, torch.Tensor], torch.Tensor]:
         def noisy(layer: str, logits: torch.Tensor) -> torch.Tensor:
@@ -114,6 +122,8 @@ class Knobs:
                 rows = logits.flatten(0, -2)
                 router = self.blocks[layer][0]
                 k = getattr(router, "base_layer", router).top_k
+                if self.recipe.router.top_k is not None:
+                    self.evidence.mean("router.top_k", "experts_per_token", k)
                 none = rows.new_zeros(len(rows), 0)
                 routings.append(Routing(layer, rows, rows.topk(k).indices, none))
             return logits

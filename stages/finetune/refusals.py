@@ -91,8 +91,8 @@ def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
     if facts.family is None:  # a download would tell; the loop asks again
         return
     entry = FAMILIES[facts.family]
-    if recipe.dropout.residual and entry.modality == "image":
-        yield "dropout.residual", f"{facts.family} has no such dropout; remove it"
+    if recipe.dropout.residual and not entry.residual:
+        yield "dropout.residual", f"{facts.family} has none that can be set; remove it"
     if recipe.load_loss_weight and entry.is_moe and entry.modality == "text" and not entry.packs:
         yield "load_loss_weight", f"{facts.family} is trained on padded sequences; remove it"
     if recipe.adversarial is not None:
@@ -120,7 +120,9 @@ def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
         reason = f"{facts.family} has no capacity that can be set ({', '.join(CAPACITY)} have)"
         yield "router.capacity", f"{reason}; remove it"
     if entry.index is None:
-        unseen = {"router.top_k", "router.assignment", "experts.drop"}
+        unseen = {"router.assignment", "experts.drop"}
+        if not entry.router_decides_top_k:
+            unseen.add("router.top_k")
         if not (entry.auxiliary_loss or entry.chooses_largest):
             unseen.add("auxiliary_loss_weight")
         for field in moe_only(recipe):

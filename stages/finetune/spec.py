@@ -53,6 +53,8 @@ class FinetuneSpec(Recipe):
         if self.depends_on_micro_batch:
             asked = self.asked_micro_batch().micro_batch
             parts["micro_batch"] = min(asked, self.batch_size // self.workers)
+        if self.experts.dropout:  # JetMoE's and MoLM's was once another one
+            parts["experts.dropout"] = "of the weighted sum"
         used = sorted({train.template for train in self.data if train.template is not None})
         templates = {"templates": {name: TEMPLATES[name].hash for name in used}}
         identity = super().identity()

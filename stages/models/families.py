@@ -9,11 +9,11 @@ Light to import: neither torch nor transformers is needed to describe a configur
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from stages.errors import BadInput
-from stages.models.family import Family, Role
+from stages.models.family import Family, Role, decoder
 from stages.models.sparse_layers import (
     SWITCH_LAYERS,
     after,
@@ -29,29 +29,6 @@ from stages.models.sparse_layers import (
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
-
-
-def _decoder(
-    model_type: str,
-    *,
-    block: str = "mlp",
-    router: str = "gate",
-    shared: str = "",
-    shared_gate: str = "",
-    sparse_layers: Callable[[Mapping], tuple[int, ...]] = every_layer,
-    **fields,
-) -> Family:
-    """A decoder of transformers, whose sparse blocks hold a router and ``experts``."""
-    path = f"model.layers.*.{block}."
-    return Family(
-        model_type,
-        router=path + router,
-        experts=path + "experts",
-        shared_expert=shared and f"model.layers.*.{shared}",
-        shared_expert_gate=shared_gate and f"model.layers.*.{shared_gate}",
-        sparse_layers=sparse_layers,
-        **fields,
-    )
 
 
 _UNEQUAL = (
@@ -73,11 +50,12 @@ _GRANITE = {
     "auxiliary_loss": _AUX,
     **_LOCAL,
 }
+_GPT_NEOX = "gpt_neox.layers.*.attention gpt_neox.layers.*.mlp"
 _VISION = {"modality": "image", "head": "classifier", "embedding": "vit.embeddings"}
 _MEMBERS = _VISION | {"head": "members.*.classifier", "embedding": "members.*.vit.embeddings"}
 _MOE = (
-    _decoder("mixtral", auxiliary_loss=_AUX, **_LOCAL),
-    _decoder(
+    decoder("mixtral", auxiliary_loss=_AUX, **_LOCAL),
+    decoder(
         "qwen2_moe",
         shared="mlp.shared_expert",
         shared_gate="mlp.shared_expert_gate",
@@ -85,39 +63,40 @@ _MOE = (
         normalised="norm_topk_prob",
         auxiliary_loss=_AUX,
     ),
-    _decoder(
+    decoder(
         "qwen3_moe",
         sparse_layers=qwen2_moe_layers,
         normalised="norm_topk_prob",
         auxiliary_loss=_AUX,
     ),
-    _decoder("olmoe", normalised="norm_topk_prob", auxiliary_loss=_AUX),
-    _decoder("flex_olmo", normalised="norm_topk_prob", auxiliary_loss=_AUX),
-    _decoder(
+    decoder("olmoe", normalised="norm_topk_prob", auxiliary_loss=_AUX),
+    decoder("flex_olmo", mixers=(), normalised="norm_topk_prob", auxiliary_loss=_AUX),
+    decoder(
         "deepseek_v2",
         shared="mlp.shared_experts",
         sparse_layers=after("first_k_dense_replace", 0),
         num_experts="n_routed_experts",
         normalised=False,
     ),
-    _decoder("deepseek_v3", sparse_layers=after("first_k_dense_replace", 3), **_DEEPSEEK_V3),
-    _decoder("glm4_moe", sparse_layers=after("first_k_dense_replace", 1), **_DEEPSEEK_V3),
-    _decoder("glm4_moe_lite", sparse_layers=listed(1), **_DEEPSEEK_V3),
-    _decoder(
+    decoder("deepseek_v3", sparse_layers=after("first_k_dense_replace", 3), **_DEEPSEEK_V3),
+    decoder("glm4_moe", sparse_layers=after("first_k_dense_replace", 1), **_DEEPSEEK_V3),
+    decoder("glm4_moe_lite", sparse_layers=listed(1), **_DEEPSEEK_V3),
+    decoder(
         "dots1",
         sparse_layers=after("first_k_dense_replace", 0),
         no_vllm=_NO_VLLM,
         **_DEEPSEEK_V3,
     ),
-    _decoder("solar_open", no_vllm=_NO_VLLM, **_DEEPSEEK_V3),
-    _decoder(
+    decoder("solar_open", no_vllm=_NO_VLLM, **_DEEPSEEK_V3),
+    decoder(
         "exaone_moe",
         sparse_layers=listed(1),
         **_DEEPSEEK_V3 | {"num_experts": "num_experts"},
     ),
-    _decoder("mimo_v2_flash", sparse_layers=listed(1), **_DEEPSEEK_V3 | {"shared": ""}),
-    _decoder(
+    decoder("mimo_v2_flash", sparse_layers=listed(1), **_DEEPSEEK_V3 | {"shared": ""}),
+    decoder(
         "afmoe",
+        mixers=(),
         router="router",
         shared="mlp.shared_experts",
         sparse_layers=after("num_dense_layers", 1),
@@ -125,14 +104,14 @@ _MOE = (
         choice_bias="model.layers.*.mlp.expert_bias",
         masks_by_position=False,
     ),
-    _decoder(
+    decoder(
         "hy_v3",
         shared="mlp.shared_experts",
         sparse_layers=listed(1),
         scores="sigmoid",
     ),
-    _decoder("minimax_m2", scores="sigmoid", auxiliary_loss=_AUX, **_LOCAL),
-    _decoder(
+    decoder("minimax_m2", scores="sigmoid", auxiliary_loss=_AUX, **_LOCAL),
+    decoder(
         "laguna",
         shared="mlp.shared_experts",
         sparse_layers=listed(1),
@@ -140,9 +119,9 @@ _MOE = (
         choice_bias="model.layers.*.mlp.gate.e_score_correction_bias",
         auxiliary_loss=_AUX,
     ),
-    _decoder("granitemoe", **_GRANITE),
-    _decoder("granitemoeshared", shared="shared_mlp", **_GRANITE),
-    _decoder(
+    decoder("granitemoe", **_GRANITE),
+    decoder("granitemoeshared", mixers=(), shared="shared_mlp", **_GRANITE),
+    decoder(
         "gpt_oss",
         router="router",
         scores="softmax of the chosen",
@@ -150,7 +129,7 @@ _MOE = (
         masks_by_position=False,
         **_LOCAL,
     ),
-    _decoder(
+    decoder(
         "phimoe",
         router="router",
         scores="sparsemixer",
@@ -159,7 +138,7 @@ _MOE = (
         no_vllm=_NO_VLLM,
         **_LOCAL,
     ),
-    _decoder(
+    decoder(
         "ernie4_5_moe",
         shared="mlp.shared_experts",
         sparse_layers=ernie_layers,
@@ -168,24 +147,28 @@ _MOE = (
         choice_bias="model.layers.*.mlp.gate.moe_statics.e_score_correction_bias",
         auxiliary_loss=_AUX,
     ),
-    _decoder("hunyuan_v1_moe", shared="mlp.shared_mlp", top_k="moe_topk"),
-    _decoder("mellum", sparse_layers=listed(0), normalised="norm_topk_prob", auxiliary_loss=_AUX),
-    _decoder(
+    decoder("hunyuan_v1_moe", shared="mlp.shared_mlp", top_k="moe_topk"),
+    decoder("mellum", sparse_layers=listed(0), normalised="norm_topk_prob", auxiliary_loss=_AUX),
+    decoder(
         "cohere2_moe",
         shared="mlp.shared_experts",
         sparse_layers=listed(0),
         scores="softmax of the chosen",
     ),
-    _decoder("minimax", auxiliary_loss=_AUX, recurrent=True, no_vllm=_NO_VLLM, **_LOCAL),
-    _decoder(
+    decoder(
+        "minimax", mixers=(), auxiliary_loss=_AUX, recurrent=True, no_vllm=_NO_VLLM, **_LOCAL
+    ),
+    decoder(
         "granitemoehybrid",
+        mixers=(),
         shared="shared_mlp",
         recurrent=True,
         no_training=_UNEQUAL,
         **_GRANITE,
     ),
-    _decoder(
+    decoder(
         "qwen3_next",
+        mixers=("self_attn", "linear_attn"),
         shared="mlp.shared_expert",
         shared_gate="mlp.shared_expert_gate",
         sparse_layers=qwen2_moe_layers,
@@ -194,9 +177,10 @@ _MOE = (
         recurrent=True,
         no_training=_UNEQUAL,
     ),
-    _decoder(
+    decoder(
         "jamba",
         block="feed_forward",
+        mixers=("self_attn", "mamba"),
         router="router",
         sparse_layers=jamba_layers,
         normalised=False,
@@ -204,9 +188,10 @@ _MOE = (
         recurrent=True,
         no_training=_UNEQUAL,
     ),
-    _decoder(
+    decoder(
         "lfm2_moe",
         block="feed_forward",
+        mixers=("self_attn", "conv"),
         sparse_layers=after("num_dense_layers", 2),
         scores="sigmoid",
         normalised="norm_topk_prob",
@@ -216,12 +201,13 @@ _MOE = (
         "gpt_neox_moe",  # stages/models/gpt_neox_moe.py
         router="gpt_neox.layers.*.mlp.gate",
         experts="gpt_neox.layers.*.mlp.experts",
+        residual=_GPT_NEOX,
         sparse_layers=qwen2_moe_layers,
         scores="softmax of the chosen",
         auxiliary_loss=_AUX,
         no_export="it is a class of this project, which other programs lack",
     ),
-    _decoder(
+    decoder(
         "llama_moe",  # stages/models/llama_moe.py
         top_k="num_selects",
         scores="softmax of the chosen",
@@ -259,6 +245,8 @@ _MOE = (
             "model.layers.*.self_attention.experts.input_linear "
             "model.layers.*.self_attention.experts.output_linear"
         ),
+        routed_sum="model.layers.*.mlp.forward model.layers.*.self_attention.experts.reduce",
+        residual="model.layers.*.self_attention model.layers.*.mlp",
         num_experts="num_local_experts",
         sparse_layers=every_layer,
         scores="softmax of the chosen",
@@ -275,6 +263,8 @@ _MOE = (
             "transformer.h.*.mlpf.experts transformer.h.*.mlpf.output_experts "
             "transformer.h.*.attn.q_proj.experts transformer.h.*.attn.q_proj.output_experts"
         ),
+        routed_sum="transformer.h.*.mlpf.reduced transformer.h.*.attn.q_proj.reduced",
+        residual="transformer.h.*.attn transformer.h.*.mlpf",
         num_experts="n_mlp_experts",
         top_k="k_mlp",
         layer_counts=("n_layer",),
@@ -283,6 +273,7 @@ _MOE = (
         logits=4,
         weights=None,
         index=None,
+        router_decides_top_k=True,
         masks_by_position=False,
         no_export="it is a class of this project, which other programs lack",
     ),
@@ -318,10 +309,10 @@ _MOE = (
     ),
 )
 _DENSE = (
-    *("cohere", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite"),
-    *("llama", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3"),
+    *("cohere", "gemma", "granite", "llama", "mistral", "olmo", "phi", "phi3"),
     *("qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
 )
+_NORM_AFTER_BLOCK = ("gemma2", "gemma3_text", "olmo2", "olmo3")
 # Neither takes positions that start again for the beginning of another sequence.
 _PADDED = (Family("falcon", masks_by_position=False), Family("opt", masks_by_position=False))
 _T5 = Family("t5", layer_counts=SWITCH_LAYERS, encoder_decoder=True)
@@ -329,7 +320,10 @@ FAMILIES: dict[str, Family] = {
     entry.model_type: entry
     for entry in (
         *_MOE,
-        *map(Family, _DENSE),
+        *(Family(name, residual="model.layers.*.self_attn model.layers.*.mlp") for name in _DENSE),
+        *map(Family, _NORM_AFTER_BLOCK),
+        Family("gpt_neox", residual=_GPT_NEOX),
+        Family("gpt2", residual="transformer.h.*.attn transformer.h.*.mlp"),
         *_PADDED,
         _T5,
         *(Family(name, **_VISION) for name in ("vit", "vit_head")),

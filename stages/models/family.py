@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from stages.models.sparse_layers import every_layer
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
@@ -36,6 +38,13 @@ class Family:
     experts: str = ""
     """Module that holds all routed experts of a layer; the first axis of its fused parameters, or
     the index of its children, is the expert."""
+    routed_sum: str = ""
+    """Method that adds up the weighted outputs of a layer's routed experts by ``index_add``, where
+    the experts' module does not return that sum; several paths are separated by spaces."""
+    residual: str = ""
+    """Modules whose outputs a layer adds to its residual stream as they are, or times a constant:
+    two of each layer, its attention (or what stands in its place) and its feed-forward block. Empty
+    where a norm or another weight stands between, or a layer is built otherwise."""
     shared_expert: str = ""
     """Feed-forward block that every token of a sparse layer passes."""
     shared_expert_gate: str = ""
@@ -59,6 +68,9 @@ class Family:
     """Place of the chosen experts' weights; None where they cannot be read off."""
     index: int | None = 2
     """Place of the chosen experts' numbers; None where they cannot be read off."""
+    router_decides_top_k: bool = False
+    """The routers' attribute ``top_k`` is all that the number of experts per token depends on,
+    although their choice cannot be read off."""
     choice_bias: str = ""
     """Parameters that are added to the scores for the choice alone: no gradient reaches them, so
     recipes never train them (nor let weight decay move them)."""
@@ -137,9 +149,55 @@ class Family:
         # The root module's path is empty, like the path of a part that the family lacks.
         return {name: m for name, m in model.named_modules() if name and pattern.fullmatch(name)}
 
+    def routed_sums(self, model: "PreTrainedModel") -> "list[tuple[nn.Module, str]]":
+        """The methods of ``routed_sum``: the module of each, in the order of the layers, and its
+        name."""
+        methods = [path.rpartition(".") for path in self.routed_sum.split()]
+        return [
+            (module, name)
+            for path, module in model.named_modules()
+            for owner, _, name in methods
+            if _pattern(owner).fullmatch(path)
+        ]
+
+    def residual_blocks(self, model: "PreTrainedModel") -> list[str]:
+        """The paths of the modules of ``residual``, those of a layer side by side."""
+        pattern = _pattern(self.residual)
+        return [path for path, _ in model.named_modules() if path and pattern.fullmatch(path)]
+
     def biases_choice(self, parameter: str) -> bool:
         """Whether a parameter of this name shifts the choice of experts and nothing else."""
         return _pattern(self.choice_bias).fullmatch(parameter) is not None
+
+
+def decoder(
+    model_type: str,
+    *,
+    block: str = "mlp",
+    mixers: tuple[str, ...] = ("self_attn",),
+    router: str = "gate",
+    shared: str = "",
+    shared_gate: str = "",
+    sparse_layers: Callable[[Mapping], tuple[int, ...]] = every_layer,
+    **fields,
+) -> Family:
+    """A decoder of transformers, whose sparse blocks hold a router and ``experts``.
+
+    ``mixers`` are the names that attention, or what stands in its place, has in a layer; none where
+    it is not plainly added to the residual stream.
+    """
+    path = f"model.layers.*.{block}."
+    added = (*mixers, block) if mixers else ()
+    return Family(
+        model_type,
+        router=path + router,
+        experts=path + "experts",
+        residual=" ".join(f"model.layers.*.{name}" for name in added),
+        shared_expert=shared and f"model.layers.*.{shared}",
+        shared_expert_gate=shared_gate and f"model.layers.*.{shared_gate}",
+        sparse_layers=sparse_layers,
+        **fields,
+    )
 
 
 def _pattern(paths: str) -> re.Pattern:

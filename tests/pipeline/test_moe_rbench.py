@@ -4,10 +4,20 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.checks import check, check_plan
 from pipeline.plan import build
 from pipeline.sweep_file import load
+from stages.finetune.evidence import Evidence
+from stages.finetune.head import with_head
+from stages.finetune.knobs import Knobs
+from stages.finetune.refusals import inapplicable
+from stages.models.families import FAMILIES
+from stages.models.sources import Facts
+from stages.models.tiny import tiny_model, tiny_tokenizer
+from stages.models.tiny_shapes import TINY
+from tests.stages.models.tiny_folders import dense_model
 
 FOLDER = Path(__file__).parents[2] / "sweeps" / "moe_rbench"
 SCRIPT_FILES = ("adv_nli", "boss_nli", "boss_sa", "boss_td", "snli_hard", "style_ood")
@@ -151,3 +161,53 @@ def test_the_dense_partner_has_the_same_recipe(planned):
                              "experts.dropout": 0.2, "freeze": ["router"]}  # fmt: skip
     for field in ("data", "epochs", "batch_size", "learning_rate", "schedule", "precision"):
         assert getattr(moe, field) == getattr(dense, field)
+
+
+FAMILY = {
+    "switch": "switch_transformers", "t5": "t5", "molm": "moduleformer", "pythia": "gpt_neox",
+    "llama-moe": "llama_moe", "open-llama": "llama", "olmoe": "olmoe", "olmo-1b": "olmo",
+    "qwen1.5-moe": "qwen2_moe", "qwen1.5-1.8b": "qwen2", "qwen3-30b": "qwen3_moe",
+    "qwen3-4b": "qwen3", "mixtral": "mixtral", "mistral": "mistral",
+    "deepseek-v2-lite": "deepseek_v2", "deepseek-7b": "llama",
+}  # fmt: skip
+"""The architecture of each model of the sweeps, by the beginning of its name; transformers has none
+for DeepSeek-MoE-16B."""
+
+
+@pytest.mark.parametrize("file", (*SCRIPT_FILES, "adv_nli_rounds", "paper", "modern"))
+def test_every_knob_of_a_recipe_can_be_installed_in_a_model_of_its_family(file):
+    """A plan that is accepted does not fail when its training starts."""
+    sweep = load(FOLDER / f"{file}.yaml")
+    plan = build(sweep, check(sweep, FOLDER / f"{file}.yaml"))
+    installed = {}
+    for key, node in plan.nodes.items():
+        name = next((f for n, f in FAMILY.items() if key.startswith(f"finetune/{n}")), None)
+        if node.stage != "finetune" or name is None:
+            continue
+        spec, entry = node.spec, FAMILIES[name]
+        knobs = (name, spec.labels, spec.router, spec.experts, spec.dropout)
+        if knobs in installed:
+            continue
+        facts = Facts("moe" if entry.is_moe else "dense", name, experts=4, top_k=2)
+        assert not list(inapplicable(spec, facts)), key
+        model = tiny_model(name, tiny_tokenizer(), 0) if name in TINY else dense_model(name)
+        model.eval()
+        if spec.labels:
+            model = with_head(model, spec.labels, model.config.pad_token_id, spec.seed)
+        evidence = Evidence()
+        hooks = Knobs(model, spec, evidence)
+        hooks.attach()
+        tokens = torch.arange(3, 67)[None]
+        given = {"decoder_input_ids": tokens} if entry.encoder_decoder else {}
+        with hooks.forward(), torch.no_grad():
+            model(input_ids=tokens, **given, use_cache=False)
+        routed, added = spec.experts.dropout, spec.dropout.residual
+        # A block may add nothing but what its experts do, whose zeros are counted again then.
+        both = 1 - (1 - routed) * (1 - added)
+        for knob, p, most in (("experts.dropout", routed, routed),
+                              ("dropout.residual", added, both if added else 0)):  # fmt: skip
+            share = evidence.measured(knob).get("share_of_outputs_dropped", 0.0)
+            # Tokens beyond a capacity are 0 as well.
+            assert p - 0.03 < share < (1 if entry.capacity else most + 0.03), f"{key}: {knob}"
+        installed[knobs] = key
+    assert installed

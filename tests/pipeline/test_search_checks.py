@@ -67,6 +67,22 @@ WRONG = {
     "out of distribution": (
         {"objectives": [{"score": "domains/id_accuracy"}]},
         "search.objectives.0.score: hotels is out of distribution and never selects"),
+    "out of domain": (
+        {"objectives": [{"score": "texts/in_domain_bits_per_byte"}],
+         "set": ["evaluations.texts={kind: perplexity, in_domain: [reviews], "
+                 "out_of_domain: [news]}", "datasets.news={task: text, source: 'file:news.csv'}"]},
+        "search.objectives.0.score: news is out of distribution and never selects"),
+    "shifted images": (
+        {"objectives": [{"score": "images/shifted_accuracy"}],
+         "set": ["evaluations.images={kind: image_classification, dataset: reviews, "
+                 "shifted: [noise]}", "datasets.noise={task: images, source: 'file:noise'}"]},
+        "search.objectives.0.score: noise is out of distribution and never selects"),
+    "out of domain elsewhere": (
+        {"objectives": [{"score": "inside/in_domain_bits_per_byte"}],
+         "set": ["evaluations.texts={kind: perplexity, out_of_domain: [news]}",
+                 "evaluations.inside={kind: perplexity, in_domain: [news]}",
+                 "datasets.news={task: text, source: 'file:news.csv'}"]},
+        "search.objectives.0.score: news is out of distribution and never selects"),
     "unknown algorithm": (
         {"algorithm": {"kind": "tpa"}}, "search.algorithm.kind: unknown algorithm 'tpa'; "
         "did you mean 'tpe'?"),

@@ -249,7 +249,7 @@ def test_importing_the_module_and_fingerprinting_do_not_import_mlflow():
     assert found.stdout.strip() == "[]"
 
 
-def test_curves_of_layers_are_logged_thinned_out_and_loads_are_left_to_the_figure():
+def test_curves_of_layers_are_logged_thinned_out_with_the_ends_of_their_loads(tmp_path):
     steps = 120
     curve = pd.DataFrame(
         {
@@ -257,15 +257,34 @@ def test_curves_of_layers_are_logged_thinned_out_and_loads_are_left_to_the_figur
             "seconds": [1.0] * steps,
             "loss": [2.0] * steps,
             "router_entropy_by_layer": [{"layer_1": 0.5, "layer_3": 0.25}] * steps,
-            "expert_load_by_layer": [{"layer_1": [0.75, 0.25]}] * steps,
+            "expert_load_by_layer": [{"layer_1": [0.5, 0.125, 0.375]}] * steps,
         }
     )
+    curve.to_parquet(tmp_path / "curve.parquet")  # as a fine-tune leaves it
+    curve = pd.read_parquet(tmp_path / "curve.parquet")
     points = list(_curve_points(child(curve=curve)))
     names = [point.key for point in points]
     assert names.count("training/loss") == steps
     assert names.count("training/router_entropy/layer_3") == 40  # every third of 120
     assert {p.value for p in points if p.key.endswith("layer_3")} == {0.25}
-    assert not any("expert_load" in name for name in names)
+    loads = {p.key: p.value for p in points if "expert_load" in p.key}
+    assert loads == {"training/expert_load_max/layer_1": 0.5,
+                     "training/expert_load_min/layer_1": 0.125}  # fmt: skip
+    assert names.count("training/expert_load_max/layer_1") == 40
+
+
+def test_the_file_of_the_curve_is_kept_and_its_times_are_no_content(database, tmp_path):
+    files = []
+    for seconds in (1.0, 2.0):
+        curve = child().curve.assign(seconds=seconds)
+        (tmp_path / str(seconds)).mkdir()
+        files.append(tmp_path / str(seconds) / "training_curve.parquet")
+        curve.to_parquet(files[-1])
+    first, second = (child(artifacts=(file,)) for file in files)
+    assert first.fingerprint == second.fingerprint
+    tracker = Tracker(database)
+    (run,) = tracker.log_sweep("curves", [first]).child_run_ids
+    assert [f.path for f in tracker.client.list_artifacts(run)] == ["training_curve.parquet"]
 
 
 def test_the_speed_of_a_run_is_no_content_of_it():

@@ -96,6 +96,9 @@ def runs(models, data, tmp_path_factory):
             losses = {"auxiliary_loss_weight": 0.05, "z_loss_weight": 0.01}
             limited = spec(router={"capacity": 6}, expert_parallel=size, **losses)
             plan(f"capacity-{name}-ep{size}", name, limited)
+    for size in (1, 2):
+        inside = {"experts": {"dropout": 0.1}, "dropout": {"residual": 0.1}}
+        plan(f"jetmoe-ep{size}", "jetmoe", spec(expert_parallel=size, **inside))
     plan("shared", "qwen2_moe", spec(expert_parallel=2, train=("shared_expert",)))
     plan("experts_lora", "mixtral", spec(lora={"roles": ("expert", "router"), "rank": 2}))
     epochs = {"epochs": 2, "steps": None, "warmup_ratio": 0.34}
@@ -212,6 +215,16 @@ def test_a_capacity_drops_the_same_with_spread_experts(runs, name):
         found = [measured(runs / f"capacity-{name}-ep{size}", knob) for size in (1, 2)]
         one, two = (part["router_gradient_norm"] for part in found)
         assert one > 1e-2 and two == pytest.approx(one, rel=1e-4)
+
+
+def test_dropout_inside_blocks_is_the_same_with_spread_experts(runs):
+    one, two = (curve(runs / f"jetmoe-ep{size}") for size in (1, 2))
+    for column in ("loss", "gradient_norm"):
+        assert two[column].to_numpy() == pytest.approx(one[column].to_numpy(), rel=2e-5), column
+    # A block adds the experts' sum and a bias, which starts at 0: it has the zeros of both.
+    for knob, expected in (("experts.dropout", 0.1), ("dropout.residual", 0.19)):
+        one, two = (measured(runs / f"jetmoe-ep{size}", knob) for size in (1, 2))
+        assert one == two and one["share_of_outputs_dropped"] == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["router_rate", "alternate", "freelb", "losses"])

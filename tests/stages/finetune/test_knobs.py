@@ -4,48 +4,25 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoConfig
 
-from stages.errors import StageFailed
 from stages.finetune.assignment import balanced_experts, random_experts
 from stages.finetune.evidence import Evidence
 from stages.finetune.knobs import Knobs
-from stages.finetune.recipe import AUXILIARY_WEIGHTS, Recipe
+from stages.finetune.recipe import AUXILIARY_WEIGHTS
 from stages.finetune.refusals import inapplicable
 from stages.finetune.router_losses import z_loss
 from stages.models.modes import evaluating
 from stages.models.routing import blocks
 from stages.models.sources import Facts
 from stages.models.tiny import tiny_model, tiny_tokenizer
-
-TOKENS = torch.arange(3, 67)[None]
-
-
-def recipe(**fields):
-    given = {"data": ({"dataset": "d"},), "steps": 1, "batch_size": 1, "learning_rate": 1.0}
-    return Recipe.model_validate(given | fields)
+from tests.stages.finetune.passes import TOKENS, plain, recipe, run
 
 
 @pytest.fixture(scope="module")
 def models():
     names = ("mixtral", "qwen2_moe", "llama", "nllb-moe")
     return {name: tiny_model(name, tiny_tokenizer(), seed=3) for name in names}
-
-
-def run(model, seed=0, **fields):
-    """Logits, routings and the evidence of one forward pass of training."""
-    evidence = Evidence()
-    knobs = Knobs(model, recipe(**fields), evidence)
-    knobs.attach()
-    torch.manual_seed(seed)
-    with knobs.forward() as routings:
-        logits = plain(model)
-    return logits, routings, evidence
-
-
-def plain(model):
-    asked = {"labels": TOKENS} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        return model(input_ids=TOKENS, **asked, use_cache=False).logits
 
 
 ALL = [
@@ -123,6 +100,23 @@ def test_top_k_is_the_familys_own_choice_of_another_size(models):
         assert routing.experts.shape[1] == 3
         torch.testing.assert_close(routing.weights.sum(-1), torch.ones(64))
     assert evidence.measured("router.top_k") == {"experts_per_token": 3.0}
+
+
+def test_a_moduleformer_trains_with_the_experts_of_another_top_k():
+    """In attention and feed-forward blocks, as one whose configuration says so."""
+    model = tiny_model("moduleformer", tiny_tokenizer(), seed=3)
+    three = AutoConfig.for_model(**model.config.to_dict() | {"k_att": 3, "k_mlp": 3})
+    other = type(model)(three).eval()
+    other.load_state_dict(model.state_dict())
+    logits, routings, evidence = run(model, router={"top_k": 3})
+    assert [tuple(routing.experts.shape) for routing in routings] == [(64, 3)] * 4
+    assert evidence.measured("router.top_k") == {"experts_per_token": 3.0}
+    torch.testing.assert_close(logits, plain(other))
+    assert (plain(other) - plain(model)).abs().max() > 1e-2
+    facts = Facts("moe", "moduleformer", experts=4, top_k=2)
+    assert not list(inapplicable(recipe(router={"top_k": 3}), facts))
+    refused = recipe(router={"top_k": 3, "assignment": "random"}, experts={"drop": 0.1})
+    assert [f for f, _ in inapplicable(refused, facts)] == ["router.assignment", "experts.drop"]
 
 
 def test_random_experts_are_different_and_evenly_drawn():
@@ -237,32 +231,6 @@ def test_attention_dropout_acts_in_training_mode(models):
     assert model.model.layers[0].self_attn.attention_dropout == own
 
 
-@pytest.mark.parametrize(
-    ("name", "fields", "reason"),
-    [
-        ("gemma2", {"dropout": {"residual": 0.1}}, "dropout.residual: .* not plainly added"),
-        ("gpt2", {"dropout": {"residual": 0.1}}, "dropout.residual: .* not an attention and"),
-        ("gpt2", {"dropout": {"attention": 0.1}}, "dropout.attention: gpt2 has no attention drop"),
-        ("nllb-moe", {"dropout": {"residual": 0.1}}, "dropout.residual: .* not an attention and"),
-        ("nllb-moe", {"dropout": {"attention": 0.1}}, "dropout.attention: nllb-moe has no attent"),
-    ],
-)
-def test_what_an_architecture_cannot_do_is_refused(name, fields, reason, models):
-    if name in models:
-        with pytest.raises(StageFailed, match=reason):
-            Knobs(models[name], recipe(**fields), Evidence())
-        return
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    shape = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 99, "head_dim": 16}
-    config = AutoConfig.for_model(
-        name, **shape, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(StageFailed, match=reason):
-        Knobs(model, recipe(**fields), Evidence())
-
-
 def test_evaluation_leaves_every_module_in_the_mode_it_was_in(models):
     model = models["llama"]
     model.train()
@@ -347,7 +315,8 @@ LOAD = {"load_loss_weight": 0.1, "router": {"noise": 0.1}}
         ("mixtral", {"adversarial": {"kind": "pgd"}}, "adversarial", "reads texts; use freelb"),
         ("mixtral", {"router": {"capacity": 2}}, "router.capacity", "no capacity that can be set"),
         ("vit_moe", {"head": "classification"}, "head", "have one"),
-        ("vit_moe", {"dropout": {"residual": 0.1}}, "dropout.residual", "no such dropout"),
+        *((name, {"dropout": {"residual": 0.1}}, "dropout.residual", "none that can be set")
+          for name in ("vit_moe", "nllb-moe", "granitemoeshared")),
     ],
 )
 def test_what_a_family_lacks_is_refused_with_the_reason(name, fields, field, reason):

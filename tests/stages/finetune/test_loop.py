@@ -1,5 +1,6 @@
 """EP=1, EP=2 and a plain Hugging Face loop give the same numbers; resumed equals uninterrupted."""
 
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from stages.finetune.export import padded_logits
 from stages.finetune.spec import FinetuneSpec, TrainSet
 from stages.finetune.stage import run as run_stage
 from stages.models.card import ModelCard
+from stages.models.expert_parallel import ExpertParallel
 from tests.stages.finetune.reference import assert_same_training, curve, weights
 from tests.stages.finetune.runs import Run, launch
 from tests.stages.models.tiny_folders import dense_folder
@@ -42,6 +44,19 @@ MOE = SPEC.model_copy(update={"auxiliary_loss_weight": 0.05})
 HEAD = MOE.model_copy(
     update={"data": MOE.data[:1], "head": "classification", "expert_parallel": 2}
 )
+
+
+def misdirect() -> None:
+    """Let rank 1 mix up the results of one exchange, the third: it is that of the third layer's
+    experts when converted blocks are checked, and no exchange of the training."""
+    own, calls = ExpertParallel._exchange, itertools.count()
+
+    def exchange(self, tokens_ND, expert_N):
+        output_ND = own(self, tokens_ND, expert_N)
+        wrong = next(calls) == 2 and torch.distributed.get_rank() == 1
+        return output_ND.roll(1, dims=0) if wrong else output_ND
+
+    ExpertParallel._exchange = exchange
 
 
 def copy(spec, **changes):
@@ -98,6 +113,8 @@ def runs(models, partners, data, tmp_path_factory):
         "mixtral",
         copy(MOE, expert_parallel=2, learning_rate=1e30, gradient_clipping=None, warmup_steps=0),
     )
+    # Last, as what it does to the processes stays.
+    plan("misdirected", "mixtral", copy(MOE, expert_parallel=2), prepare=misdirect)
     launch(2, planned, tmp_path_factory.mktemp("store") / "store")
     return folder
 
@@ -217,6 +234,14 @@ def test_non_finite_loss_fails_on_every_rank(runs):
     assert len(messages) == 1
     assert re.match("step 2: the (loss|gradient norm) is (nan|inf); lower ", messages.pop())
     assert not (runs / "nan" / "config.json").exists()
+
+
+def test_a_block_that_exchanges_wrongly_on_one_rank_stops_every_rank_before_training(runs):
+    messages = {(runs / "misdirected" / f"failed_{rank}.txt").read_text() for rank in (0, 1)}
+    assert len(messages) == 1
+    assert re.match(r"model\.layers\.2\.mlp\.experts: the expert-parallel layer ", messages.pop())
+    assert {file.name for file in (runs / "misdirected").iterdir()} == {
+        "failed_0.txt", "failed_1.txt"}  # fmt: skip
 
 
 def test_export_is_a_hugging_face_folder(runs, models, data):
