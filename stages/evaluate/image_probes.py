@@ -22,8 +22,8 @@ class ImageInterventions(Interventions, LabelledImages):
 
     kind: Literal["image_interventions"] = "image_interventions"
     budget: Annotated[float, Field(ge=0)] = 0.0
-    """Above 0 every image in [0, 1] is attacked first (``pgd``, l-infinity), and all is asked about
-    the attacked ones."""
+    """Above 0 every image in [0, 1] is attacked first (``pgd``, l-infinity, one start), and all is
+    asked about the attacked ones."""
     steps: Annotated[int, Field(ge=1)] = 20
     """Of that attack."""
     seed: int = 0
@@ -42,8 +42,8 @@ class ImageGeometry(Geometry, LabelledImages):
 
     kind: Literal["image_geometry"] = "image_geometry"
     budget: Annotated[float, Field(gt=0)] = 0.03
-    """Of an l-infinity attack (``pgd``) whose loss rise the routing term is correlated with, of
-    images in [0, 1]."""
+    """Of an l-infinity attack (``pgd``, one start) whose loss rise the routing term is correlated
+    with, of images in [0, 1]."""
     steps: Annotated[int, Field(ge=1)] = 20
     seed: int = 0
 

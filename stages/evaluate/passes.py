@@ -48,10 +48,11 @@ def of_image(evaluation: LabelledImages, layers: int, checked: bool = False) -> 
         case ImageAttacks():
             return _image_attacks(evaluation, layers, checked)
         case Interventions():
-            attacked = evaluation.budget and _on_image(PGD(steps=evaluation.steps), False)
+            pgd = PGD(steps=evaluation.steps, restarts=1)
+            attacked = evaluation.budget and _on_image(pgd, False)
             return attacked + _interventions(evaluation, layers)
         case ImageGeometry():
-            return 1 + _on_image(PGD(steps=evaluation.steps), False)
+            return 1 + _on_image(PGD(steps=evaluation.steps, restarts=1), False)
         case ImageLipschitz():
             # Of outputs and of a first gradient, then iterations.
             jacobian = 1 + 2 * (1 + 2 * POWER_ITERATIONS)

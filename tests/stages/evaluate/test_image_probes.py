@@ -131,8 +131,8 @@ def test_geometry_is_that_of_each_images_tokens(both, data):
         "routing_term": p[:, 0] * p[:, 1] * distance * rows.norm(dim=-1),
     }.items():
         assert np.allclose(scores[f"{name}/{LAYERS[1]}"], value.view(16, -1).mean(1), rtol=1e-3)
-    outcome = attack_images(this.classifier, PGD(steps=4), this.pixels, this.labels, 0.1,
-                            this.seeds("attack"))
+    outcome = attack_images(this.classifier, PGD(steps=4, restarts=1), this.pixels, this.labels,
+                            0.1, this.seeds("attack"))
     rise = this.losses(outcome.logits) - this.losses(logits)
     assert rise.mean() > 0.1 and np.allclose(scores["loss_rise"], rise, atol=1e-3)
     metric = evaluation.metrics()[-1]

@@ -86,7 +86,7 @@ def run(engine, evaluation, data):
 
 ATTACKS = {
     "pgd": PGD(steps=3, restarts=2),
-    "from_it": PGD(steps=3, random_start=False),
+    "from_it": PGD(steps=3, random_start=False, restarts=1),
     **{f"apgd_{r}": APGD(steps=3, routing=r) for r in ROUTINGS},
     **{f"pgd_{r}": PGD(steps=2, routing=r) for r in ROUTINGS},
     "targets": APGD(steps=2, loss="dlr", targets=2),
