@@ -1,7 +1,7 @@
 """Probes of image classifiers: the measures of ``probes.py``, taken on images."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -39,6 +39,8 @@ class ImageInterventions(Interventions, LabelledImages):
 
 class ImageGeometry(Geometry, LabelledImages):
     """Geometry at the tokens of images: the patches and the class token."""
+
+    VERSION: ClassVar[int] = 2
 
     kind: Literal["image_geometry"] = "image_geometry"
     budget: Annotated[float, Field(gt=0)] = 0.03
