@@ -126,7 +126,8 @@ def _image_attacks(evaluation: ImageAttacks, layers: int, checked: bool) -> int:
     exchanged = 2 * (2 + layers) if moe else 0
     # The attacked images are seen once more; a random perturbation is made, seen and exchanged.
     at_budget = sum(_on_image(attack, moe) + 1 for attack in attacks.values()) + 3 + exchanged
-    total = 1 + 2 + len(evaluation.budgets) * at_budget
+    # As it is, beside its mirror image, in bfloat16.
+    total = 1 + 2 + 1 + len(evaluation.budgets) * at_budget
     if not checked:
         return total
     for name, attack in attacks.items():
