@@ -59,6 +59,8 @@ class PGD(GradientAttack):
     """Length of a step in units of budget / steps."""
     random_start: bool = True
     """Begin anywhere in the ball instead of at the image."""
+    restarts: Annotated[int, Field(ge=1)] = 5
+    """Runs from different random starts; each example keeps its best."""
 
     @model_validator(mode="after")
     def _restarts_differ(self) -> "PGD":

@@ -63,10 +63,11 @@ class Attacker(Shown):
 
     def run(self) -> list[dict]:
         """What every attack did to each image at each budget."""
+        noise, rounded = self._noise()
         found = [
-            {"prediction": prediction, "noise": noise, "chance": self.chance, "attacks": [],
-             "budgets": {}, "checks": {}}
-            for prediction, noise in zip(self.predictions(self.clean), self._noise(), strict=True)
+            {"prediction": prediction, "noise": noise[i], "noise_bfloat16": rounded[i],
+             "chance": self.chance, "attacks": [], "budgets": {}, "checks": {}}
+            for i, prediction in enumerate(self.predictions(self.clean))
         ]  # fmt: skip
         for budget in self.spec.budgets:
             worst = Best(self.pixels)
@@ -132,8 +133,9 @@ class Attacker(Shown):
         for row, change in zip(made, changes, strict=True):
             yield row | {"routing_change": change}
 
-    def _noise(self) -> list[dict[str, float]]:
-        """The routing change of each image when its mirror image stands beside it in the batch."""
+    def _noise(self) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+        """The routing change of each image when its mirror image stands beside it in the batch, and
+        when the model computes in bfloat16."""
         beside = torch.stack([self.pixels, self.pixels.flip(-1)], dim=1).flatten(0, 1)
         _, batch = self.seen(beside)
         count = len(self.ids)
@@ -141,7 +143,12 @@ class Attacker(Shown):
         kept = [
             each.only(own.repeat_interleave(len(each.logits) // (2 * count))) for each in batch
         ]
-        return routing_changes(self.routes, kept, count)
+        with torch.autocast(self.model.device.type, torch.bfloat16):
+            _, rounded = self.seen(self.pixels)
+        return (
+            routing_changes(self.routes, kept, count),
+            routing_changes(self.routes, rounded, count),
+        )
 
     def _exchanged(self, attacked: torch.Tensor, budget: float) -> Iterator[dict]:
         """Of the worst images (B, C, H, W) of a budget: the routing change of random perturbations

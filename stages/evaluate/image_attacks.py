@@ -58,6 +58,8 @@ class ImageAttacks(LabelledImages):
     many attempts.
     """
 
+    VERSION: ClassVar[int] = 2
+
     kind: Literal["image_attacks"] = "image_attacks"
     budgets: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
     """Largest perturbations, of images in [0, 1]; 8/255 is 0.03137."""
@@ -138,8 +140,9 @@ class ImageAttacks(LabelledImages):
         ``worst/B``, the least of ``robust`` over the attacks, and ``robust``, the mean of those.
 
         What ``routing_change`` is to be read beside, each also by layer: ``routing_change_noise``,
-        of the same image in another batch; ``routing_change_random/B``, of a random perturbation of
-        the same size; ``routing_change_chance``, of two even random choices.
+        of the same image in another batch, and ``routing_change_noise_bfloat16`` in that precision;
+        ``routing_change_random/B``, of a random perturbation of the same size;
+        ``routing_change_chance``, of two even random choices.
 
         Of the worst image of each budget ``swap_clean_attacked/B``: whether the prediction for the
         clean image under its routes is the clean one, and ``swap_attacked_clean/B``: whether that
@@ -160,6 +163,7 @@ class ImageAttacks(LabelledImages):
                 "domain": self.dataset,
                 "correct": float(result["prediction"] == label),
                 **_by_layer("routing_change_noise", result["noise"]),
+                **_by_layer("routing_change_noise_bfloat16", result["noise_bfloat16"]),
                 "routing_change_chance": result["chance"],
             }
             worst = dict.fromkeys(self.shown_budgets, 1.0)
@@ -210,7 +214,7 @@ class ImageAttacks(LabelledImages):
                     mean_of(f"swap_{swap}{which}/{b}", label=f"{what}: {text}, {b}/255", **routes)
                     for which, what in _WHAT[swap].items()
                 ]
-        baselines = {"noise": "other batch", "chance": "chance"}
+        baselines = {"noise": "other batch", "noise_bfloat16": "bfloat16", "chance": "chance"}
         found += [
             mean_of(f"routing_change_{name}", label=f"routing change, {text}", **lower, **routes)
             for name, text in baselines.items()
@@ -220,6 +224,7 @@ class ImageAttacks(LabelledImages):
     def curves(self, scores: pd.DataFrame) -> tuple[Metric, ...]:
         """Routing change and swaps by layer, and success with more effort."""
         of = {"routing_change": 4, "routing_change_noise": 2, "routing_change_random": 3}
+        of["routing_change_noise_bfloat16"] = 2
         of |= {f"swap_{swap}": 3 for swap in SWAPS}
         layers = [c for c in scores if (parts := c.split("/")) and len(parts) == of.get(parts[0])]
         return tuple(mean_of(c) for c in (*layers, *(c for c in scores if c.startswith("check/"))))

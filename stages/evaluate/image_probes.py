@@ -1,7 +1,7 @@
 """Probes of image classifiers: the measures of ``probes.py``, taken on images."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,8 +22,8 @@ class ImageInterventions(Interventions, LabelledImages):
 
     kind: Literal["image_interventions"] = "image_interventions"
     budget: Annotated[float, Field(ge=0)] = 0.0
-    """Above 0 every image in [0, 1] is attacked first (``pgd``, l-infinity), and all is asked about
-    the attacked ones."""
+    """Above 0 every image in [0, 1] is attacked first (``pgd``, l-infinity, one start), and all is
+    asked about the attacked ones."""
     steps: Annotated[int, Field(ge=1)] = 20
     """Of that attack."""
     seed: int = 0
@@ -40,10 +40,12 @@ class ImageInterventions(Interventions, LabelledImages):
 class ImageGeometry(Geometry, LabelledImages):
     """Geometry at the tokens of images: the patches and the class token."""
 
+    VERSION: ClassVar[int] = 2
+
     kind: Literal["image_geometry"] = "image_geometry"
     budget: Annotated[float, Field(gt=0)] = 0.03
-    """Of an l-infinity attack (``pgd``) whose loss rise the routing term is correlated with, of
-    images in [0, 1]."""
+    """Of an l-infinity attack (``pgd``, one start) whose loss rise the routing term is correlated
+    with, of images in [0, 1]."""
     steps: Annotated[int, Field(ge=1)] = 20
     seed: int = 0
 

@@ -23,7 +23,7 @@ class ImageIntervenor(Intervening, Shown):
         """Predictions under each intervention."""
         refuse_dense(self.spec, self.model)
         if self.spec.budget:
-            attack, seeds = PGD(steps=self.spec.steps), self.seeds("attack")
+            attack, seeds = PGD(steps=self.spec.steps, restarts=1), self.seeds("attack")
             self.pixels = attack_images(
                 self.classifier, attack, self.pixels, self.labels, self.spec.budget, seeds
             ).images
@@ -66,7 +66,7 @@ class ImageSurveyor(Shown):
         spec, count = self.spec, len(self.ids)
         with torch.no_grad(), watched(self.model) as blocks:
             logits = self.classifier(self.pixels)
-        attack = PGD(steps=spec.steps)
+        attack = PGD(steps=spec.steps, restarts=1)
         outcome = attack_images(
             self.classifier, attack, self.pixels, self.labels, spec.budget, self.seeds("attack")
         )

@@ -48,10 +48,11 @@ def of_image(evaluation: LabelledImages, layers: int, checked: bool = False) -> 
         case ImageAttacks():
             return _image_attacks(evaluation, layers, checked)
         case Interventions():
-            attacked = evaluation.budget and _on_image(PGD(steps=evaluation.steps), False)
+            pgd = PGD(steps=evaluation.steps, restarts=1)
+            attacked = evaluation.budget and _on_image(pgd, False)
             return attacked + _interventions(evaluation, layers)
         case ImageGeometry():
-            return 1 + _on_image(PGD(steps=evaluation.steps), False)
+            return 1 + _on_image(PGD(steps=evaluation.steps, restarts=1), False)
         case ImageLipschitz():
             # Of outputs and of a first gradient, then iterations.
             jacobian = 1 + 2 * (1 + 2 * POWER_ITERATIONS)
@@ -125,7 +126,8 @@ def _image_attacks(evaluation: ImageAttacks, layers: int, checked: bool) -> int:
     exchanged = 2 * (2 + layers) if moe else 0
     # The attacked images are seen once more; a random perturbation is made, seen and exchanged.
     at_budget = sum(_on_image(attack, moe) + 1 for attack in attacks.values()) + 3 + exchanged
-    total = 1 + 2 + len(evaluation.budgets) * at_budget
+    # As it is, beside its mirror image, in bfloat16.
+    total = 1 + 2 + 1 + len(evaluation.budgets) * at_budget
     if not checked:
         return total
     for name, attack in attacks.items():

@@ -177,7 +177,11 @@ GEOMETRY = {
     "smoothness_gain": "the same, the router's groups minus random ones",
     "smoothness_frobenius": "dense over expert Frobenius norm, minimum-norm fits",
     "smoothness_bound": "its lower bound",
+    "smoothness_share": "dense over expert Lipschitz, in √E",
+    "cancellation": "dense over summed expert squared norms",
     "overlap": "overlap of the experts' inputs",
+    "eigenvalue": "largest eigenvalue of their projectors",
+    "least_eigenvalue": "least eigenvalue of their projectors",
 }
 
 
@@ -209,7 +213,7 @@ class Geometry(Evaluation):
         """The mean of every quantity, and the correlation of the routing term with the loss."""
         lower = {
             "disagreement", "disagreement_next", "jump", "routing_term", "routing_jacobian",
-            "overlap",
+            "overlap", "eigenvalue",
         }  # fmt: skip
         return (
             *(
@@ -227,7 +231,7 @@ class Geometry(Evaluation):
 class RouterGeometry(Geometry, LabelledTexts):
     """Geometry at the tokens of prompts."""
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     kind: Literal["router_geometry"] = "router_geometry"
     epsilon: Annotated[float, Field(gt=0)] = 0.1

@@ -104,10 +104,13 @@ def groups(block: Watched, generator: torch.Generator) -> dict[str, float]:
     """How much smoother minimum-norm fits of each expert's tokens are than one of all tokens, and
     the same for groups of the same sizes that are dealt out at random (``smoothness.py``).
 
-    ``smoothness`` is the ratio of the Lipschitz constants, ``smoothness_gain`` what it has over
-    ``smoothness_random``; ``smoothness_frobenius`` the ratio of Frobenius norms, which is at least
-    ``smoothness_bound``; ``overlap`` of the experts' inputs. NaN where no linear map fits all
-    tokens; nothing where there are more tokens than dimensions.
+    ``smoothness`` is the ratio of the Lipschitz constants, at least 1 (F1); ``smoothness_gain``
+    what it has over ``smoothness_random``; ``smoothness_frobenius`` the ratio of Frobenius norms,
+    which is at least ``smoothness_bound`` (F2); ``overlap`` of the experts' inputs, ``eigenvalue``
+    and ``least_eigenvalue`` of their summed projectors. ``smoothness_share`` is ``smoothness`` over
+    √E, E the experts that tokens went to, and ``cancellation`` the dense map's squared norm over
+    the sum of the experts' (F3): at most 1, and equal to 1, where their inputs are orthogonal. NaN
+    where no linear map fits all tokens; nothing where there are more tokens than dimensions.
     """
     hidden, experts = block.hidden, block.routing.logits.argmax(-1)
     if len(hidden) > hidden.shape[1]:
@@ -126,7 +129,11 @@ def groups(block: Watched, generator: torch.Generator) -> dict[str, float]:
         "smoothness_gain": learned.ratio - random.ratio,
         "smoothness_frobenius": learned.frobenius,
         "smoothness_bound": learned.bound,
+        "smoothness_share": learned.share,
+        "cancellation": learned.cancellation,
         "overlap": learned.overlap,
+        "eigenvalue": learned.eigenvalue,
+        "least_eigenvalue": learned.least_eigenvalue,
     }
     # Equal tokens with different targets, or nearly dependent ones, have no common map.
     return found if learned.residual < 1e-3 else dict.fromkeys(found, float("nan"))

@@ -12,6 +12,7 @@ from pipeline.sweep_file import load
 from stages.attack.image_spec import PAPER_BUDGETS
 from stages.compare.spec import Hypotheses
 from stages.errors import BadInput
+from stages.finetune.recipe import Alternate, Trades
 
 FILE = Path(__file__).parents[2] / "sweeps/adversarial_moe/vision_cpu.yaml"
 
@@ -99,6 +100,36 @@ def test_the_curve_is_of_the_same_models_at_the_papers_budgets():
     assert all(curve[key].fingerprint == study[key].fingerprint for key in tuned)
     asked = next(n for n in curve.values() if n.stage == "evaluate").spec.evaluation
     assert asked.budgets == pytest.approx(PAPER_BUDGETS, rel=1e-9)
+
+
+def test_robust_training_is_attacked_recipe_by_recipe():
+    nodes = planned(file=FILE.with_name("robust_cpu.yaml")).nodes
+    tuned = {node.name: node.spec for node in nodes.values() if node.stage == "finetune"}
+    recipes = {"vit": ("scratch", "pgd", "trades"), "vmoe-4": ("scratch", "pgd", "trades", "turns")}
+    assert set(tuned) == {f"{model}-{r}-seed0" for model, of in recipes.items() for r in of}
+    fields = {name: {"kind": name, "budget": 0.05, "steps": 5} for name in ("pgd", "trades")}
+    for model in recipes:
+        assert tuned[f"{model}-scratch-seed0"].adversarial is None
+        for name, expected in fields.items():
+            asked = tuned[f"{model}-{name}-seed0"].adversarial
+            assert expected == {key: getattr(asked, key) for key in expected}
+            assert getattr(asked, "router_beta", 0) == 0
+    turns = tuned["vmoe-4-turns-seed0"]
+    assert turns.alternate == Alternate(every=1, first="router")
+    assert turns.adversarial == Trades(budget=0.05, steps=5, router_beta=6)
+    # Nothing else tells the recipes apart.
+    whole = {name: spec.model_dump(exclude={"adversarial", "alternate"})
+             for name, spec in tuned.items() if name.startswith("vmoe-4")}
+    assert all(spec == whole["vmoe-4-scratch-seed0"] for spec in whole.values())
+    for name in tuned:
+        attacks = nodes[f"evaluate/{name}-attacks"]
+        assert attacks.inputs["checkpoint"] == f"finetune/{name}"
+        assert list(attacks.spec.evaluation.attacks) == ["pgd", "apgd_ce", "noise"]
+        # What is trained against is among what is attacked with.
+        assert attacks.spec.evaluation.budgets == (0.02, 0.05)
+    data = nodes["data/mnist"]
+    assert data.spec.rows["test"] == 100
+    assert data.fingerprint == planned().nodes["data/mnist"].fingerprint
 
 
 def test_heads_are_of_equal_size_and_ensembles_of_equal_operations():

@@ -107,6 +107,22 @@ def test_stronger_attacks_and_larger_budgets_leave_less(toy, examples):
     assert white <= blind < noise and white < transfer < noise
 
 
+def test_pgd_by_default_has_what_a_correct_one_has(toy, examples):
+    """Five random starts of steps of 2.5 budgets / steps, each image's best."""
+    assert (PGD().steps, PGD().relative_step, PGD().random_start) == (40, 2.5, True)
+    assert PGD().restarts == 5 and APGD().restarts == 1
+    images, labels = examples
+    found = attack_images(toy, PGD(steps=3), images, labels, 0.06, SEEDS)
+    assert found.gradients == 5 * 3 and found.forwards.tolist() == [5 * (3 + 1)] * 100
+    one = attack_images(toy, PGD(steps=3, restarts=1), images, labels, 0.06, SEEDS)
+    losses, least = (
+        torch.nn.functional.cross_entropy(each.logits, labels, reduction="none")
+        for each in (found, one))
+    right, still = (each.logits.argmax(1) == labels for each in (found, one))
+    assert (right <= still).all()  # the first start is the same
+    assert (losses >= least - 1e-5)[right].all() and (losses > least + 1e-3).sum() > 10
+
+
 @pytest.mark.parametrize("attack", [PGD(steps=5, norm="l2", restarts=2), APGD(steps=5),
                                     APGD(steps=5, norm="l2"), Square(queries=40),
                                     Square(queries=40, norm="l2"), Noise(norm="l2"), Noise()])

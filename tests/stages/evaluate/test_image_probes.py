@@ -1,6 +1,7 @@
 """Probes of image classifiers: each number against the model asked by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from stages.models import routes
 from stages.models.images import load_processor
 from stages.models.load import load
 from stages.models.routing import weighing
+from stages.probe.geometry import groups as fitted
 from stages.probe.geometry import watched
 from tests.stages.evaluate.shown_images import made, scores_of
 
@@ -131,8 +133,8 @@ def test_geometry_is_that_of_each_images_tokens(both, data):
         "routing_term": p[:, 0] * p[:, 1] * distance * rows.norm(dim=-1),
     }.items():
         assert np.allclose(scores[f"{name}/{LAYERS[1]}"], value.view(16, -1).mean(1), rtol=1e-3)
-    outcome = attack_images(this.classifier, PGD(steps=4), this.pixels, this.labels, 0.1,
-                            this.seeds("attack"))
+    outcome = attack_images(this.classifier, PGD(steps=4, restarts=1), this.pixels, this.labels,
+                            0.1, this.seeds("attack"))
     rise = this.losses(outcome.logits) - this.losses(logits)
     assert rise.mean() > 0.1 and np.allclose(scores["loss_rise"], rise, atol=1e-3)
     metric = evaluation.metrics()[-1]
@@ -145,6 +147,45 @@ def test_geometry_is_that_of_each_images_tokens(both, data):
     assert fits["overlap"].between(0, 1 + 1e-6).all()
     gain = fits["smoothness"] - fits["smoothness_random"]
     assert np.allclose(fits["smoothness_gain"], gain)
+
+
+def test_fixed_routing_on_a_trained_router_against_the_root_of_the_experts(both, data):
+    """Statement F3, layer by layer, and with the tokens made orthogonal."""
+    evaluation = ImageGeometry(dataset="digits", steps=1)
+    scores = scores_of(both[0]["sparse"], evaluation, data)
+    this = shown(both, evaluation)
+    with torch.no_grad(), watched(this.model) as blocks:
+        this.classifier(this.pixels)
+    seen, beyond = 0, []
+    for block in blocks:
+        layer = block.routing.layer
+        of = {name: scores[f"{name}/{layer}"] for name in GEOMETRY}
+        for image, part in enumerate(block.split(16)):
+            if np.isnan(of["smoothness"][image]):
+                continue
+            hidden, chosen = part.hidden.double(), part.routing.experts[:, 0]
+            groups = [hidden[chosen == expert] for expert in chosen.unique()]
+            values = torch.linalg.eigvalsh(sum(torch.linalg.pinv(x) @ x for x in groups))
+            largest, least = of["eigenvalue"][image], of["least_eigenvalue"][image]
+            assert largest == pytest.approx(values[-1].item(), rel=1e-6)
+            assert least == pytest.approx(values[values > 1e-9][0].item(), rel=1e-3)
+            overlap, count = of["overlap"][image], len(groups)
+            assert 1 - 1e-6 <= largest <= 1 + (count - 1) * overlap + 1e-6
+            share, cancelled = of["smoothness_share"][image], of["cancellation"][image]
+            assert share == pytest.approx(of["smoothness"][image] / count**0.5)
+            assert (1 - 1e-6) / largest <= cancelled <= (1 + 1e-6) / least
+            assert share <= (1 + 1e-6) / least**0.5
+            beyond.append(cancelled > 1.01)
+            seen += count > 1
+            # The same tokens, turned so that no two of them share a direction.
+            turned = torch.linalg.qr(hidden.T)[0].T.float()
+            with torch.no_grad():
+                apart = fitted(replace(part, hidden=turned), torch.Generator().manual_seed(0))
+            assert apart["cancellation"] == pytest.approx(1, rel=1e-4)
+            assert apart["eigenvalue"] == pytest.approx(1, rel=1e-4)
+            assert count**-0.5 - 1e-5 <= apart["smoothness_share"] <= 1 + 1e-5
+    # Trained experts do share directions, and some of the time disagree on them.
+    assert seen > 8 and any(beyond)
 
 
 def test_slopes_around_an_image(both, data):

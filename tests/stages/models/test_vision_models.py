@@ -44,7 +44,18 @@ def test_the_papers_sizes_and_names():
     spec = VisionSpec(size="S", labels=1000, experts=8, top_k=2, layers=(5, 7))
     assert spec.title == "V-MoE-S/32, E=8, K=2, layers 5, 7"
     assert VisionSpec(size="L", patch=16, labels=1000).title == "ViT-L/16"
-    assert SIZES["S"] == (512, 8, 2048, 8)
+    sizes = {name: tuple(size) for name, size in SIZES.items() if name != "tiny"}
+    assert sizes == {  # hidden, layers, mlp, heads
+        "S": (512, 8, 2048, 8),
+        "B": (768, 12, 3072, 12),
+        "B+": (832, 15, 3328, 13),
+        "B++": (896, 18, 3584, 14),
+        "B+++": (960, 21, 3840, 15),
+        "L": (1024, 24, 4096, 16),
+        "H": (1280, 32, 5120, 16),
+    }
+    large = VisionSpec(size="L", patch=16, labels=1000).shape
+    assert (large.hidden, large.depth, large.neurons, large.heads) == sizes["L"]
     assert VisionSpec(size="B", labels=10, experts=8).moe_layers == (1, 3, 5, 7, 9, 11)
 
 

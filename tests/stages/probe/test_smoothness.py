@@ -32,6 +32,11 @@ def test_groups_of_a_given_overlap(d, count, n, shared):
     assert found.overlap == pytest.approx(shared, abs=1e-9)
     assert found.eigenvalue == pytest.approx(1 + (count - 1) * shared)
     assert found.eigenvalue <= 1 + (count - 1) * found.overlap + 1e-9
+    assert found.least_eigenvalue == pytest.approx(1 - shared)
+    assert found.share == pytest.approx(found.ratio / count**0.5)
+    assert 1 / found.eigenvalue <= found.cancellation * (1 + 1e-9)
+    assert found.cancellation <= (1 + 1e-9) / (1 - shared)
+    assert found.ratio <= (count / (1 - shared)) ** 0.5
     assert found.ratio >= 1 and found.frobenius >= found.bound * (1 - 1e-9)
     # What both rest on: a group's own fit is the dense one, projected on the span of its inputs.
     dense = torch.linalg.pinv(torch.cat(inputs)) @ torch.cat(targets)
@@ -40,7 +45,11 @@ def test_groups_of_a_given_overlap(d, count, n, shared):
         torch.testing.assert_close(inverse @ x @ dense, inverse @ y, rtol=1e-6, atol=1e-8)
     if shared == 0:
         assert found.frobenius == pytest.approx(found.bound)
+        assert found.cancellation == pytest.approx(1)
         assert 1 <= found.frobenius <= count**0.5
+        norms = [(torch.linalg.pinv(x) @ y).norm() for x, y in zip(inputs, targets, strict=True)]
+        equal = smoothness(inputs, [y / norm for y, norm in zip(targets, norms, strict=True)])
+        assert equal.share == pytest.approx(1) == equal.frobenius / count**0.5
 
 
 @pytest.mark.parametrize("cosine", [0.0, 0.5, 0.9])
@@ -51,8 +60,13 @@ def test_two_points_in_closed_form(cosine, sign):
     targets = [torch.ones(1, 1), torch.full((1, 1), sign)]
     found = smoothness(inputs, targets)
     assert found.ratio == pytest.approx((2 / (1 + sign * cosine)) ** 0.5, rel=1e-10)
+    assert found.eigenvalue == pytest.approx(1 + cosine)
+    assert found.least_eigenvalue == pytest.approx(1 - cosine)
+    assert found.cancellation == pytest.approx(1 / (1 + sign * cosine), rel=1e-10)
     if sign > 0:  # the bound is tight where the targets agree
         assert found.bound == pytest.approx(found.ratio, rel=1e-10)
+    else:  # beyond √E, as far as the least eigenvalue lets it
+        assert found.share == pytest.approx(found.least_eigenvalue**-0.5, rel=1e-10)
 
 
 def test_one_map_for_all_leaves_nothing_to_gain():
@@ -61,3 +75,6 @@ def test_one_map_for_all_leaves_nothing_to_gain():
     inputs = [torch.randn(6, 5, generator=generator) for _ in range(3)]
     found = smoothness(inputs, [x @ whole for x in inputs])
     assert found.ratio == pytest.approx(1.0, rel=1e-5) and found.overlap == pytest.approx(1.0)
+    # Every group spans all: Σ P_i is 3 times the identity.
+    assert found.eigenvalue == pytest.approx(3) == pytest.approx(found.least_eigenvalue)
+    assert found.cancellation == pytest.approx(1 / 3, rel=1e-5)
