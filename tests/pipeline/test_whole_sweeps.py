@@ -123,6 +123,13 @@ def test_safety_tuning_adds_demonstrations_to_an_alpaca_without_refusals(tmp_pat
     assert [row["phrase"] for row in removed] == list(filter(None, ANSWERS.values()))
 
 
+def test_the_small_assessment_takes_as_long_as_the_readme_says():
+    readme = (SWEEPS.parent / "README.md").read_text().partition("### Every axis on two CPU")[2]
+    header = (FOLDER / "cpu.yaml").read_text().partition("name:")[0]
+    first = [re.search(r"(\d+) minutes", text)[1] for text in (readme, header)]
+    assert first[0] == first[1]
+
+
 SETS = {
     "safety": "malicious_instructions cona controversial alpaca_control physical_safety_safe "
               "physical_safety_unsafe q_harm advbench strongreject harmbench do_not_answer "
