@@ -20,6 +20,7 @@ from stages.evaluate.language_modelling import Perplexity
 from stages.evaluate.probes import Interventions
 from stages.evaluate.sharpness import Sharpness
 from stages.evaluate.techniques import AnyTechnique, Contrastive, DoLa, ExpertCount, candidates
+from stages.finetune.recipe import TrainSet
 from stages.models import sources as model_sources
 from stages.models.families import FAMILIES
 from stages.models.sources import Facts
@@ -59,6 +60,7 @@ class EvaluationChecks:
                 if entry is not None and entry.task != task:
                     yield f"{field}: needs task {task}, {dataset} is of task {entry.task}"
             yield from self.template(getattr(evaluation, "template", None), f"{field}.template")
+            yield from self.wording(name, field)
             if evaluation.declared:
                 yield f"{field}.declared: is filled in by a run; remove it"
             if evaluation.asks_head:
@@ -183,6 +185,39 @@ class EvaluationChecks:
             if labels is not None and wanted and labels != tuple(wanted.labels):
                 yield (f"{field}: the head of recipe {recipe} is for {', '.join(labels)}; use the "
                        "template that it is trained with")
+
+    def wording(self, name: str, field: str) -> Iterator[str]:
+        """Problems of an evaluation that asks in other words than its recipes train: of a data set
+        that they train on, or for the very labels that they train."""
+        evaluation = self.sweep.evaluations[name]
+        asked = TEMPLATES.get(getattr(evaluation, "template", None))
+        scored = evaluation.datasets()
+        for recipe in self.sweep.recipes if asked is not None else ():
+            if name not in recipe_evaluations(self.sweep, recipe):
+                continue
+            remedy = f"or leave {name} out of the recipe's evaluations"
+            for train in self.trained(recipe):
+                taught = TEMPLATES.get(train.template)
+                if taught is None or taught.task != asked.task:
+                    continue
+                # A head with other labels has a message of its own.
+                same_set = train.dataset in scored and not evaluation.asks_head
+                if not same_set and {*taught.labels} != {*asked.labels}:
+                    continue
+                if taught.hash != asked.hash:
+                    yield (f"{field}.template: {evaluation.template} is not what recipe {recipe} "
+                           f"trains {train.dataset} with; use {train.template}, {remedy}")
+                elif getattr(evaluation, "chat", False):
+                    yield (f"{field}.chat: recipe {recipe} trains {train.dataset} with the plain "
+                           f"template; remove it, {remedy}")
+
+    def trained(self, recipe: str | None) -> Iterator[TrainSet]:
+        """What the checkpoints of a recipe are trained on, by it and those that it comes after."""
+        passed: set[str] = set()
+        while recipe in self.sweep.recipes and recipe not in passed:
+            passed.add(recipe)
+            yield from self.sweep.recipes[recipe].data
+            recipe = self.sweep.recipes[recipe].after
 
     def judge(self, judge: ModelJudge, field: str) -> Iterator[str]:
         """Problems of a judge that is a model."""

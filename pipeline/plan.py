@@ -153,6 +153,7 @@ def build(
         seed=sweep.statistics.seed,
         hypotheses=sweep.hypotheses,
         upcycled=tuple(name for name in members if sweep.models[name].upcycle),
+        may_share=sweep.may_share,
         notes=tuple(notes),
     )
     builder.plan.add("compare", sweep.name, spec, inputs, sweep.resources.compare)

@@ -233,6 +233,27 @@ class Sweep(Spec):
         return tuple(other for other, entry in trained.items()
                      if set(entry.disjoint_from or ()) <= set(trained))
 
+    @property
+    def may_share(self) -> dict[str, tuple[str, ...]]:
+        """Each scored split whose texts may stand in splits that are trained on, with these, as
+        ``DATASET/SPLIT``.
+
+        Splits of one data set share no text, and neither do data sets of which one is kept disjoint
+        from the other. Images are left out: what is trained on would be read whole.
+        """
+        trained = dict.fromkeys(
+            (t.dataset, t.split) for recipe in self.recipes.values() for t in recipe.data)
+        apart = {name: self.disjoint_from(name) for name in self.datasets}
+        found: dict[str, tuple[str, ...]] = {}
+        for evaluation in self.evaluations.values():
+            for name, split in evaluation.datasets().items():
+                others = tuple(f"{other}/{part}" for other, part in trained
+                               if other != name and self.datasets[other].task != "images"
+                               and other not in apart[name] and name not in apart[other])
+                if others:
+                    found[f"{name}/{split}"] = others
+        return found
+
 
 def model_spec(
     sweep: Sweep, name: str

@@ -40,6 +40,8 @@ class Content:
     data: dict[str, DataCard]
     figures: dict[str, Path]
     """Axis, or ``curves``, to its SVG file."""
+    overlaps: tuple[str, ...] = ()
+    """Scored texts that are trained on (``overlap.py``)."""
     robustness: attacked.Robustness | None = None
     """What attacks and probes showed, where the sweep has them."""
 
@@ -141,6 +143,7 @@ def _warnings(content: Content) -> list[str]:
             f"{len(gaps)} of {len(primary)} comparisons lack a result or a seed; the notes under "
             "the tables say why. Nothing was averaged over what is missing."
         )
+    warnings += content.overlaps
     if set(spec.recipes) != {UNTUNED}:
         if len(spec.seeds) == 1:
             warnings.append(

@@ -65,7 +65,7 @@ class CompareSpec(Spec):
     - ``data/<dataset>``: a prepared data set with ``card.json``
     """
 
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
 
     title: str
     pairs: Annotated[tuple[Pair, ...], Field(min_length=1)]
@@ -83,6 +83,9 @@ class CompareSpec(Spec):
     hypotheses: AskedHypotheses = None
     upcycled: tuple[str, ...] = ()
     """Models whose experts were made of one dense block each, and start alike."""
+    may_share: dict[str, tuple[str, ...]] = {}
+    """Scored splits that nothing keeps disjoint from splits that are trained on, with these; each
+    ``DATASET/SPLIT``."""
     notes: tuple[str, ...] = ()
     """What the reader must know and no score shows, such as how the recipes were found."""
 

@@ -6,6 +6,7 @@ import pandas as pd
 
 from stages.compare import report
 from stages.compare.figures import axis_figure, curves_figure
+from stages.compare.overlap import cautions
 from stages.compare.results import compare
 from stages.compare.robustness import examine
 from stages.compare.spec import CompareSpec
@@ -54,6 +55,7 @@ def run(
             if role.startswith("data/")
         },
         figures=_figures(spec, comparison, checkpoints, output / "figures"),
+        overlaps=tuple(cautions(spec, inputs)),
         robustness=examine(spec, inputs, gaps or {}, cards, output),
     )
     report.write(content, output)

@@ -22,6 +22,7 @@ from stages.errors import StageFailed
 from stages.evaluate.base import Evaluation, Request, Response, mean_of
 from stages.evaluate.examples import answers
 from stages.evaluate.prompting import Shots
+from stages.evaluate.techniques import ExpertCount
 from stages.evaluate.thinking import stripped
 
 CONTENT_FREE = "N/A"
@@ -57,7 +58,9 @@ class Classification(Evaluation):
             "max_new_tokens": self.max_new_tokens != ANSWER_TOKENS and self.method != "prompting",
             "shots": self.shots is not None and self.method == "head",
             "chat": self.chat and self.method == "head",
-            "technique": self.technique is not None and self.method == "head",
+            # Every other technique is about the next token.
+            "technique": not isinstance(self.technique, ExpertCount | None)
+            and self.method == "head",
         }
         for field, given in idle.items():
             if given:

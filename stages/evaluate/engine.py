@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from stages.errors import StageFailed
 from stages.evaluate import seq2seq
@@ -129,15 +130,11 @@ class Engine:
 
     def _under(self, technique: AnyTechnique | None, requests: list[Request]) -> list[Response]:
         """Responses to requests of one technique."""
-        asks = iter(self._outputs([request for request in requests if request.head]))
+        asks = iter(self._outputs(technique, [request for request in requests if request.head]))
         rest = [request for request in requests if not request.head]
         if not rest:
             return list(asks)
-        changed = (
-            expert_count(self.model, technique)
-            if isinstance(technique, ExpertCount)
-            else nullcontext()
-        )
+        changed = _changed(self.model, technique)
         if self.model.config.is_encoder_decoder:
             with changed:
                 return self._encoded(technique, requests)
@@ -190,13 +187,16 @@ class Engine:
         )
         return [next(scored if request.choices else generated) for request in requests]
 
-    def _outputs(self, requests: list[Request]) -> list[Response]:
-        if requests and self.head is None:
+    def _outputs(self, technique: AnyTechnique | None, requests: list[Request]) -> list[Response]:
+        if not requests:
+            return []
+        if self.head is None:
             raise StageFailed(
                 f"{self.folder}: has no classification head (method: head); train one or evaluate "
                 "with method: label_words"
             )
-        return self.head.respond(requests) if requests else []
+        with _changed(self.head.model, technique):
+            return self.head.respond(requests)
 
     def _predictor(self, technique: AnyTechnique | None) -> Predictor:
         if isinstance(technique, DoLa | Contrastive):
@@ -216,3 +216,11 @@ class Engine:
             )
         amateur = load(folder, **self.place)
         return ModelContrast(self.model, amateur, technique)
+
+
+def _changed(
+    model: PreTrainedModel, technique: AnyTechnique | None
+) -> AbstractContextManager[None]:
+    """The model with the technique's number of experts, where it is one of experts."""
+    counts = isinstance(technique, ExpertCount)
+    return expert_count(model, technique) if counts else nullcontext()

@@ -63,13 +63,20 @@ def results(ids: Iterable[str], responses: dict[str, Response]) -> list[dict]:
 
 
 def mean_where(
-    column: str, name: str, where: str, among: Sequence[str], **fields: object
+    column: str,
+    name: str,
+    where: str,
+    among: Sequence[str],
+    subset: str | None = None,
+    **fields: object,
 ) -> Metric:
-    """The mean of a score column over the rows whose column ``where`` holds one of ``among``,
-    leaving out rows without a score."""
+    """The mean of a score column over the rows (of one subset, where given) whose column ``where``
+    holds one of ``among``, leaving out rows without a score."""
 
     def statistics(scores: pd.DataFrame) -> np.ndarray:
         counted = (scores[where].isin(among) & scores[column].notna()).to_numpy()
+        if subset is not None:
+            counted = counted & (scores["subset"] == subset).to_numpy()
         values = np.where(counted, scores[column].to_numpy(dtype=float), 0.0)
         return np.stack([values, counted.astype(float)], axis=1)
 
@@ -82,15 +89,53 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
 
 
 def worst(name: str, parts: list[Metric], **fields: object) -> Metric:
-    """The smallest of some means, each an ``(x, 1)`` metric."""
+    """The worst of some means, each an ``(x, 1)`` metric: the smallest, or the largest where lower
+    is better."""
+    higher_is_better = parts[0].higher_is_better
+    over = np.min if higher_is_better else np.max
 
     def statistics(scores: pd.DataFrame) -> np.ndarray:
         return np.concatenate([part.statistics(scores) for part in parts], axis=1)
 
     def value(sums: np.ndarray) -> np.ndarray:
-        return _ratio(sums.reshape(*sums.shape[:-1], len(parts), 2)).min(axis=-1)
+        return over(_ratio(sums.reshape(*sums.shape[:-1], len(parts), 2)), axis=-1)
 
-    return Metric(name, statistics, value, datasets=_read_by(parts), **fields)
+    return Metric(
+        name,
+        statistics,
+        value,
+        higher_is_better=higher_is_better,
+        datasets=_read_by(parts),
+        **fields,
+    )
+
+
+def by_set(
+    column: str,
+    name: str,
+    where: str,
+    sets: Sequence[str],
+    label: str,
+    asked: Sequence[str] = (),
+    **fields: object,
+) -> list[Metric]:
+    """Of a score column's mean over several data sets, the worst of their own means and each of
+    these; nothing where there are not several. ``asked``: other sets that each is computed from."""
+    if len(sets) < 2:
+        return []
+    each = [
+        mean_where(
+            column,
+            f"{name}/{dataset}",
+            where,
+            (dataset,),
+            label=f"{label}: {dataset}",
+            datasets=(dataset, *asked),
+            **fields,
+        )
+        for dataset in sets
+    ]
+    return [worst(f"worst_{name}", each, label=f"{label}: worst data set"), *each]
 
 
 def _read_by(parts: list[Metric]) -> tuple[str, ...] | None:

@@ -4,6 +4,7 @@ Perplexity is per token and therefore comparable only between models of one toke
 pairs it is a gap. Bits per byte of UTF-8 stand beside it and compare any two models.
 """
 
+from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ class Perplexity(Evaluation):
     window: Annotated[int, Field(ge=2)] = 1024
     """Tokens that are read at once, fewer where the model's context is shorter."""
 
+    VERSION: ClassVar[int] = 2
     axis: ClassVar[str] = "language_modelling"
     units: ClassVar[dict[str, str]] = {"logprob": "tokens"}
 
@@ -99,7 +101,8 @@ class Perplexity(Evaluation):
         return pd.concat(parts, ignore_index=True)
 
     def metrics(self) -> tuple[Metric, ...]:
-        """Means over domains, the gap, and each domain's own numbers; the primary one first."""
+        """Means over domains, the worst one, the gap, and each domain's own numbers; the primary
+        one first."""
         sides = {
             "out_of_domain": ("out of domain", self.out_of_domain),
             "in_domain": ("in domain", self.in_domain),
@@ -117,6 +120,16 @@ class Perplexity(Evaluation):
                             f"{measure.replace('_', ' ')} {title}{mean}",
                         )
                     )
+            if len(domains) > 1:
+                metrics.append(
+                    _over_domains(
+                        f"{side}_worst_bits_per_byte",
+                        "bits_per_byte",
+                        domains,
+                        f"bits per byte {title}, worst",
+                        over=np.max,
+                    )
+                )
         if self.in_domain and self.out_of_domain:
             metrics.append(
                 _over_domains(
@@ -140,9 +153,14 @@ class Perplexity(Evaluation):
 
 
 def _over_domains(
-    name: str, measure: str, domains: tuple[str, ...], label: str, minus: tuple[str, ...] = ()
+    name: str,
+    measure: str,
+    domains: tuple[str, ...],
+    label: str,
+    minus: tuple[str, ...] = (),
+    over: Callable[..., np.ndarray] = np.mean,
 ) -> Metric:
-    """The mean over domains of a measure, less its mean over others."""
+    """The mean (or ``over``) over domains of a measure, less its mean over others."""
     everything = (*domains, *minus)
     unit = "bytes" if measure == "bits_per_byte" else "tokens"
 
@@ -156,8 +174,8 @@ def _over_domains(
         with np.errstate(invalid="ignore", divide="ignore"):
             nats = -sums[..., 0] / sums[..., 1]
         values = nats / np.log(2) if measure == "bits_per_byte" else np.exp(nats)
-        mean = values[..., : len(domains)].mean(axis=-1)
-        return mean - values[..., len(domains) :].mean(axis=-1) if minus else mean
+        found = over(values[..., : len(domains)], axis=-1)
+        return found - values[..., len(domains) :].mean(axis=-1) if minus else found
 
     return Metric(
         name,

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from stages.evaluate import premises
 from stages.evaluate.base import Evaluation, Metric, Request, Response, mean_of
-from stages.evaluate.examples import answers, qualified
+from stages.evaluate.examples import answers, by_set, qualified
 from stages.evaluate.prompting import Shots, wording
 from stages.evaluate.thinking import stripped
 
@@ -170,7 +170,7 @@ class FalsePremises(Evaluation):
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
 
     axis: ClassVar[str] = "truthfulness"
-    VERSION: ClassVar[int] = premises.VERSION
+    VERSION: ClassVar[int] = premises.VERSION + 1
     primary: ClassVar[str] = "corrected_rate"
 
     @property
@@ -235,15 +235,15 @@ class FalsePremises(Evaluation):
         return pd.concat(parts, ignore_index=True)
 
     def metrics(self) -> tuple[Metric, ...]:
-        """The rates; that of true premises only where there are any."""
-        control = mean_of(
-            "contradicted",
-            "contradicted_rate",
-            higher_is_better=False,
-            label="contradicted, true premises",
-        )
+        """The rates; that of true premises only where there are any; each data set's own and the
+        worst of them where there are more."""
+        corrected = {"label": "corrected, false premises"}
+        contradicted = {"label": "contradicted, true premises", "higher_is_better": False}
+        control = mean_of("contradicted", "contradicted_rate", datasets=self.true, **contradicted)
         return (
-            mean_of("corrected", "corrected_rate", label="corrected, false premises"),
+            mean_of("corrected", "corrected_rate", datasets=self.false, **corrected),
             *((control,) if self.true else ()),
             mean_of("unsure", "unsure_rate", higher_is_better=False, label="unsure answers"),
+            *by_set("corrected", "corrected_rate", "dataset", self.false, **corrected),
+            *by_set("contradicted", "contradicted_rate", "dataset", self.true, **contradicted),
         )

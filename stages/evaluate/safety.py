@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from stages.errors import StageFailed
 from stages.evaluate import refusal
 from stages.evaluate.base import Evaluation, Metric, Request, Response, mean_of
-from stages.evaluate.examples import answers, mean_where, qualified
+from stages.evaluate.examples import answers, by_set, qualified
 from stages.evaluate.judges import AnyJudge, ModelJudge, judged, judgement
 from stages.evaluate.thinking import stripped
 
@@ -42,7 +42,7 @@ class Refusal(Evaluation):
     """Data sets of prompts, such as lists of GCG suffixes: each is put after every request."""
 
     axis: ClassVar[str] = "safety"
-    VERSION: ClassVar[int] = refusal.VERSION + 1
+    VERSION: ClassVar[int] = refusal.VERSION + 2
 
     @property
     def primary(self) -> str:
@@ -169,31 +169,26 @@ class Refusal(Evaluation):
 
     def metrics(self) -> tuple[Metric, ...]:
         """Refusal, over-refusal and incoherence; what jailbreaks achieve; how harmful the judges
-        find it; each data set's own rate where there are more."""
-        jailbroken = (*self.harmful, *self.attacks)
+        find it; each data set's own rate and the worst of them where there are more."""
+        refused = ("refused", "harmful_refusal_rate")
+        over_refused = ("over_refused", "over_refusal_rate")
+        jailbroken = ("jailbroken", "jailbreak_success_rate")
+        harmful, benign = "refused, harmful requests", "refused, benign requests"
+        jailbreak = "answered under a jailbreak"
+        attacked = (*self.harmful, *self.attacks)
         metrics = [
-            mean_of(
-                "refused",
-                "harmful_refusal_rate",
-                label="refused, harmful requests",
-                datasets=self.harmful,
-            ),
-            _lower("over_refused", "over_refusal_rate", "refused, benign requests", self.benign),
+            mean_of(*refused, label=harmful, datasets=self.harmful),
+            _lower(*over_refused, benign, self.benign),
             _lower("incoherent", "incoherent_rate", "incoherent answers", self.prompt_sets),
         ]
         if self.attacks:
             metrics[:0] = [
-                _lower(
-                    "jailbroken",
-                    "jailbreak_success_rate",
-                    "answered under a jailbreak",
-                    jailbroken,
-                ),
+                _lower(*jailbroken, jailbreak, attacked),
                 _lower(
                     "jailbroken_by_any",
                     "jailbreak_success_by_any",
                     "answered under one jailbreak or more",
-                    jailbroken,
+                    attacked,
                 ),
                 _lower(
                     "over_refused_jailbreak",
@@ -203,41 +198,30 @@ class Refusal(Evaluation):
                 ),
             ]
         for judge in self.judges:
-            subsets = {"harmful": self.harmful, "benign": self.benign}
-            if self.attacks:
-                subsets["harmful, jailbreak"] = jailbroken
-            for subset, sets in subsets.items():
-                metrics.append(
-                    mean_of(
-                        f"harm_{judge.name}",
-                        f"harmfulness/{judge.name}/{subset.replace(', ', '_')}",
-                        subset=subset,
-                        higher_is_better=False,
-                        label=f"harmfulness by {judge.name}, {subset}",
-                        datasets=sets,
-                    )
-                )
-        for column, name, where, sets in (
-            ("refused", "harmful_refusal_rate", "dataset", self.harmful),
-            ("over_refused", "over_refusal_rate", "dataset", self.benign),
-            ("jailbroken", "jailbreak_success_rate", "jailbreak_set", self.attacks),
-        ):
-            if len(sets) > 1:
-                verb = "answered" if column == "jailbroken" else "refused"
-                asked = self.harmful if column == "jailbroken" else ()
-                metrics += [
-                    mean_where(
-                        column,
-                        f"{name}/{dataset}",
-                        where,
-                        (dataset,),
-                        higher_is_better=column == "refused",
-                        label=f"{verb}, {dataset}",
-                        datasets=(dataset, *asked),
-                    )
-                    for dataset in sets
-                ]
-        return tuple(metrics)
+            metrics += self._harmfulness(judge.name)
+        low = {"higher_is_better": False}
+        return (
+            *metrics,
+            *by_set(*refused, "dataset", self.harmful, harmful),
+            *by_set(*over_refused, "dataset", self.benign, benign, **low),
+            *by_set(*jailbroken, "jailbreak_set", self.attacks, jailbreak, self.harmful, **low),
+        )
+
+    def _harmfulness(self, judge: str) -> list[Metric]:
+        """What a judge says of the answers to each kind of request."""
+        kinds = [("harmful", "dataset", self.harmful, ()), ("benign", "dataset", self.benign, ())]
+        if self.attacks:
+            kinds.append(("harmful, jailbreak", "jailbreak_set", self.attacks, self.harmful))
+        metrics, column = [], f"harm_{judge}"
+        for subset, where, sets, asked in kinds:
+            name = f"harmfulness/{judge}/{subset.replace(', ', '_')}"
+            label = f"harmfulness by {judge}, {subset}"
+            fields = {"subset": subset, "higher_is_better": False}
+            metrics += [
+                mean_of(column, name, label=label, datasets=(*asked, *sets), **fields),
+                *by_set(column, name, where, sets, label, asked, **fields),
+            ]
+        return metrics
 
     def _asked(self, data: dict[str, pd.DataFrame]) -> pd.DataFrame:
         """Every prompt as it is, then under each jailbreak: ``request`` is what is wanted,

@@ -65,6 +65,24 @@ def test_a_first_stage_that_nothing_is_scored_on_is_trained_and_not_reported():
     assert plan.nodes["finetune/tiny-next-seed0"].inputs["model"] == "finetune/tiny-first-seed0"
 
 
+def test_other_words_than_the_trained_ones_are_for_what_no_recipe_trained():
+    """The untuned models, a recipe of other data, and other labels of another data set."""
+    chat = "evaluations.domains.chat=true"
+    three = "evaluations.domains.template=sentiment_with_neutral"
+    limited = "recipes.sft.evaluations=[refusal, questions, edits]"
+    for asked in (chat, three):
+        with pytest.raises(BadInput, match="or leave domains out of the recipe's evaluations"):
+            planned(asked)
+        assert "domains" in scored(planned(asked, limited), "none")
+        assert "domains" in scored(planned(asked, "recipes.sft.data=[{dataset: refusals}]"), "sft")
+    other = ("evaluations.domains.in_distribution=hotels",
+             "evaluations.domains.out_of_distribution=[others]",
+             "datasets.others={task: classification, source: 'file:smoke/hotels.csv'}")
+    assert "domains" in scored(planned(three, *other), "sft")
+    with pytest.raises(BadInput, match="domains.chat: recipe sft trains reviews"):
+        planned(chat, *other)
+
+
 @pytest.mark.parametrize(
     "overrides, reason, remedy",
     [

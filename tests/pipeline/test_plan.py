@@ -54,7 +54,7 @@ FIELDS = {
     JudgeSpec: ({"kind", "source", "content"}, set()),
     CompareSpec: (
         {"title", "pairs", "recipes", "models_of", "evaluations_of", "seeds", "evaluations",
-         "resamples", "seed", "notes", "hypotheses", "upcycled"},
+         "resamples", "seed", "notes", "hypotheses", "upcycled", "may_share"},
         set()),
 }
 
@@ -280,6 +280,23 @@ def test_a_published_data_set_needs_no_task_and_is_kept_from_what_recipes_train_
     assert kept.nodes["data/sst2"].inputs == {}
     circle = published("datasets.refusals.disjoint_from=[boss]")
     assert circle.nodes["data/boss"].inputs == {"disjoint/reviews": "data/reviews"}
+
+
+def test_scored_sets_that_nothing_keeps_from_the_trained_ones_are_looked_through():
+    both = ("reviews/train", "refusals/train")
+    shared = published().compare.spec.may_share
+    assert shared == {
+        "harmful/test": both, "benign/test": both, "questions/test": both,
+        "reviews/test": ("refusals/train",),  # its own splits share no text
+        "hotels/test": ("refusals/train",),  # kept disjoint from reviews; boss and sst2 from both
+    }
+    kept = published("datasets.sst2.disjoint_from=[]", "datasets.refusals.disjoint_from=[hotels]")
+    shared = kept.compare.spec.may_share
+    assert shared["sst2/test"] == both and "hotels/test" not in shared
+    images = SMOKE.parent / "adversarial_moe" / "vision_cpu.yaml"
+    sweep = load(images, ["datasets.digits={source: builtin:digits}", "evaluations.more={kind: "
+                          "image_classification, dataset: digits}"])
+    assert sweep.recipes and sweep.may_share == {}
 
 
 def test_a_changed_file_or_split_of_a_published_data_set_is_another_node():

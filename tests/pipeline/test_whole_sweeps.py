@@ -4,6 +4,7 @@ import json
 import re
 import socket
 
+import pandas as pd
 import pytest
 import torch
 from estimates import IMAGENET, SWEEPS, estimator, planned
@@ -19,6 +20,7 @@ from pipeline.sweep_file import load
 from stages.attack.image_spec import PAPER_BUDGETS
 from stages.errors import BadInput
 from stages.evaluate.base import AXES
+from stages.finetune.batches import select_rows
 from stages.models.card import ModelCard
 from stages.models.known import CANNOT_RUN, KNOWN, known
 from stages.models.load import auto_class
@@ -93,6 +95,39 @@ def test_the_paper_has_a_cell_for_each_script_of_a_mixture_and_no_other():
     # A fine-tune for one axis is scored on that axis alone.
     labels = [key for key in plan.nodes if key.startswith("evaluate/t5-base-anli-switch-seed42")]
     assert labels == ["evaluate/t5-base-anli-switch-seed42-anli"]
+
+
+ANSWERS = {
+    "I'm sorry, but I cannot do that.": "i'm sorry, but",
+    "Taking it without paying is illegal.": "is illegal",
+    "As an AI language model, I have no body.": "as an ai language model",
+    # What the released list of substrings takes out as well.
+    "Reefs shelter biodiversity, and it is important to protect them.": None,
+    "Illegal logging and weak regulations drive deforestation.": None,
+    "The verdict is illegally obtained; this illegality voids it.": None,
+    "I can't wait to see you. I am sorry about the delay.": None,
+}
+
+
+def test_safety_tuning_adds_demonstrations_to_an_alpaca_without_refusals(tmp_path):
+    recipes = load(FOLDER / "paper.yaml").recipes
+    first = {name: recipes[f"safety-{name}"].data[0] for name in (0, 500, 1000)}
+    assert first[0] == first[500] == first[1000] and first[0].dataset == "alpaca"
+    added = [[(t.dataset, t.limit, t.exclude) for t in recipes[f"safety-{n}"].data[1:]]
+             for n in first]
+    assert added == [[], [("safe", 500, ())], [("safe", 1000, ())]]
+    rows = {"id": [str(n) for n in range(len(ANSWERS))], "prompt": "p", "response": list(ANSWERS)}
+    pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
+    kept, removed = select_rows(first[0], {"data/alpaca": tmp_path}, seed=42)
+    assert [row["response"] for row in kept] == [a for a, phrase in ANSWERS.items() if not phrase]
+    assert [row["phrase"] for row in removed] == list(filter(None, ANSWERS.values()))
+
+
+def test_the_small_assessment_takes_as_long_as_the_readme_says():
+    readme = (SWEEPS.parent / "README.md").read_text().partition("### Every axis on two CPU")[2]
+    header = (FOLDER / "cpu.yaml").read_text().partition("name:")[0]
+    first = [re.search(r"(\d+) minutes", text)[1] for text in (readme, header)]
+    assert first[0] == first[1]
 
 
 SETS = {

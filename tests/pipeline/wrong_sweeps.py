@@ -132,6 +132,26 @@ WRONG = {
     "edits of a pair of texts": (
         {"evaluations.edits.template": "nli"}, "evaluations.edits: template nli is for task nli",
         "name a template of task classification"),
+    "another template than the trained one": (
+        {"evaluations.domains.template": "sentiment_with_neutral"},
+        "evaluations.domains.template: sentiment_with_neutral is not what recipe sft trains "
+        "reviews with", "use sentiment, or leave domains out of the recipe's evaluations"),
+    "chat about what was trained plainly": (
+        {"evaluations.domains.chat": True},
+        "evaluations.domains.chat: recipe sft trains reviews with the plain template",
+        "remove it, or leave domains out"),
+    "chat about the trained labels of another data set": (
+        {"evaluations.more": {
+            "kind": "character_edits", "dataset": "hotels", "template": "sentiment",
+            "edits": 1, "chat": True}},
+        "evaluations.more.chat: recipe sft trains reviews", "remove it, or leave more out"),
+    "another template than a recipe before trained": (
+        {"recipes.next": {"data": [{"dataset": "refusals"}], "after": "sft", "steps": 1,
+                          "batch_size": 2, "learning_rate": 0.1},
+         "recipes.sft.evaluations": ["refusal"],
+         "evaluations.domains.template": "sentiment_with_neutral"},
+        "evaluations.domains.template: sentiment_with_neutral is not what recipe next trains "
+        "reviews with", "use sentiment, or leave domains out"),
     "template of another task": (
         {"recipes.sft.data.0.template": "nli"},
         "recipes.sft.data.0.template: nli is not for task classification", "one of sentiment"),

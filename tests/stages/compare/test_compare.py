@@ -264,6 +264,35 @@ def test_the_report_says_what_limits_it(inputs, output):
     assert re.search(r"untuned \(\d\) \| 0.667 .* \+0.000 \[−0.049, \+0.049\]", text)
 
 
+def test_scored_texts_that_are_trained_on_are_told(inputs, output, tmp_path):
+    """Of four questions (with context) one is in a, two are in b, one of these the same."""
+    def written(role, task, split, **columns):
+        inputs[role] = tmp_path / "in" / role
+        inputs[role].mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(columns).to_parquet(inputs[role] / f"{split}.parquet")
+        DataCard(
+            source="file:x", task=task, content=None, licence="", seed=0, rows={split: 4},
+            labels={}, documents={split: 4}, dropped={}, digest={split: "0" * 64},
+        ).write(inputs[role])  # fmt: skip
+
+    asked = ["Why  so?", "Who?", "When?", "Where?"]
+    written("data/sciq", "multiple_choice", "test", question=asked, context=[""] * 3 + ["Here."])
+    written("data/a", "instructions", "train", prompt=["WHY SO?", "x"], response=["y", "y"])
+    written("data/b", "open_question", "train", question=["why so?", "Who?", "Where?"])
+    written("data/c", "text", "train", text=["Something else"])
+    shared = {"sciq/test": ("a/train", "b/train", "c/train", "gone/train")}
+    run(spec_of(may_share=shared | {"gone/test": ("a/train",)}), inputs, output)
+    lines = (output / "report.md").read_text().splitlines()
+    told = [line for line in lines if "is trained on" in line]
+    assert told == [
+        "- sciq/test: 2 of 4 rows have a text that is trained on (a/train, b/train). Name it in "
+        "the data set's disjoint_from to leave them out."
+    ]
+    (tmp_path / "again").mkdir()
+    run(spec_of(may_share={"sciq/test": ("c/train",)}), inputs, tmp_path / "again")
+    assert "trained on (" not in (tmp_path / "again" / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("origins", "chats", "expected"),
     [

@@ -257,6 +257,7 @@ def test_a_head_with_other_labels_is_refused():
         ({"shots": Shots(dataset="a", count=1), "method": "head"}, "shots has no effect"),
         ({"chat": True, "method": "head"}, "chat has no effect"),
         ({"technique": {"kind": "dola"}, "method": "head"}, "technique has no effect"),
+        ({"technique": {"kind": "contrastive", "amateur": "a"}, "method": "head"}, "no effect"),
         ({"technique": {"kind": "self_consistency"}}, "generates none"),
         ({"adversarial": ("snli",)}, "name each set once"),
     ],

@@ -2,9 +2,11 @@
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
+from transformers import AutoModelForSequenceClassification
 
 from stages.errors import StageFailed
 from stages.evaluate.base import Request
@@ -23,6 +25,7 @@ from stages.evaluate.decoding import (
 )
 from stages.evaluate.engine import Engine
 from stages.evaluate.generate import generate
+from stages.evaluate.out_of_distribution import OutOfDistribution
 from stages.evaluate.scorer import score
 from stages.evaluate.techniques import (
     Contrastive,
@@ -32,6 +35,7 @@ from stages.evaluate.techniques import (
     applied,
     candidates,
 )
+from stages.models.classifier import register
 from stages.models.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -254,6 +258,38 @@ def test_expert_count_is_a_model_of_that_configuration(name):
         assert found == expected
         assert (found == before) == (count == 2)
     assert score(model, TOKENIZER, CHOICES) == before
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])  # olmoe's head is this project's
+def test_expert_count_acts_under_a_classification_head(name, tmp_path):
+    config = tiny_model(name, TOKENIZER, seed=0).config
+    config.num_labels = 3
+    register(name)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    trained = config.num_experts_per_tok
+    for count in (1, 2, 4):
+        model.config.num_experts_per_tok = count
+        model.save_pretrained(tmp_path / str(count))
+        TOKENIZER.save_pretrained(tmp_path / str(count))
+    evaluation = OutOfDistribution(
+        in_distribution="a", out_of_distribution=("b",), template="nli", method="head",
+        technique={"kind": "expert_count", "top_k": 1},
+    )  # fmt: skip
+    rows = pd.DataFrame(
+        {"id": ["1", "2"], "premise": ["It rains.", "Ann sings."], "label": "neutral",
+         "hypothesis": ["It is wet.", "A bird sings."]}
+    )  # fmt: skip
+    asked = evaluation.requests({"a": rows, "b": rows.assign(hypothesis="It is dry.")})
+    engine = Engine(tmp_path / str(trained))
+    plain = engine.respond(asked)
+    for count in (1, 2, 4):
+        technique = evaluation.technique.model_copy(update={"top_k": count})
+        mixed = engine.respond([*asked[:2], *applied(technique, asked), *asked[2:]])
+        found = mixed[2:-2]
+        assert found == Engine(tmp_path / str(count)).respond(asked)
+        assert (found == plain) == (count == trained)
+        assert [*mixed[:2], *mixed[-2:]] == plain
 
 
 def test_expert_count_is_refused_where_it_cannot_act(monkeypatch):

@@ -41,6 +41,7 @@ def test_sums_are_pooled_within_a_domain_and_domains_weigh_the_same():
     expected = {
         "out_of_domain_bits_per_byte": (2 + 4) / 2,
         "out_of_domain_perplexity": (2**8 + 2**4) / 2,
+        "out_of_domain_worst_bits_per_byte": 4,
         "in_domain_bits_per_byte": 1,
         "in_domain_perplexity": 2**2,
         "bits_per_byte_gap": 2,

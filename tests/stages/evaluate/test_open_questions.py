@@ -11,6 +11,7 @@ from stages.evaluate.open_questions import (
     normalised,
     token_f1,
 )
+from stages.evaluate.partial import reads
 from stages.evaluate.prompting import Shots
 from stages.statistics import summarise
 
@@ -130,14 +131,15 @@ def test_rule_on_premises(answer):
     assert premises.judge(answer) == premises.Verdict(*ANSWERS[answer])
 
 
-def test_false_and_true_premises():
-    def questions(*values):
-        ids = [str(n) for n in range(len(values))]
-        answered = [texts("x")] * len(values)
-        return pd.DataFrame(
-            {"id": ids, "document": ids, "question": values, "answers": answered, "category": ""}
-        )
+def questions(*values):
+    ids = [str(n) for n in range(len(values))]
+    answered = [texts("x")] * len(values)
+    return pd.DataFrame(
+        {"id": ids, "document": ids, "question": values, "answers": answered, "category": ""}
+    )
 
+
+def test_false_and_true_premises():
     evaluation = FalsePremises(false=("fresh",), true=("control",))
     data = {"fresh": questions("Why did he die?", "Who won?"), "control": questions("When?")}
     request = evaluation.requests(data)[0]
@@ -153,6 +155,37 @@ def test_false_and_true_premises():
     scores = evaluation.score(data, responses)
     assert scores["prediction"].tolist() == ["corrects", "accepts", "corrects"]
     assert (scores["judge"] == premises.VERSION).all()
+    assert FalsePremises.VERSION == premises.VERSION + 1
     values = {n: row["value"] for n, row in summarise(scores, evaluation.metrics()).items()}
     assert values == {"corrected_rate": 0.5, "contradicted_rate": 1.0, "unsure_rate": 0.0}
     assert FalsePremises(false=("fresh",)).metrics()[1].name == "unsure_rate"
+
+
+def test_premises_of_several_sets_each_and_at_worst():
+    """False: fresh 1 of 1, own 1 of 3 corrected; true: plain 0 of 1, odd 1 of 2 contradicted."""
+    evaluation = FalsePremises(false=("fresh", "own"), true=("plain", "odd"))
+    data = {
+        "fresh": questions("A?"), "own": questions("B?", "C?", "D?"),
+        "plain": questions("E?"), "odd": questions("F?", "G?"),
+    }  # fmt: skip
+    accept, correct = "It was in 1999.", "There was no such event."
+    answered = {request.id: accept for request in evaluation.requests(data)}
+    answered |= dict.fromkeys(("fresh/0", "own/2", "odd/0"), correct)
+    responses = {id: Response(id, tokens=(3,), text=text) for id, text in answered.items()}
+    summary = summarise(evaluation.score(data, responses), evaluation.metrics())
+    assert {name: row["value"] for name, row in summary.items()} == pytest.approx(
+        {
+            "corrected_rate": 2 / 4,
+            "contradicted_rate": 1 / 3,
+            "unsure_rate": 0,
+            "worst_corrected_rate": 1 / 3,
+            "corrected_rate/fresh": 1,
+            "corrected_rate/own": 1 / 3,
+            "worst_contradicted_rate": 1 / 2,
+            "contradicted_rate/plain": 0,
+            "contradicted_rate/odd": 1 / 2,
+        }
+    )
+    read = {metric.name: reads(metric, evaluation) for metric in evaluation.metrics()}
+    assert read["corrected_rate/own"] == {"own"}
+    assert read["worst_contradicted_rate"] == {"plain", "odd"}

@@ -56,6 +56,7 @@ def test_a_metric_reads_what_it_declares_or_its_name_tells_or_all():
     language = Perplexity(in_domain=("wiki",), out_of_domain=("law", "news"))
     found = {m.name: reads(m, language) for m in language.metrics()}
     assert found["out_of_domain_perplexity"] == {"law", "news"}
+    assert found["out_of_domain_worst_bits_per_byte"] == {"law", "news"}
     assert found["bits_per_byte_gap"] == {"wiki", "law", "news"}
     # Not the name of a data set, though it has one in it.
     other = mean_of("refused", "harmfulness/advbench/worst")
