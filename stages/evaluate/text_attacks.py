@@ -1,8 +1,8 @@
 """Adversarial robustness: classification of texts under attacks that hold the model.
 
-Each example is classified as it is, under each attack, and under random edits of the same size. An
-example counts as robust only where none of the attacks changes its label to a wrong one. On the way
-the routes of a Mixture-of-Experts model are recorded, before and under attack.
+Each example is classified as it is, under each attack, and under random edits of the same budget.
+An example counts as robust only where none of the attacks changes its label to a wrong one. On the
+way the routes of a Mixture-of-Experts model are recorded, before and under attack.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,6 +42,7 @@ class TextAttacks(LabelledTexts):
     """Exchange the routes of the clean and the attacked text also in one layer at a time."""
 
     axis: ClassVar[str] = "adversarial"
+    VERSION: ClassVar[int] = 2
     primary: ClassVar[str] = "robust_accuracy"
 
     @model_validator(mode="after")
@@ -208,7 +209,7 @@ class TextAttacks(LabelledTexts):
         name = attack.label
         success = (1 - scores[f"correct/{name}"]).to_numpy().astype(bool)
         control = (1 - scores[f"random/{name}"]).to_numpy().astype(bool)
-        yield hygiene.not_weaker(name, "random edits of the same size", success, control)
+        yield hygiene.not_weaker(name, "random edits of the same budget", success, control)
         if isinstance(attack, GradientAttack):
             yield hygiene.gradients(name, scores[f"zero_gradients/{name}"].to_numpy())
         prefix = f"check/{name}/"
