@@ -72,6 +72,7 @@ class EvaluationChecks:
                 yield from self.decoders(f"{field}: the log-probability of whole texts")
             if isinstance(evaluation, LabelledTexts | HeldPrompts):
                 yield from self.decoders(f"{field}: {evaluation.kind}")
+            yield from self.before(evaluation, field)
             if evaluation.of_experts:
                 yield from self.experts(evaluation, field)
             yield from self.weighed(evaluation, field)
@@ -83,14 +84,22 @@ class EvaluationChecks:
             yield ("evaluations: all are about experts alone, of which a dense partner has none; "
                    "add one that compares the two, such as text_attacks")
 
+    def before(self, evaluation: Evaluation, field: str) -> Iterator[str]:
+        """Problems of numbers on experts that have nothing to be compared with."""
+        moes = [self.sweep.models[pair.moe] for pair in self.sweep.pairs
+                if pair.moe in self.sweep.models]
+        # Experts that were trained from scratch do not start alike: their numbers stand alone.
+        alike = any(moe.upcycle for moe in moes) or (
+            evaluation.of_experts and not all(moe.vision for moe in moes))
+        if not self.sweep.recipes or self.sweep.untuned or not alike:
+            return
+        if any(metric.of_experts for metric in evaluation.metrics()):
+            yield (f"{field}: what {evaluation.kind} tells of experts is compared with the same "
+                   "model before the recipe; set untuned to true")
+
     def experts(self, evaluation: Evaluation, field: str) -> Iterator[str]:
         """Problems of an evaluation that is about experts alone."""
         moes = {pair.moe for pair in self.sweep.pairs}
-        # Experts that were trained from scratch do not start alike: their numbers stand alone.
-        scratch = all(self.sweep.models[m].vision for m in moes if m in self.sweep.models)
-        if self.sweep.recipes and not (self.sweep.untuned or scratch):
-            yield (f"{field}: {evaluation.kind} is compared with the same model before the recipe; "
-                   "set untuned to true")
         for name in sorted(moes or self.sweep.models):
             facts = self.facts.get(name, Facts())
             entry = FAMILIES.get(facts.family)

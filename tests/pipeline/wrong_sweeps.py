@@ -311,7 +311,13 @@ WRONG = {
     "a probe of experts without the untuned model": (
         {"untuned": False, "evaluations.more": {
             "kind": "router_geometry", "dataset": "reviews", "template": "sentiment"}},
-        "evaluations.more: router_geometry is compared with the same model before the recipe",
+        "evaluations.more: what router_geometry tells of experts is compared with the same model",
+        "set untuned to true"),
+    "routes of upcycled experts without the untuned model": (
+        {"untuned": False, "evaluations.more": {
+            "kind": "text_attacks", "dataset": "reviews", "template": "sentiment",
+            "attacks": [{"kind": "homoglyphs"}]}},
+        "evaluations.more: what text_attacks tells of experts is compared with the same model",
         "set untuned to true"),
     "nothing that both models of a pair have": (
         {"evaluations": {"geometry": {
