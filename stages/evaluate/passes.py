@@ -120,7 +120,7 @@ def of_prompts(
 
 
 def _image_attacks(evaluation: ImageAttacks, layers: int, checked: bool) -> int:
-    moe, attacks = layers > 0, evaluation.attacks
+    moe, attacks = layers > 0, evaluation.tried
     # Each pair of routes exchanged as they are, weighed anew, and in each layer alone.
     exchanged = 2 * (2 + layers) if moe else 0
     # The attacked images are seen once more; a random perturbation is made, seen and exchanged.

@@ -127,14 +127,15 @@ def test_passes_of_attacks_on_images_by_hand():
     plain = ImageAttacks(**DIGITS, budgets=(0.1,), checked=8, attacks={
         "pgd": PGD(steps=10, restarts=2), "square": Square(queries=50)})
     # Clean and with its mirror image 3. Two starts of 10 gradients and a last look, the clean
-    # gradient: 65; 50 queries; both seen again; a random perturbation and the worst seen: 3.
-    assert passes.of_image(plain, 0) == 3 + 65 + 50 + 2 + 3
+    # gradient: 65; 50 queries; 100 points of noise, their control; all seen again; a random
+    # perturbation and the worst seen: 3.
+    assert passes.of_image(plain, 0) == 3 + 65 + 50 + 100 + 3 + 3
     # Both pairs of routes as they are, weighed anew and in each of 6 layers.
-    assert passes.of_image(plain, 6) == 123 + 2 * 8
+    assert passes.of_image(plain, 6) == 224 + 2 * 8
     # Twice the steps, as many starts again, twice the queries, both without a bound.
-    assert passes.of_image(plain, 0, checked=True) == 123 + 125 + 65 + 100 + 65 + 50
+    assert passes.of_image(plain, 0, checked=True) == 224 + 125 + 65 + 100 + 65 + 50
     transfer = ImageAttacks(**DIGITS, budgets=(0.1, 0.2), attacks={"transfer": Transfer(steps=4)})
-    assert passes.of_image(transfer, 0, checked=True) == 3 + 2 * (4 * 3 + 3 + 1 + 1 + 3)
+    assert passes.of_image(transfer, 0, checked=True) == 3 + 2 * (4 * 3 + 3 + 1 + 1 + 101 + 3)
 
 
 def test_passes_of_sharpness_by_hand():
