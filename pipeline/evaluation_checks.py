@@ -7,19 +7,21 @@ from pathlib import Path
 from pipeline.plan import recipe_evaluations, recipe_models, surrogate, sweep_recipes
 from pipeline.sweep import UNTUNED, Sweep
 from pipeline.sweep_file import located, nearest
+from stages.attack.text_spec import GradientAttack
 from stages.compare.quantities import PARTS
 from stages.data.templates import TEMPLATES
 from stages.errors import StageFailed
 from stages.evaluate.base import Evaluation
 from stages.evaluate.engines import MOST_TEMPERATURE, by_vllm, lacks
 from stages.evaluate.harness import LmEval
-from stages.evaluate.held_prompts import HeldPrompts
+from stages.evaluate.held_prompts import HeldPrompts, SafetyExperts
 from stages.evaluate.judges import ModelJudge
 from stages.evaluate.labelled_texts import LabelledTexts
 from stages.evaluate.language_modelling import Perplexity
-from stages.evaluate.probes import Interventions
+from stages.evaluate.probes import Interventions, LocalLipschitz, RouterGeometry
 from stages.evaluate.sharpness import Sharpness
 from stages.evaluate.techniques import AnyTechnique, Contrastive, DoLa, ExpertCount, candidates
+from stages.evaluate.text_attacks import TextAttacks
 from stages.finetune.recipe import TrainSet
 from stages.models import sources as model_sources
 from stages.models.families import FAMILIES
@@ -72,8 +74,10 @@ class EvaluationChecks:
                 yield from self.decoders(f"{field}: the log-probability of whole texts")
             if isinstance(evaluation, LabelledTexts | HeldPrompts):
                 yield from self.decoders(f"{field}: {evaluation.kind}")
+            yield from self.before(evaluation, field)
             if evaluation.of_experts:
                 yield from self.experts(evaluation, field)
+            yield from self.weighed(evaluation, field)
             yield from self.surrogates(name, f"{field}.attacks")
             for judge in evaluation.judge_models().values():
                 yield from self.judge(judge, f"{field}.judges.{judge.name}")
@@ -82,18 +86,30 @@ class EvaluationChecks:
             yield ("evaluations: all are about experts alone, of which a dense partner has none; "
                    "add one that compares the two, such as text_attacks")
 
+    def before(self, evaluation: Evaluation, field: str) -> Iterator[str]:
+        """Problems of numbers on experts that have nothing to be compared with."""
+        moes = [self.sweep.models[pair.moe] for pair in self.sweep.pairs
+                if pair.moe in self.sweep.models]
+        # Experts that were trained from scratch do not start alike: their numbers stand alone.
+        alike = any(moe.upcycle for moe in moes) or (
+            evaluation.of_experts and not all(moe.vision for moe in moes))
+        if not self.sweep.recipes or self.sweep.untuned or not alike:
+            return
+        if any(metric.of_experts for metric in evaluation.metrics()):
+            yield (f"{field}: what {evaluation.kind} tells of experts is compared with the same "
+                   "model before the recipe; set untuned to true")
+
     def experts(self, evaluation: Evaluation, field: str) -> Iterator[str]:
         """Problems of an evaluation that is about experts alone."""
         moes = {pair.moe for pair in self.sweep.pairs}
-        # Experts that were trained from scratch do not start alike: their numbers stand alone.
-        scratch = all(self.sweep.models[m].vision for m in moes if m in self.sweep.models)
-        if self.sweep.recipes and not (self.sweep.untuned or scratch):
-            yield (f"{field}: {evaluation.kind} is compared with the same model before the recipe; "
-                   "set untuned to true")
         for name in sorted(moes or self.sweep.models):
             facts = self.facts.get(name, Facts())
+            entry = FAMILIES.get(facts.family)
             if facts.architecture == "dense":
                 yield f"{field}: {name} is dense and has no experts; remove {evaluation.kind}"
+            elif isinstance(evaluation, RouterGeometry) and entry and entry.index is None:
+                yield (f"{field}.kind: {name}: {facts.family} {entry.no_weighing}, so they cannot "
+                       "be asked one by one; remove it")
             elif isinstance(evaluation, Interventions) and facts.experts:
                 for count in evaluation.top_k:
                     if count > facts.experts:
@@ -103,6 +119,31 @@ class EvaluationChecks:
                     if count >= facts.experts:
                         yield (f"{field}.prune: {count} leaves none of the {facts.experts} experts "
                                f"of {name}; lower it")
+
+    def weighed(self, evaluation: Evaluation, field: str) -> Iterator[str]:
+        """Problems of what puts other experts in the place of the chosen ones, with the weights
+        that the router would give them."""
+        match evaluation:
+            case TextAttacks():
+                parts = [f"attacks.{number}.routing" for number, attack
+                         in enumerate(evaluation.attacks) if isinstance(attack, GradientAttack)
+                         and attack.routing in ("soft", "frozen")]
+            case Interventions():
+                asked = {"top_k": evaluation.top_k, "prune": evaluation.prune,
+                         "random_masks": evaluation.random_masks,
+                         "weights": evaluation.weights == "by_logits"}
+                parts = [part for part, value in asked.items() if value]
+            case LocalLipschitz() | SafetyExperts():
+                parts = ["kind"]
+            case _:
+                return
+        for name in sorted({pair.moe for pair in self.sweep.pairs} or self.sweep.models):
+            entry = FAMILIES.get(getattr(self.facts.get(name), "family", None))
+            if entry is None or not entry.is_moe or not entry.no_weighing:
+                continue
+            why = f"{entry.model_type} {entry.no_weighing}"
+            yield from (f"{field}.{part}: {name}: {why}, so others cannot be put in their place; "
+                        "remove it" for part in parts)
 
     def surrogates(self, name: str, field: str) -> Iterator[str]:
         """Problems of the other models that an evaluation holds: each needs a checkpoint of every

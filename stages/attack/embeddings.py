@@ -107,10 +107,14 @@ def _steepest(gradient: torch.Tensor, norm: Literal["l2", "linf"]) -> torch.Tens
 
 
 def random_perturbation(
-    like: torch.Tensor, norm: Literal["l2", "linf"], generator: torch.Generator
+    clean: torch.Tensor,
+    editable: torch.Tensor,
+    radius: float,
+    norm: Literal["l2", "linf"],
+    generator: torch.Generator,
 ) -> torch.Tensor:
-    """The control: for every token of a perturbation (n, D) a random direction of its length."""
-    drawn = torch.randn(like.shape, generator=generator).to(like)
-    if norm == "linf":
-        return drawn.sign() * like.abs().amax(-1, keepdim=True)
-    return drawn / drawn.norm(dim=-1, keepdim=True) * like.norm(dim=-1, keepdim=True)
+    """The control (n, D): for every editable token of ``clean`` (n, D) a random direction of length
+    ``radius``, for ``linf`` a random corner."""
+    drawn = torch.randn(clean.shape, generator=generator).to(clean)
+    drawn = drawn.sign() if norm == "linf" else drawn / drawn.norm(dim=-1, keepdim=True)
+    return radius * drawn * editable[:, None]

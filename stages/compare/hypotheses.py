@@ -24,7 +24,7 @@ The claims, each a mean over the models named, seeds and examples:
 - H2, models that differ in the number of experts E alone: least-squares slope of robust accuracy
   over log2(E), that is per doubling, above 0.
 - H3, all MoE models: change of routes (1 - IoU; attacks on the loss, mean over budgets) minus
-  ``far`` times that under a random perturbation of the same size, above 0; the same for the noise
+  ``far`` times that under a random perturbation of the same budget, above 0; the same for the noise
   floor; share of clean predictions that change under the routes of the attacked input (texts:
   accuracy lost), below ``margin``; premise: the same without any expert's output, above ``margin``.
   What independent choices would give is told beside it and is no claim: at .75 and more, nothing

@@ -86,7 +86,7 @@ def shares(columns: Iterable[str], substitution: str) -> list[str]:
 
 def routing_change(evaluation: Evaluation, columns: list[str]) -> dict[str, tuple[str, ...]]:
     """The columns of the change of routes: under ``attack``, and its baselines under a ``random``
-    perturbation of the same size, by ``noise`` and by ``chance``."""
+    perturbation of the same budget, by ``noise`` and by ``chance``."""
     names = aimed_at_loss(evaluation)
     if of_images(evaluation):
         sizes = budgets(columns)

@@ -72,8 +72,8 @@ def _curves(
 
 
 def attacks_figure(measured: Measured, recipe: str, file: Path) -> bool:
-    """Accuracy by attack on all examples, beside random edits of the same size (hollow); for texts,
-    whose attacks have one budget each there."""
+    """Accuracy by attack on all examples, beside random edits of the same budget (hollow); for
+    texts, whose attacks have one budget each there."""
     if "attacks" not in measured.scores or of_images(measured.evaluation("attacks")):
         return False
     rows = {"clean": ("clean", None), "worst case": ("correct", None)} | {
@@ -156,7 +156,7 @@ FIGURES = {
         attacks_figure,
         "Accuracy by attack",
         "In the worst case a text counts as right only where every attack fails. Hollow: random "
-        "edits of the same size.",
+        "edits of the same budget.",
     ),
     "checked": (
         checked_figure,

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from stages.attack import images
 from stages.attack.image_objective import Best, Value
-from stages.attack.image_spec import AnyImageAttack, Noise, PaperPGD, Transfer
+from stages.attack.image_spec import AnyImageAttack, Noise, Transfer
 from stages.attack.images import Outcome, attack_images
 from stages.errors import StageFailed
 from stages.evaluate.image_attacks import (
@@ -71,9 +71,9 @@ class Attacker(Shown):
         ]  # fmt: skip
         for budget in self.spec.budgets:
             worst = Best(self.pixels)
-            for name, attack in self.spec.attacks.items():
+            for name, attack in self.spec.tried.items():
                 outcome = self._attack(name, attack, budget)
-                if not isinstance(attack, PaperPGD):
+                if name in self.spec.counted:
                     value = Value(self.losses(outcome.logits), outcome.logits)
                     worst.update(outcome.images, value, self.labels)
                 for result, row in zip(found, self._rows(name, attack, budget, outcome),
@@ -153,8 +153,7 @@ class Attacker(Shown):
     def _exchanged(self, attacked: torch.Tensor, budget: float) -> Iterator[dict]:
         """Of the worst images (B, C, H, W) of a budget: the routing change of random perturbations
         of the same size, and predictions under the routes of the other image."""
-        norm = next(iter(self.spec.attacks.values())).norm
-        drawn = self._attack("random", Noise(norm=norm, queries=1), budget).images
+        drawn = self._attack("random", Noise(norm=self.spec.norm, queries=1), budget).images
         random = routing_changes(self.routes, self.seen(drawn)[1], len(self.ids))
         swaps: list[dict[str, str]] = [{} for _ in self.ids]
         now = self.seen(attacked)[1]

@@ -1,7 +1,8 @@
 """Adversarial robustness: classification of images under attacks that hold the model.
 
-Every attack runs on every image, at several budgets. An image counts as robust only where none of
-them succeeds. On the way the routes of a Mixture-of-Experts model are recorded and exchanged.
+Every attack runs on every image, at several budgets, beside random noise, which all must beat. An
+image counts as robust only where none of the attacks succeeds. On the way the routes of a
+Mixture-of-Experts model are recorded and exchanged.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from stages.attack.image_spec import (
     GradientAttack,
     Name,
     Noise,
+    Norm,
     PaperPGD,
     Square,
     Transfer,
@@ -42,6 +44,9 @@ _WHAT = {
     "attacked_clean": {"": "accuracy", "_experts": "accuracy, weighed anew",
                        "_agrees": "prediction kept"},
 }  # fmt: skip
+CONTROL = "random noise"
+"""Name of the noise that attacks are checked against where a sweep names none; the blank keeps it
+apart from all names that a sweep can give."""
 EFFORT = {
     "steps": "twice the steps",
     "restarts": "twice the restarts",
@@ -53,9 +58,10 @@ class ImageAttacks(LabelledImages):
     """Accuracy under attack, at several budgets: of each attack, and the worst case of each image
     over all of them but ``paper``, whose images need not be valid.
 
-    Every attack runs on every image. On a dense model an attack that acts on the choice of experts
-    runs without that, with random numbers of its own, so that both sides of a pair meet equally
-    many attempts.
+    Every attack runs on every image. Where none of them is ``noise``, that runs as well, with its
+    default queries, as the control of the others alone. On a dense model an attack that acts on the
+    choice of experts runs without that, with random numbers of its own, so that both sides of a
+    pair meet equally many attempts.
     """
 
     VERSION: ClassVar[int] = 2
@@ -78,6 +84,7 @@ class ImageAttacks(LabelledImages):
     seed: int = 0
 
     axis: ClassVar[str] = "adversarial"
+    VERSION: ClassVar[int] = 2
     primary: ClassVar[str] = "robust_accuracy"
 
     @model_validator(mode="after")
@@ -96,6 +103,23 @@ class ImageAttacks(LabelledImages):
     def shown_budgets(self) -> list[str]:
         """The budgets in units of 1/255, as they stand in names."""
         return [shown(budget) for budget in self.budgets]
+
+    @property
+    def counted(self) -> dict[str, AnyImageAttack]:
+        """The attacks that the worst case is over."""
+        return {n: a for n, a in self.attacks.items() if not isinstance(a, PaperPGD)}
+
+    @property
+    def tried(self) -> dict[str, AnyImageAttack]:
+        """The attacks, and noise of their norm where none of them is."""
+        if any(isinstance(attack, Noise) for attack in self.attacks.values()):
+            return self.attacks
+        return self.attacks | {CONTROL: Noise(norm=self.norm)}
+
+    @property
+    def norm(self) -> Norm:
+        """That of all attacks."""
+        return next(iter(self.attacks.values())).norm
 
     def surrogates(self) -> tuple[str | None, ...]:
         """The models that ``transfer`` attacks, as the sweep has them."""
@@ -132,7 +156,7 @@ class ImageAttacks(LabelledImages):
         return Attacker(self, model, tokenizer, rows, surrogates or {}).run()
 
     def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
-        """One row per image. B is a budget in units of 1/255, A an attack.
+        """One row per image. B is a budget in units of 1/255, A an attack or their control.
 
         ``correct``; of each attack at each budget ``robust/A/B``, ``prediction_change/A/B``,
         ``loss_rise/A/B`` (nats), ``zero_gradient/A/B`` and ``routing_change/A/B`` (1 - IoU of the
@@ -170,7 +194,7 @@ class ImageAttacks(LabelledImages):
             for found in result["attacks"]:
                 budget = shown(found["budget"])
                 row |= _attacked(found, f"{found['attack']}/{budget}")
-                if found["kind"] != "paper":
+                if found["attack"] in self.counted:
                     worst[budget] = min(worst[budget], found["robust"])
             for budget, found in result["budgets"].items():
                 row |= _by_layer(f"routing_change_random/{budget}", found["random"])
@@ -185,8 +209,7 @@ class ImageAttacks(LabelledImages):
     def metrics(self) -> tuple[Metric, ...]:
         """Worst case over attacks, its mean over the budgets first; clean accuracy; each attack;
         what the routes did, beside what they do anyway."""
-        count = sum(attack.kind != "paper" for attack in self.attacks.values())
-        every = f"robust accuracy, worst of {count} attacks"
+        every = f"robust accuracy, worst of {len(self.counted)} attacks"
         lower, routes = {"higher_is_better": False}, {"of_experts": True}
         found = [
             mean_of("robust", "robust_accuracy", label=f"{every}, mean of budgets"),
@@ -234,8 +257,8 @@ class ImageAttacks(LabelledImages):
 
         ``paper`` is not asked: that it is weak is why it does not count.
         """
-        asked = {n: a for n, a in self.attacks.items() if not isinstance(a, PaperPGD)}
-        found = [check for name in asked for check in self._checks_of(name, scores)]
+        asked = {n: a for n, a in self.tried.items() if not isinstance(a, PaperPGD)}
+        found = [check for name in self.counted for check in self._checks_of(name, scores)]
         for stronger, strong in asked.items():
             for weaker, weak in asked.items():
                 if _should_beat(strong, weak):

@@ -107,9 +107,11 @@ def of_prompts(
         prompt = len(row["prompt"]) / per_token
         whole, searched = prompt + suffix + target, suffix + target
         tries = 1 + evaluation.steps * (GRADIENT + evaluation.candidates)
-        # Routes before and after, three losses, three answers, what is before the suffix once.
-        read = 5 * whole + tries * searched + prompt + 3 * (prompt + suffix)
-        return read, 3 * answer
+        # Where the attack is checked, the search goes on and has one more answer.
+        searches, answers = (2, 4) if row["checked"] else (1, 3)
+        # Routes before and after, three losses, the answers, what is before the suffix once.
+        read = 5 * whole + searches * tries * searched + prompt + answers * (prompt + suffix)
+        return read, answers * answer
     read = written = 0.0
     for each in row["prompts"]:
         weight = weights.get(each["example_id"].partition("/")[0], 1.0)
@@ -121,7 +123,7 @@ def of_prompts(
 
 
 def _image_attacks(evaluation: ImageAttacks, layers: int, checked: bool) -> int:
-    moe, attacks = layers > 0, evaluation.attacks
+    moe, attacks = layers > 0, evaluation.tried
     # Each pair of routes exchanged as they are, weighed anew, and in each layer alone.
     exchanged = 2 * (2 + layers) if moe else 0
     # The attacked images are seen once more; a random perturbation is made, seen and exchanged.

@@ -133,7 +133,7 @@ class Attacker(Asker):
         before = self.victim.queries, self.victim.gradients
         made = self.attempt(attack, row, clean)
         spent = self.victim.queries - before[0], self.victim.gradients - before[1]
-        control = self.control(attack, row, clean, made)
+        control = self.control(attack, row, clean)
         answer, now = self._asked(made)
         random_answer, random_now = self._asked(control)
         aligned = isinstance(attack, EmbeddingPGD)
@@ -187,32 +187,35 @@ class Attacker(Asker):
         )  # fmt: skip
         return self._written(row, found.text, found.edits)
 
-    def control(self, attack: AnyTextAttack, row: dict, clean: Attempt, made: Attempt) -> Attempt:
-        """Random edits of the size that the attack ended with."""
+    def control(self, attack: AnyTextAttack, row: dict, clean: Attempt) -> Attempt:
+        """Random edits that spend the attack's budget, however little of it the attack spent: one
+        that does nothing must not be compared with nothing."""
         seed = hash_of(f"{self.spec.seed}/{row['id']}/{attack.label}/control")
         generator = torch.Generator().manual_seed(seed)
         if isinstance(attack, EmbeddingPGD):
-            delta = made.embedded - clean.embedded
-            drawn = embeddings.random_perturbation(delta, attack.norm, generator)
-            return Attempt(clean.embedded + drawn, clean.question, clean.text, made.edits)
+            drawn = embeddings.random_perturbation(
+                clean.embedded, clean.question.editable, self._radius(attack), attack.norm,
+                generator,
+            )  # fmt: skip
+            edited = int(clean.question.editable.sum())
+            return Attempt(clean.embedded + drawn, clean.question, clean.text, edited)
         if isinstance(attack, GCG):
             positions = clean.question.editable.nonzero()[:, 0]
             tokens = gcg.random_replacements(
-                clean.question.tokens, positions, made.edits, self.allowed, self._are_texts,
-                generator,
+                clean.question.tokens, positions, attack.substitutions, self.allowed,
+                self._are_texts, generator,
             )  # fmt: skip
             return self._replaced(clean, tokens)
         rng = random.Random(seed)
-        text, done = edits.at_random(row["text"], self._variants(attack), made.edits, rng)
+        text, done = edits.at_random(row["text"], self._variants(attack), attack.edits, rng)
         return self._written(row, text, done)
 
     def _ascent(
         self, attack: EmbeddingPGD, clean: Attempt, generator: torch.Generator, goal: float
     ) -> Attempt:
-        radius = attack.epsilon * self.scale[attack.norm]
         found = embeddings.ascend(
             Objective(self.victim, clean.question, attack), clean.embedded,
-            clean.question.editable, radius, norm=attack.norm, steps=attack.steps,
+            clean.question.editable, self._radius(attack), norm=attack.norm, steps=attack.steps,
             restarts=attack.restarts, generator=generator, goal=goal,
         )  # fmt: skip
         self.victim.gradients += found.gradients
@@ -221,6 +224,9 @@ class Attacker(Asker):
             clean.embedded + found.delta, clean.question, clean.text,
             int(clean.question.editable.sum()), found.zero_gradients, length / self.half_distance,
         )  # fmt: skip
+
+    def _radius(self, attack: EmbeddingPGD) -> float:
+        return attack.epsilon * self.scale[attack.norm]
 
     def _search(self, attack: GCG, clean: Attempt, generator: torch.Generator) -> Attempt:
         question, table = clean.question, self.victim.table

@@ -1,8 +1,8 @@
 """Adversarial robustness: classification of texts under attacks that hold the model.
 
-Each example is classified as it is, under each attack, and under random edits of the same size. An
-example counts as robust only where none of the attacks changes its label to a wrong one. On the way
-the routes of a Mixture-of-Experts model are recorded, before and under attack.
+Each example is classified as it is, under each attack, and under random edits of the same budget.
+An example counts as robust only where none of the attacks changes its label to a wrong one. On the
+way the routes of a Mixture-of-Experts model are recorded, before and under attack.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +13,14 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from stages.attack import wordnet
-from stages.attack.text_spec import GCG, AnyTextAttack, EmbeddingPGD, GradientAttack, GreedyEdits
+from stages.attack.text_spec import (
+    GCG,
+    AnyTextAttack,
+    EmbeddingPGD,
+    GradientAttack,
+    GreedyEdits,
+    WordNeighbours,
+)
 from stages.evaluate import hygiene
 from stages.evaluate.base import Metric, Request, Response, mean_of
 from stages.evaluate.examples import results
@@ -42,6 +49,7 @@ class TextAttacks(LabelledTexts):
     """Exchange the routes of the clean and the attacked text also in one layer at a time."""
 
     axis: ClassVar[str] = "adversarial"
+    VERSION: ClassVar[int] = 2
     primary: ClassVar[str] = "robust_accuracy"
 
     @model_validator(mode="after")
@@ -194,7 +202,7 @@ class TextAttacks(LabelledTexts):
         # One success rule for all, so that attacks can be compared example by example.
         for weaker in self.attacks:
             for stronger in self.attacks:
-                if isinstance(stronger, GradientAttack) and _same_budget(stronger, weaker):
+                if isinstance(stronger, GradientAttack) and _comparable(stronger, weaker):
                     success = 1 - scores[[f"correct/{a.label}" for a in (stronger, weaker)]]
                     success = success.to_numpy().astype(bool)
                     found.append(
@@ -208,7 +216,7 @@ class TextAttacks(LabelledTexts):
         name = attack.label
         success = (1 - scores[f"correct/{name}"]).to_numpy().astype(bool)
         control = (1 - scores[f"random/{name}"]).to_numpy().astype(bool)
-        yield hygiene.not_weaker(name, "random edits of the same size", success, control)
+        yield hygiene.not_weaker(name, "random edits of the same budget", success, control)
         if isinstance(attack, GradientAttack):
             yield hygiene.gradients(name, scores[f"zero_gradients/{name}"].to_numpy())
         prefix = f"check/{name}/"
@@ -230,12 +238,21 @@ class TextAttacks(LabelledTexts):
             yield hygiene.unbounded(name, further["unbounded"])
 
 
-def _same_budget(one: AnyTextAttack, other: AnyTextAttack) -> bool:
-    """Two attacks within the same set of inputs, so that one may stand for the other."""
-    if one.label == other.label or type(one) is not type(other):
+def _comparable(strong: GradientAttack, weak: AnyTextAttack) -> bool:
+    """Whether an attack with the gradient must find what another one does.
+
+    It must where both stay within the same set of inputs. And a search of tokens must find what
+    edits of no more words find, where each puts one token (a near word in the embedding) in the
+    place of a word: any token of the text may be replaced by that one, and by all others. Edits of
+    letters and synonyms make several tokens of a word, which no number of substitutions reaches;
+    nor does a perturbation of embeddings have a budget in edits.
+    """
+    if isinstance(strong, GCG) and isinstance(weak, WordNeighbours):
+        return weak.synonyms == "embedding" and weak.edits <= strong.substitutions
+    if strong.label == weak.label or type(strong) is not type(weak):
         return False
-    size = ("epsilon", "norm") if isinstance(one, EmbeddingPGD) else ("substitutions",)
-    return all(getattr(one, field) == getattr(other, field) for field in size)
+    size = ("epsilon", "norm") if isinstance(strong, EmbeddingPGD) else ("substitutions",)
+    return all(getattr(strong, field) == getattr(weak, field) for field in size)
 
 
 def _routes(column: str, label: str, higher_is_better: bool = False) -> Metric:

@@ -140,6 +140,14 @@ class Family:
         largest logits, with no capacity that drops some."""
         return self.index is None and not self.capacity
 
+    @property
+    def no_weighing(self) -> str:
+        """Why it cannot be told how experts would be weighed that the router did not choose; empty
+        where it can (``routing.weighing``)."""
+        if self.index is None:
+            return "chooses its experts inside its blocks"
+        return "weighs experts by a rule of its own" if self.scores == "sparsemixer" else ""
+
     def modules(self, model: "PreTrainedModel", role: Role) -> dict[str, "nn.Module"]:
         """The modules of a role by their path, in the order of the layers.
 

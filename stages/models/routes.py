@@ -288,8 +288,8 @@ def soft_backward(model: PreTrainedModel) -> Iterator[None]:
     experts: a straight-through estimator for the choice, which has no gradient of its own (BPDA,
     arXiv 1802.00420, applied to the router).
 
-    Raises StageFailed for a family whose rule of weighing is its own. Forcing routes inside as well
-    is not supported.
+    Raises StageFailed for a family whose experts cannot be weighed anew (``weighing``). Forcing
+    routes inside as well is not supported.
     """
     if not family(model).is_moe:
         yield

@@ -162,8 +162,15 @@ def weighing(model: PreTrainedModel) -> Callable[[torch.Tensor, torch.Tensor], t
 
     Found by comparing the known rules with what the first router does on random hidden states:
     the score is a softmax or a sigmoid of the logits, divided by its sum over the chosen experts
-    or not, times a constant. Raises StageFailed for a router with another rule.
+    or not, times a constant. Raises StageFailed for a router with another rule, and for a family
+    whose experts are not called with the choice.
     """
+    entry = family(model)
+    if entry.index is None:
+        raise StageFailed(
+            f"{entry.model_type}: {entry.no_weighing}, so others cannot be weighed in their place; "
+            "take a model of another architecture, or leave out what weighs experts anew"
+        )
     seen: list[Routing] = []
     path, (router, experts) = next(iter(blocks(model).items()))
     weight = next(router.parameters())

@@ -331,7 +331,13 @@ WRONG = {
     "a probe of experts without the untuned model": (
         {"untuned": False, "evaluations.more": {
             "kind": "router_geometry", "dataset": "reviews", "template": "sentiment"}},
-        "evaluations.more: router_geometry is compared with the same model before the recipe",
+        "evaluations.more: what router_geometry tells of experts is compared with the same model",
+        "set untuned to true"),
+    "routes of upcycled experts without the untuned model": (
+        {"untuned": False, "evaluations.more": {
+            "kind": "text_attacks", "dataset": "reviews", "template": "sentiment",
+            "attacks": [{"kind": "homoglyphs"}]}},
+        "evaluations.more: what text_attacks tells of experts is compared with the same model",
         "set untuned to true"),
     "nothing that both models of a pair have": (
         {"evaluations": {"geometry": {
@@ -347,6 +353,32 @@ WRONG = {
             "kind": "expert_interventions", "dataset": "reviews", "template": "sentiment",
             "top_k": [5]}},
         "evaluations.more.top_k: 5 is more than the 4 experts of tiny-moe", "lower it"),
+    "other experts inside the blocks of an architecture": (
+        {"models.tiny-moe": {"source": "tiny:jetmoe"}, "evaluations.more": {
+            "kind": "expert_interventions", "dataset": "reviews", "template": "sentiment",
+            "random_masks": 2}},
+        "evaluations.more.random_masks: tiny-moe: jetmoe chooses its experts inside its blocks",
+        "remove it"),
+    "an attack through the blocks of an architecture": (
+        {"models.tiny-moe": {"source": "tiny:moduleformer"}, "evaluations.more": {
+            "kind": "text_attacks", "dataset": "reviews", "template": "sentiment",
+            "attacks": [{"kind": "gcg"}, {"kind": "embedding_pgd", "routing": "soft"}]}},
+        "evaluations.more.attacks.1.routing: tiny-moe: moduleformer chooses its experts inside",
+        "remove it"),
+    "slopes with experts kept by a router of its own rule": (
+        {"models.tiny-moe": {"source": "tiny:phimoe"}, "evaluations.more": {
+            "kind": "local_lipschitz", "dataset": "reviews", "template": "sentiment"}},
+        "evaluations.more.kind: tiny-moe: phimoe weighs experts by a rule of its own", "remove it"),
+    "experts asked inside the blocks of an architecture": (
+        {"models.tiny-moe": {"source": "tiny:jetmoe"}, "evaluations.more": {
+            "kind": "router_geometry", "dataset": "reviews", "template": "sentiment"}},
+        "evaluations.more.kind: tiny-moe: jetmoe chooses its experts inside its blocks, so they",
+        "remove it"),
+    "experts silenced inside the blocks of an architecture": (
+        {"models.tiny-moe": {"source": "tiny:jetmoe"}, "evaluations.more": {
+            "kind": "safety_experts", "harmful": ["harmful"], "benign": ["benign"]}},
+        "evaluations.more.kind: tiny-moe: jetmoe chooses its experts inside its blocks",
+        "remove it"),
     "format of no file": (
         {"datasets.hotels": {"source": "catalogue:amazon", "format": "amazon"}},
         "datasets.hotels.source: 'catalogue:amazon' is no file", "remove format"),

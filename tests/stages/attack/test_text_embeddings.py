@@ -71,13 +71,14 @@ def test_gradients_that_are_zero_are_counted():
     assert climbed(masked).zero_gradients == pytest.approx(2 / 3)
 
 
-def test_random_perturbations_have_the_same_lengths():
-    delta = climbed().delta
-    drawn = random_perturbation(delta, "l2", torch.Generator().manual_seed(1))
-    torch.testing.assert_close(drawn.norm(dim=-1), delta.norm(dim=-1))
-    assert (drawn - delta).norm() > 0.1
-    corner = random_perturbation(climbed(norm="linf").delta, "linf", torch.Generator())
-    assert set(corner.abs().unique().tolist()) == {0.0, 0.5}
+def test_random_perturbations_spend_the_budget_on_every_token_that_may_change():
+    drawn, corner = (
+        random_perturbation(CLEAN, EDITABLE, 0.5, norm, torch.Generator().manual_seed(1))
+        for norm in ("l2", "linf"))
+    torch.testing.assert_close(drawn.norm(dim=-1), torch.tensor([0.5, 0.5, 0.0, 0.5]))
+    assert (drawn[0] - drawn[1]).norm() > 0.1
+    assert corner.abs().tolist() == [[0.5] * 3, [0.5] * 3, [0.0] * 3, [0.5] * 3]
+    assert corner[EDITABLE].unique().tolist() == [-0.5, 0.5]
 
 
 def test_projection_and_scales_by_hand():

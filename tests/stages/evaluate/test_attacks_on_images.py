@@ -187,6 +187,29 @@ def test_an_attack_that_does_not_work_is_found_out(both, data):
     assert "check/pgd/25.5/restarts" not in scores  # they would all be equal
 
 
+def test_attacks_are_checked_against_noise_though_none_is_named(both, data):
+    """It is no attack of the evaluation: it counts in no worst case and has no metric."""
+    evaluation = spec(attacks={"paper": ATTACKS["paper"], "pgd": PGD(
+        steps=1, relative_step=1e-3, random_start=False)}, checked=0, budgets=(0.1, 0.5))
+    scores = scores_of(both[0]["sparse"], evaluation, data)
+    this = shown(both, "sparse", evaluation)
+    outcome = attack_images(this.classifier, Noise(), this.pixels, this.labels, 0.5,
+                            this.seeds("random noise"))
+    clean = scores["correct"].to_numpy() == 1
+    robust = clean & (outcome.logits.argmax(1) == this.labels).numpy()
+    assert scores["robust/random noise/127.5"].tolist() == robust.astype(float).tolist()
+    assert scores["worst/127.5"].tolist() == scores["robust/pgd/127.5"].tolist()
+    lost = (scores["robust/pgd/127.5"] - robust).mean()
+    found = {c["check"]: c for c in evaluation.checks(scores)}
+    check = found["not weaker than random noise"]
+    assert check["attack"] == "pgd at 127.5/255" and not check["passed"]
+    assert check["value"] == pytest.approx(lost) and lost > 0.3
+    assert not [m.name for m in evaluation.metrics() if "random noise" in m.name]
+    named = spec(attacks={"pgd": PGD(), "mine": Noise(queries=3)})
+    assert list(named.tried) == ["pgd", "mine"]
+    assert spec(attacks={"pgd": PGD(norm="l2")}).tried["random noise"] == Noise(norm="l2")
+
+
 def test_checks_by_hand():
     """Ten images, two budgets; two of them attacked again."""
     evaluation = spec(attacks={"a": PGD(), "b": PGD(routing="soft"), "j": PGD(routing="joint"),
@@ -201,6 +224,9 @@ def test_checks_by_hand():
         "check/a/7.65/steps": [0.0, 1.0] + [np.nan] * 8,
         "check/a/25.5/steps": [1.0, 1.0] + [np.nan] * 8,
         "check/a/unbounded": [1.0, 0.0] + [np.nan] * 8,
+        # Of the control nothing else is asked.
+        "robust/random noise/7.65": [1.0] * 10,
+        "robust/random noise/25.5": [0.0] * 6 + [1.0] * 4,
     })
     found = {(c["attack"], c["check"]): c for c in evaluation.checks(scores)}
     values = {key: (round(c["value"], 3), c["n"]) for key, c in found.items()}
@@ -216,6 +242,9 @@ def test_checks_by_hand():
         ("a at 7.65/255", "not weaker than j"): (0.0, 10),
         ("a at 25.5/255", "not weaker than t"): (0.1, 10),
         ("b at 25.5/255", "not weaker than t"): (0.3, 10),
+        ("a at 25.5/255", "not weaker than random noise"): (0.2, 10),  # 5 and 6
+        ("b at 25.5/255", "not weaker than random noise"): (0.3, 10),  # 1, 2 and 3
+        ("j at 25.5/255", "not weaker than random noise"): (0.6, 10),
     }
 
 

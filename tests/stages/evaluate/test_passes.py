@@ -127,15 +127,15 @@ def test_passes_of_attacks_on_images_by_hand():
     plain = ImageAttacks(**DIGITS, budgets=(0.1,), checked=8, attacks={
         "pgd": PGD(steps=10, restarts=2), "square": Square(queries=50)})
     # Clean, with its mirror image and in bfloat16: 4. Two starts of 10 gradients and a last look,
-    # the clean gradient: 65; 50 queries; both seen again; a random perturbation and the worst
-    # seen: 3.
-    assert passes.of_image(plain, 0) == 4 + 65 + 50 + 2 + 3
+    # the clean gradient: 65; 50 queries; 100 points of noise, their control; all seen again; a
+    # random perturbation and the worst seen: 3.
+    assert passes.of_image(plain, 0) == 4 + 65 + 50 + 100 + 3 + 3
     # Both pairs of routes as they are, weighed anew and in each of 6 layers.
-    assert passes.of_image(plain, 6) == 124 + 2 * 8
+    assert passes.of_image(plain, 6) == 225 + 2 * 8
     # Twice the steps, as many starts again, twice the queries, both without a bound.
-    assert passes.of_image(plain, 0, checked=True) == 124 + 125 + 65 + 100 + 65 + 50
+    assert passes.of_image(plain, 0, checked=True) == 225 + 125 + 65 + 100 + 65 + 50
     transfer = ImageAttacks(**DIGITS, budgets=(0.1, 0.2), attacks={"transfer": Transfer(steps=4)})
-    assert passes.of_image(transfer, 0, checked=True) == 4 + 2 * (4 * 3 + 3 + 1 + 1 + 3)
+    assert passes.of_image(transfer, 0, checked=True) == 4 + 2 * (4 * 3 + 3 + 1 + 1 + 101 + 3)
 
 
 def test_passes_of_sharpness_by_hand():
@@ -198,9 +198,13 @@ def test_passes_of_edits_by_hand():
 def test_tokens_of_prompts_by_hand():
     attack = TargetAttack(harmful=["bad"], suffix="x x x x", target="Sure, here is", steps=20,
                           candidates=32, max_new_tokens=24)
-    read, written = passes.of_prompts(attack, {"prompt": "a" * 40}, {}, 4.0)
+    row = {"prompt": "a" * 40, "checked": False}
+    read, written = passes.of_prompts(attack, row, {}, 4.0)
     # 10 tokens of prompt, 4 of suffix, 3 of target.
     assert read == 5 * 17 + (1 + 20 * 35) * 7 + 10 + 3 * 14 and written == 72
+    # As many steps again, and one more answer.
+    more, further = passes.of_prompts(attack, row | {"checked": True}, {}, 4.0)
+    assert more - read == (1 + 20 * 35) * 7 + 14 and further == 96
     experts = SafetyExperts(harmful=["bad"], benign=["fine"], silenced=(2, 4), max_new_tokens=8)
     prompts = [{"example_id": f"{name}/{n}", "prompt": "a" * 40, "measured": n == 1}
                for name in ("bad", "fine") for n in (0, 1)]

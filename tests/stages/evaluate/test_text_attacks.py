@@ -176,7 +176,7 @@ def test_the_checks_of_an_attack_are_attacks(engines, data):
     found = set(zip(report["attack"], report["check"], strict=True))
     assert {("embedding_pgd", c) for c in (
         "twice the steps", "twice the restarts", "monotone", "unbounded", "gradients",
-        "not weaker than routes", "not weaker than random edits of the same size")} <= found
+        "not weaker than routes", "not weaker than random edits of the same budget")} <= found
     assert {("gcg", "twice the steps"), ("homoglyphs", "monotone")} <= found
     assert ("homoglyphs", "gradients") not in found
     assert set(report.loc[report["check"] == "unbounded", "n"]) == {2}
@@ -186,6 +186,67 @@ def test_the_checks_of_an_attack_are_attacks(engines, data):
         curves)
     unbounded = report.set_index(["attack", "check"]).loc[("embedding_pgd", "unbounded")]
     assert unbounded["value"] == 1.0 and unbounded["passed"]
+
+
+def test_a_search_of_tokens_must_find_what_as_many_near_words_do():
+    """Ten texts. Letters and synonyms make several tokens of a word: they are not compared."""
+    evaluation = spec(attacks=[
+        {"kind": "gcg", "substitutions": 2}, {"kind": "word_neighbours", "edits": 2},
+        {"kind": "word_neighbours", "name": "more", "edits": 3},
+        {"kind": "homoglyphs", "edits": 1}, {"kind": "embedding_pgd"}])
+    names = [attack.label for attack in evaluation.attacks]
+    scores = pd.DataFrame({f"random/{name}": np.ones(10) for name in names} | {
+        f"zero_gradients/{name}": np.zeros(10) for name in names})
+    for name in names:
+        # The search breaks the first three, the near words the third to the sixth.
+        broken = {"gcg": [0, 1, 2], "word_neighbours": [2, 3, 4, 5]}.get(name, [])
+        scores[f"correct/{name}"] = [float(n not in broken) for n in range(10)]
+    found = [(c["attack"], c["check"], c["value"]) for c in evaluation.checks(scores)
+             if c["check"].startswith("not weaker") and "random" not in c["check"]]
+    assert found == [("gcg", "not weaker than word_neighbours", 0.3)]
+
+
+def test_an_attack_that_does_nothing_is_weaker_than_its_control(engines, monkeypatch):
+    """With gradients of zero, and with answers that never tell one edit from another."""
+    engine = engines["mixtral"]
+    evaluation = spec(attacks=[
+        {"kind": "embedding_pgd", "epsilon": 4.0, "steps": 2, "restarts": 1},
+        {"kind": "deep_word_bug", "edits": 4}])
+    texts = pd.DataFrame({"id": range(8), "text": [
+        f"{text} for {what}" for text in TEXTS for what in ("children", "holidays")]})
+    rows = texts.assign(id=texts["id"].astype(str), document=texts["id"].astype(str),
+                        label="positive")
+    # Every label is what the model says, so that every change of an answer does harm.
+    attacker = Attacker(evaluation, engine.model, engine.tokenizer)
+    for index, row in enumerate(evaluation.rows(rows)):
+        question = attacker.question(row, row["text"])
+        margin = attacker.victim.margins([question.tokens], question).item()
+        rows.loc[index, "label"] = "negative" if margin > 0 else "positive"
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, at: (torch.zeros_like(at),))
+    monkeypatch.setattr(Attacker, "_margins", lambda self, row, texts: [-1.0] * len(texts))
+    scores = scores_of(engine, evaluation, {"shop": rows})
+    assert scores["correct"].eq(1).all() and scores["edits/deep_word_bug"].eq(0).all()
+    assert scores["size/embedding_pgd"].eq(0).all()
+    found = {(c["attack"], c["check"]): c for c in evaluation.checks(scores)}
+    for attack in ("embedding_pgd", "deep_word_bug"):
+        check = found[attack, "not weaker than random edits of the same budget"]
+        assert check["value"] == 1 - scores[f"random/{attack}"].mean() >= 0.25
+        assert not check["passed"]
+
+
+def test_controls_spend_the_budget_of_their_attack(engines, data):
+    attacker = Attacker(spec(), engines["mixtral"].model, engines["mixtral"].tokenizer)
+    pgd, _, search, bug, _, _ = spec().attacks
+    for row in spec().rows(data["shop"]):
+        question = attacker.question(row, row["text"])
+        clean = Attempt(attacker.victim.table[question.tokens], question, row["text"], 0)
+        moved = attacker.control(pgd, row, clean).embedded - clean.embedded
+        radius = 0.5 * attacker.victim.table.norm(dim=-1).median()
+        expected = radius * question.editable
+        torch.testing.assert_close(moved.norm(dim=-1), expected, rtol=1e-4, atol=1e-5)
+        assert attacker.control(search, row, clean).edits == 2
+        words = len([w for w in row["text"].split() if w.lower() not in ("a", "not", "my")])
+        assert attacker.control(bug, row, clean).edits == min(2, words)
 
 
 def test_an_attack_is_not_run_again_for_the_check_of_its_own_budget(engines, data, monkeypatch):
@@ -270,7 +331,7 @@ def test_an_attack_that_fails_a_check_is_marked_in_the_table(scores, tmp_path):
     marked = table[table["metric"] == "robust_accuracy"].set_index("recipe")["caution"]
     assert marked["none"] == "" and marked["sft"].startswith(
         "attacked: moe sft fails checks of the attack: not weaker than random edits of the same "
-        "size (embedding_pgd: ")
+        "budget (embedding_pgd: ")
     assert "attacked: moe sft fails checks of the attack:" in " ".join(
         render_text(table).split())
     # The report has all checks, those that passed too.

@@ -104,6 +104,31 @@ def test_every_policy_acts_in_every_family(name):
         assert changed.isfinite().all() and not torch.equal(changed, plain)
 
 
+@pytest.mark.parametrize("name", [name for name in MOE if name not in SEEN])
+def test_where_the_choice_is_inside_the_blocks_nothing_is_weighed_anew(name):
+    """Policies that take the weights that are there act all the same."""
+    model = model_of(name)
+    plain = logits_of(model)
+    with routed(model) as clean:
+        logits_of(model)
+    count = clean[0].experts.shape[1]
+    for policy in (routes.at_random(0), routes.permuted(0), routes.without_first(),
+                   routes.without_output(), routes.fixed(range(count)), routes.next_ranked()):
+        with routed(model, policy) as forced:
+            changed = logits_of(model)
+        assert changed.isfinite().all() and not torch.equal(changed, plain)
+        assert len(forced) == len(clean)
+    with routed(model, routes.fixed(range(count))) as forced:
+        logits_of(model)
+    assert all(r.experts.tolist() == [[*range(count)]] * len(r.experts) for r in forced)
+    told = f"{name}: chooses its experts inside its blocks, so others cannot be weighed"
+    with pytest.raises(StageFailed, match=told):
+        weighing(model)
+    with pytest.raises(StageFailed, match=told), routes.soft_backward(model):
+        pass
+    assert torch.equal(logits_of(model), plain)
+
+
 def one(mixtral, policy):
     """The first block's routes as they were and as they are under a policy."""
     with routed(mixtral) as clean:
