@@ -13,7 +13,14 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from stages.attack import wordnet
-from stages.attack.text_spec import GCG, AnyTextAttack, EmbeddingPGD, GradientAttack, GreedyEdits
+from stages.attack.text_spec import (
+    GCG,
+    AnyTextAttack,
+    EmbeddingPGD,
+    GradientAttack,
+    GreedyEdits,
+    WordNeighbours,
+)
 from stages.evaluate import hygiene
 from stages.evaluate.base import Metric, Request, Response, mean_of
 from stages.evaluate.examples import results
@@ -195,7 +202,7 @@ class TextAttacks(LabelledTexts):
         # One success rule for all, so that attacks can be compared example by example.
         for weaker in self.attacks:
             for stronger in self.attacks:
-                if isinstance(stronger, GradientAttack) and _same_budget(stronger, weaker):
+                if isinstance(stronger, GradientAttack) and _comparable(stronger, weaker):
                     success = 1 - scores[[f"correct/{a.label}" for a in (stronger, weaker)]]
                     success = success.to_numpy().astype(bool)
                     found.append(
@@ -231,12 +238,21 @@ class TextAttacks(LabelledTexts):
             yield hygiene.unbounded(name, further["unbounded"])
 
 
-def _same_budget(one: AnyTextAttack, other: AnyTextAttack) -> bool:
-    """Two attacks within the same set of inputs, so that one may stand for the other."""
-    if one.label == other.label or type(one) is not type(other):
+def _comparable(strong: GradientAttack, weak: AnyTextAttack) -> bool:
+    """Whether an attack with the gradient must find what another one does.
+
+    It must where both stay within the same set of inputs. And a search of tokens must find what
+    edits of no more words find, where each puts a word of one token (a near one in the embedding)
+    in the place of a word: most words of a text are one token too, and the search may put that one
+    there or any other. Edits of letters and synonyms make several tokens of a word, which as many
+    substitutions do not reach; and a perturbation of embeddings has no budget in edits.
+    """
+    if isinstance(strong, GCG) and isinstance(weak, WordNeighbours):
+        return weak.synonyms == "embedding" and weak.edits <= strong.substitutions
+    if strong.label == weak.label or type(strong) is not type(weak):
         return False
-    size = ("epsilon", "norm") if isinstance(one, EmbeddingPGD) else ("substitutions",)
-    return all(getattr(one, field) == getattr(other, field) for field in size)
+    size = ("epsilon", "norm") if isinstance(strong, EmbeddingPGD) else ("substitutions",)
+    return all(getattr(strong, field) == getattr(weak, field) for field in size)
 
 
 def _routes(column: str, label: str, higher_is_better: bool = False) -> Metric:

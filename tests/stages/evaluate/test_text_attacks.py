@@ -188,6 +188,24 @@ def test_the_checks_of_an_attack_are_attacks(engines, data):
     assert unbounded["value"] == 1.0 and unbounded["passed"]
 
 
+def test_a_search_of_tokens_must_find_what_as_many_near_words_do():
+    """Ten texts. Letters and synonyms make several tokens of a word: they are not compared."""
+    evaluation = spec(attacks=[
+        {"kind": "gcg", "substitutions": 2}, {"kind": "word_neighbours", "edits": 2},
+        {"kind": "word_neighbours", "name": "more", "edits": 3},
+        {"kind": "homoglyphs", "edits": 1}, {"kind": "embedding_pgd"}])
+    names = [attack.label for attack in evaluation.attacks]
+    scores = pd.DataFrame({f"random/{name}": np.ones(10) for name in names} | {
+        f"zero_gradients/{name}": np.zeros(10) for name in names})
+    for name in names:
+        # The search breaks the first three, the near words the third to the sixth.
+        broken = {"gcg": [0, 1, 2], "word_neighbours": [2, 3, 4, 5]}.get(name, [])
+        scores[f"correct/{name}"] = [float(n not in broken) for n in range(10)]
+    found = [(c["attack"], c["check"], c["value"]) for c in evaluation.checks(scores)
+             if c["check"].startswith("not weaker") and "random" not in c["check"]]
+    assert found == [("gcg", "not weaker than word_neighbours", 0.3)]
+
+
 def test_an_attack_that_does_nothing_is_weaker_than_its_control(engines, monkeypatch):
     """With gradients of zero, and with answers that never tell one edit from another."""
     engine = engines["mixtral"]
