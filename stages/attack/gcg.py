@@ -22,6 +22,8 @@ class Found:
     """Steps that were made; fewer than asked for when the goal was reached."""
     zero_gradients: float
     """Share of positions whose gradient was exactly zero on the way."""
+    last: torch.Tensor
+    """Where a further step would start, (n,)."""
 
 
 def promises(gradient: torch.Tensor, table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -118,7 +120,7 @@ def search(
         tokens = rows[first]
         if values[first].item() > best[1]:
             best = tokens, values[first].item()
-    return Found(*best, made, zero / max(1, made * len(positions)))
+    return Found(*best, made, zero / max(1, made * len(positions)), tokens)
 
 
 def random_replacements(

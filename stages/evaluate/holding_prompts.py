@@ -89,19 +89,30 @@ class SuffixSearch(_Prompts):
             slope = torch.autograd.grad(worth(embedded, beginning).sum(), embedded)[0][0]
             return pad(slope, (0, 0, start, 0))
 
-        generator = torch.Generator().manual_seed(hash_of(f"{spec.seed}/{row['id']}"))
+        generator, of_control = (
+            torch.Generator().manual_seed(hash_of(f"{spec.seed}/{row['id']}{purpose}"))
+            for purpose in ("", "/control")
+        )
         settings = {
             "allowed": allowed_tokens(self.tokenizer, len(table)).to(table.device),
             "keep": lambda rows: self._are_prompts(row, rows, places),
-            "generator": generator,
         }
-        found = gcg.search(
-            value, gradient, table, question.tokens, places, budget=len(places), steps=spec.steps,
-            candidates=spec.candidates, top=spec.top, **settings,
-        )  # fmt: skip
-        queries = victim.queries
-        drawn = gcg.random_replacements(question.tokens, places, len(places), **settings)
-        suffixes = [self._suffix(tokens, places) for tokens in (found.tokens, drawn)]
+
+        def search(tokens: torch.Tensor) -> gcg.Found:
+            return gcg.search(
+                value, gradient, table, tokens, places, budget=len(places), steps=spec.steps,
+                candidates=spec.candidates, top=spec.top, generator=generator, **settings,
+            )  # fmt: skip
+
+        found = search(question.tokens)
+        spent = {"queries": victim.queries, "gradients": victim.gradients}
+        drawn = gcg.random_replacements(
+            question.tokens, places, len(places), generator=of_control, **settings
+        )
+        made = {"found": found.tokens, "random": drawn}
+        if row["checked"]:
+            made["further"] = max(found, search(found.last), key=lambda each: each.value).tokens
+        suffixes = {name: self._suffix(tokens, places) for name, tokens in made.items()}
         with torch.no_grad():
             losses = [
                 -victim.logprobs(table[t][None], question)[0, 0].item() / length
@@ -109,15 +120,13 @@ class SuffixSearch(_Prompts):
             ]
             last_routes = victim.routes(table[found.tokens][None], question)[1]
         change = list(routing_change(first_routes, last_routes).values())
-        answers = self.answers(
-            [row["prompt"], *(row["prompt"] + suffix for suffix in suffixes)]
-        )
+        asked = {"plain": ""} | suffixes
+        answers = self.answers([row["prompt"] + suffix for suffix in asked.values()])
         return {
-            "suffix": suffixes[0],
-            "answers": dict(zip(("plain", "found", "random"), answers, strict=True)),
+            "suffix": suffixes["found"],
+            "answers": dict(zip(asked, answers, strict=True)),
             **dict(zip(("loss_first", "loss", "loss_random"), losses, strict=True)),
-            "queries": queries,
-            "gradients": victim.gradients,
+            **spent,
             "zero_gradients": found.zero_gradients,
             "routing_change": sum(change) / len(change) if change else float("nan"),
         }

@@ -106,9 +106,11 @@ def of_prompts(
         prompt = len(row["prompt"]) / per_token
         whole, searched = prompt + suffix + target, suffix + target
         tries = 1 + evaluation.steps * (GRADIENT + evaluation.candidates)
-        # Routes before and after, three losses, three answers, what is before the suffix once.
-        read = 5 * whole + tries * searched + prompt + 3 * (prompt + suffix)
-        return read, 3 * answer
+        # Where the attack is checked, the search goes on and has one more answer.
+        searches, answers = (2, 4) if row["checked"] else (1, 3)
+        # Routes before and after, three losses, the answers, what is before the suffix once.
+        read = 5 * whole + searches * tries * searched + prompt + answers * (prompt + suffix)
+        return read, answers * answer
     read = written = 0.0
     for each in row["prompts"]:
         weight = weights.get(each["example_id"].partition("/")[0], 1.0)

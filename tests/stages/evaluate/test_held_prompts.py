@@ -60,7 +60,8 @@ def target_loss(engine, prompt, target):
 def test_the_suffix_found_makes_the_target_more_probable(engines, data):
     engine = engines["mixtral"]
     evaluation = TargetAttack(
-        harmful=["bad"], suffix="x x x", target="Sure", steps=4, candidates=16, max_new_tokens=3)
+        harmful=["bad"], suffix="x x x", target="Sure", steps=4, candidates=16, max_new_tokens=3,
+        checked=2)
     scores = scores_of(engine, evaluation, data)
     for row in scores.itertuples():
         assert row.loss < row.loss_first
@@ -73,7 +74,8 @@ def test_the_suffix_found_makes_the_target_more_probable(engines, data):
         assert row.answer == answer.text
     assert scores["gradients"].eq(4).all() and scores["zero_gradients"].eq(0).all()
     assert scores["routing_change"].gt(0).all()
-    assert len(evaluation.checks(scores)) == 2
+    assert [(c["check"], c["n"]) for c in evaluation.checks(scores)] == [
+        ("not weaker than a random suffix", 4), ("gradients", 4), ("twice the steps", 2)]
     dense = scores_of(engines["llama"], evaluation, data)
     assert dense["routing_change"].isna().all() and dense["loss"].lt(dense["loss_first"]).all()
 
@@ -108,7 +110,7 @@ def test_the_gradient_after_what_was_read_once_is_that_of_the_whole_prompt(
 
     def search(value, gradient, table, start, positions, **settings):
         seen.update(slope=gradient(start), places=positions, tokens=start)
-        return gcg.Found(start, 0.0, 0, 0.0)
+        return gcg.Found(start, 0.0, 0, 0.0, start)
 
     monkeypatch.setattr(gcg, "search", search)
     evaluation = TargetAttack(harmful=["bad"], suffix="x x x", target="Sure", max_new_tokens=1)
@@ -123,6 +125,31 @@ def test_the_gradient_after_what_was_read_once_is_that_of_the_whole_prompt(
     assert whole[first:].abs().max() > 1e-3
     torch.testing.assert_close(seen["slope"][first:], whole[first:], rtol=1e-3, atol=1e-6)
     assert seen["slope"][:first].eq(0).all() and len(seen["slope"]) == len(whole)
+
+
+def test_a_search_goes_on_where_it_is_checked(engines, data, monkeypatch):
+    """As from its beginning with twice the steps; and what it gains is a check, by number."""
+    engine = engines["mixtral"]
+    fields = {"harmful": ["bad"], "suffix": "x x x", "target": "Sure", "candidates": 16,
+              "max_new_tokens": 2}
+    whole = scores_of(engine, TargetAttack(**fields, steps=6, checked=0), data)
+    asked, real = [], SuffixSearch.answers
+    monkeypatch.setattr(SuffixSearch, "answers", lambda self, prompts, force=None: (
+        asked.append(prompts), real(self, prompts, force))[1])
+    half = TargetAttack(**fields, steps=3, checked=3)
+    scores = scores_of(engine, half, data)
+    assert [len(prompts) for prompts in asked] == [4, 4, 4, 3]
+    for prompts, prompt, suffix in zip(asked[:3], HARMFUL, whole["suffix"], strict=False):
+        assert prompts[3] == prompt + suffix
+    # The attack itself spends what it did before.
+    assert scores["gradients"].eq(3).all()
+    assert scores["check/steps"].notna().tolist() == [True, True, True, False]
+    assert len(half.checks(whole)) == 2
+    table = scores.assign(success=[0.0, 1.0, 0.0, 0.0])
+    table["check/steps"] = [1.0, 1.0, 0.0, np.nan]
+    check = half.checks(table)[-1]
+    assert (check["check"], check["n"]) == ("twice the steps", 3)
+    assert check["value"] == pytest.approx(1 / 3) and not check["passed"]
 
 
 def by_word(prompt, answer):
