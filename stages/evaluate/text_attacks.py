@@ -242,10 +242,10 @@ def _comparable(strong: GradientAttack, weak: AnyTextAttack) -> bool:
     """Whether an attack with the gradient must find what another one does.
 
     It must where both stay within the same set of inputs. And a search of tokens must find what
-    edits of no more words find, where each puts one token (a near word in the embedding) in the
-    place of a word: any token of the text may be replaced by that one, and by all others. Edits of
-    letters and synonyms make several tokens of a word, which no number of substitutions reaches;
-    nor does a perturbation of embeddings have a budget in edits.
+    edits of no more words find, where each puts a word of one token (a near one in the embedding)
+    in the place of a word: most words of a text are one token too, and the search may put that one
+    there or any other. Edits of letters and synonyms make several tokens of a word, which as many
+    substitutions do not reach; and a perturbation of embeddings has no budget in edits.
     """
     if isinstance(strong, GCG) and isinstance(weak, WordNeighbours):
         return weak.synonyms == "embedding" and weak.edits <= strong.substitutions
