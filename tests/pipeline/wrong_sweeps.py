@@ -254,6 +254,11 @@ WRONG = {
          "recipes.sft.router": {"assignment": "balanced"}},
         "recipes.sft.router.assignment: tiny-moe: jetmoe chooses its experts inside its blocks",
         "remove it"),
+    "residual dropout before a norm": (
+        {"models.tiny-moe": {"source": "tiny:flex_olmo"},
+         "recipes.sft.dropout": {"residual": 0.1}},
+        "recipes.sft.dropout.residual: tiny-moe: flex_olmo has none that can be set",
+        "remove it"),
     "upcycle from nothing": (
         {"models.tiny-moe.upcycle.from": "tny"},
         "models.tiny-moe.upcycle.from: unknown model 'tny'", "did you mean 'tiny'?"),
