@@ -15,11 +15,12 @@ def test_passes_of_images_by_hand(tmp_path):
     plain = found.work(nodes["evaluate/vit-b32-released-seed0-images"])
     assert plain.tokens == 5_000 * 145 and plain.whole
     curve = found.work(nodes["evaluate/vit-b32-released-seed0-curve"])
+    # Once as it is, twice beside its mirror image, once in bfloat16.
     # At each budget 40 gradients, a last look and a clean gradient twice (paper and pgd), 40 points
     # of noise; all seen again; three for the random perturbation and the worst images. 16 images
     # meet pgd with twice the steps, from another start, and once without a bound.
     at_budget, harder = 2 * (124 + 1) + 41 + 3, 26 * (244 + 124) + 124
-    assert curve.tokens == 145 * (1_000 * (3 + 26 * at_budget) + 16 * harder) and curve.whole
+    assert curve.tokens == 145 * (1_000 * (4 + 26 * at_budget) + 16 * harder) and curve.whole
     sparse = found.work(nodes["evaluate/vmoe-b32-e8-k2-every2-released-seed0-curve"])
     # Routes exchanged both ways: as they are, weighed anew, in each of 6 layers.
     assert sparse.tokens - curve.tokens == 145 * 1_000 * 26 * 2 * 8
