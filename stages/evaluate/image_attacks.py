@@ -64,8 +64,6 @@ class ImageAttacks(LabelledImages):
     pair meet equally many attempts.
     """
 
-    VERSION: ClassVar[int] = 2
-
     kind: Literal["image_attacks"] = "image_attacks"
     budgets: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
     """Largest perturbations, of images in [0, 1]; 8/255 is 0.03137."""
