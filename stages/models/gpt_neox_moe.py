@@ -92,7 +92,8 @@ class GPTNeoXMoeExperts(nn.Module):
             outer = F.linear(
                 self.act_fn(inner), self.down_proj[expert], self.down_proj_bias[expert]
             )
-            output_TD.index_add_(0, tokens, outer * weights_TK[tokens, places, None])
+            weighed = outer * weights_TK[tokens, places, None]
+            output_TD.index_add_(0, tokens, weighed.to(output_TD.dtype))
         return output_TD
 
 

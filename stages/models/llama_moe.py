@@ -128,7 +128,8 @@ class LlamaMoeExperts(nn.Module):
             tokens, places = torch.where(indices_TK == expert)
             gate_TF, up_TF = F.linear(hidden_TD[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)
             outer = F.linear(self.act_fn(gate_TF) * up_TF, self.down_proj[expert])
-            output_TD.index_add_(0, tokens, outer * weights_TK[tokens, places, None])
+            weighed = outer * weights_TK[tokens, places, None]
+            output_TD.index_add_(0, tokens, weighed.to(output_TD.dtype))
         return output_TD
 
 

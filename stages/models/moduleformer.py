@@ -132,7 +132,7 @@ class ModuleFormerExperts(nn.Module):
         """The weighted sum (T, D) of what the experts make of their inner states (N, inner)."""
         _, tokens_N, weights_N, sizes, _ = routed
         outer_ND = self.output_experts(inner, sizes) * weights_N[:, None].to(inner.dtype)
-        return torch.zeros_like(like_TD).index_add(0, tokens_N, outer_ND)
+        return torch.zeros_like(like_TD).index_add(0, tokens_N, outer_ND.to(like_TD.dtype))
 
 
 class ModuleFormerAttention(nn.Module):

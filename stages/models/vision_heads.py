@@ -88,7 +88,8 @@ class HeadExperts(nn.Module):
             outer = F.linear(
                 self.act_fn(inner), self.down_proj[expert], self.down_proj_bias[expert]
             )
-            logits_TL = logits_TL.index_add(0, tokens, outer * weights_TK[tokens, places, None])
+            weighed = outer * weights_TK[tokens, places, None]
+            logits_TL = logits_TL.index_add(0, tokens, weighed.to(logits_TL.dtype))
         return logits_TL
 
 

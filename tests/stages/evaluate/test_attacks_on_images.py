@@ -190,7 +190,8 @@ def test_an_attack_that_does_not_work_is_found_out(both, data):
 def test_attacks_are_checked_against_noise_though_none_is_named(both, data):
     """It is no attack of the evaluation: it counts in no worst case and has no metric."""
     evaluation = spec(attacks={"paper": ATTACKS["paper"], "pgd": PGD(
-        steps=1, relative_step=1e-3, random_start=False)}, checked=0, budgets=(0.1, 0.5))
+        steps=1, relative_step=1e-3, random_start=False, restarts=1)},
+        checked=0, budgets=(0.1, 0.5))
     scores = scores_of(both[0]["sparse"], evaluation, data)
     this = shown(both, "sparse", evaluation)
     outcome = attack_images(this.classifier, Noise(), this.pixels, this.labels, 0.5,

@@ -102,6 +102,18 @@ def test_the_registry_says_what_a_router_returns_and_how_experts_are_called(name
 
 
 @pytest.mark.parametrize("name", sorted(n for n in TINY if FAMILIES[n].is_moe))
+def test_logits_in_bfloat16_are_near_to_those_in_full_precision(name):
+    model = tiny_model(name, TOKENIZER, seed=0).eval()
+    tokens = torch.randint(3, 259, (1, 5), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        full = model(tokens, labels=tokens, use_cache=False).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(tokens, labels=tokens, use_cache=False).logits
+    assert half.dtype == torch.bfloat16
+    assert 0 < (half.float() - full).norm() / full.norm() < 0.1
+
+
+@pytest.mark.parametrize("name", sorted(n for n in TINY if FAMILIES[n].is_moe))
 def test_the_auxiliary_loss_is_the_one_that_the_model_adds_to_its_loss(name):
     model = tiny_model(name, TOKENIZER, seed=0)
     tokens = torch.arange(3, 27)[None]
