@@ -19,7 +19,7 @@ DOMAINS = {
 def _domain(name: str) -> Published:
     return Published(
         task="text",
-        title=f"Documents of the Pile: {name}",
+        title=f"Documents of the Pile's training part: {name}",
         citation="Gao et al. 2020, arXiv:2101.00027",
         licence="that of each document; see its card",
         splits={"test": Split(("data/train-*.parquet",))},

@@ -1,7 +1,7 @@
 """Questions on which models are tempted to say what is not so."""
 
 from stages.data import originals
-from stages.data.published import Form, Hub, Published, Split
+from stages.data.published import Form, Hub, Published, Split, Web
 
 _SCIQ = Form(
     {
@@ -14,7 +14,6 @@ _SCIQ = Form(
     needs=("correct_answer", "distractor1", "distractor2", "distractor3"),
     makes=("choices", "answer"),
 )
-
 
 
 def _authors(more: dict[str, str]) -> Form:
@@ -40,7 +39,15 @@ SETS: dict[str, Published] = {
         title="TruthfulQA: true and false statements",
         citation="Lin et al. 2022, TruthfulQA, ACL",
         licence="Apache-2.0",
-        splits={"test": Split(files=("generation/validation-*.parquet",), rows=817)},
+        splits={
+            "test": Split(files=("generation/validation-*.parquet",), rows=817),
+            # The authors' revision, for the binary form; neither commit nor count was confirmed.
+            "revised": Split(
+                web=Web(
+                    "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
+                )
+            ),
+        },
         forms=(
             Form(
                 {
