@@ -301,7 +301,7 @@ def _group_measures(config: dict, tasks: tuple[HarnessTask, ...]) -> Iterator[Gr
             yield GroupMeasure(
                 metric=entry["metric"],
                 filters=tuple(measured),
-                weight_by_size=entry.get("weight_by_size", True),
+                weight_by_size=bool(entry.get("weight_by_size", True)),
             )
 
 
