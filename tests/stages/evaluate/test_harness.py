@@ -337,6 +337,7 @@ CHATS = [
     ("turns", "write", {}),
     ("turns", "begun", {}),
     ("turns", "begun", {"fewshot_as_multiturn": False, "system_instruction": SYSTEM}),
+    ("turns", "read", {"system_instruction": SYSTEM}),
     ("turns", "prose", {}),  # a whole text is no conversation
     ("no-system", "pair", {}),
     ("no-system", "quiz", {"system_instruction": SYSTEM}),
