@@ -188,6 +188,8 @@ class Scores:
         for name, level in zip(names, (found.first, found.second), strict=True):
             row |= {name: level.value}
             row |= {f"{name}_ci_low": level.ci_low, f"{name}_ci_high": level.ci_high}
+        if not found.n:
+            row["gap"] = row["gap"] or "no example has a value of it"
         kept = (*_NUMBERS, "n", "documents", "test", "identical")
         return row | {name: getattr(found, name) for name in kept}
 

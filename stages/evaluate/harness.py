@@ -2,12 +2,9 @@
 
 The harness makes the prompts and scores the answers (``harness_replay.py``); the model's answers
 come from the one pass over all requests of a checkpoint, and each metric is a function of sums over
-examples, so that it has an interval and a paired difference like any other. What the harness sums
-up otherwise (corpus BLEU, a median, a function of the task's own) is a gap with that reason.
+examples (``harness_sums.py``), so that it has an interval and a paired difference like any other.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -15,7 +12,8 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from stages.evaluate.base import AXES, Evaluation, Metric, Request, Response
-from stages.evaluate.examples import difference, mean_where
+from stages.evaluate.examples import mean_where
+from stages.evaluate.harness_sums import WEIGHED, aggregation
 from stages.spec import Spec
 
 
@@ -26,7 +24,8 @@ class Measure(Spec):
     filter: str = "none"
     """The harness's name of the rule that extracts the answer."""
     aggregation: str
-    """The harness's name of the function from examples to the task's number."""
+    """The harness's name of the function from examples to the task's number, or the module and
+    name (with a dot) of one of the task's own."""
     higher_is_better: bool = True
 
     @property
@@ -44,7 +43,8 @@ class HarnessTask(Spec):
     """A task without subtasks."""
 
     name: str
-    output_type: str
+    output_types: tuple[str, ...]
+    """What it asks the model for, by the harness's names."""
     measures: tuple[Measure, ...]
 
 
@@ -57,7 +57,7 @@ class GroupMeasure(Spec):
 
 
 class Harness(Spec):
-    """What the harness says about a task or group without its data (``harness_tasks.py``)."""
+    """What the harness says about a task, group or tag without its data (``harness_tasks.py``)."""
 
     version: str
     """Of lm-evaluation-harness."""
@@ -67,89 +67,12 @@ class Harness(Spec):
     group: tuple[GroupMeasure, ...] = ()
 
 
-@dataclass(frozen=True)
-class Aggregation:
-    """How per-example values of the harness become its number, by sums."""
-
-    parts: tuple[str, ...]
-    """Suffixes of the columns that a value is stored in."""
-    split: Callable[[object], tuple]
-    """A value of the harness, as its columns."""
-    statistics: Callable[[np.ndarray], np.ndarray]
-    """Columns (n, parts) to what is summed (n, k)."""
-    value: Callable[[np.ndarray], np.ndarray]
-    """Sums (..., k) to the number (...)."""
-    mean: bool = False
-    """The number is the mean of one column."""
-
-
-def _plain(value: object) -> tuple:
-    return (float(value),)
-
-
-def _pair(value: tuple) -> tuple:
-    return tuple(float(part) for part in value)
-
-
-def _counted(columns: np.ndarray) -> np.ndarray:
-    return np.concatenate([columns, np.ones((len(columns), 1))], axis=1)
-
-
-def _ratio(sums: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return sums[..., 0] / sums[..., 1]
-
-
-def _brier(value: tuple) -> tuple:
-    """Squared distance of the probabilities from the right answer."""
-    gold, probabilities = value
-    right = np.eye(len(probabilities))[gold]
-    return (float(((np.asarray(probabilities) - right) ** 2).sum()),)
-
-
-def _outcomes(columns: np.ndarray) -> np.ndarray:
-    """True and false positives, false and true negatives of (gold, prediction)."""
-    gold, prediction = columns[:, 0] == 1, columns[:, 1] == 1
-    return np.stack(
-        [gold & prediction, ~gold & prediction, gold & ~prediction, ~gold & ~prediction], axis=1
-    ).astype(float)
-
-
-def _f1(sums: np.ndarray) -> np.ndarray:
-    tp, fp, fn = sums[..., 0], sums[..., 1], sums[..., 2]
-    return 2 * tp / np.maximum(2 * tp + fp + fn, 1)
-
-
-def _matthews(sums: np.ndarray) -> np.ndarray:
-    tp, fp, fn, tn = np.moveaxis(sums, -1, 0)
-    spread = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    return (tp * tn - fp * fn) / np.where(spread > 0, spread, 1)
-
-
-WEIGHED = (".logprob", ".weight")
-AGGREGATIONS = {
-    "mean": Aggregation(("",), _plain, _counted, _ratio, mean=True),
-    "nanmean": Aggregation(("",), _plain, _counted, _ratio, mean=True),
-    "brier_score": Aggregation(("",), _brier, _counted, _ratio, mean=True),
-    "perplexity": Aggregation(("",), _plain, _counted, lambda s: np.exp(-_ratio(s))),
-    "weighted_perplexity": Aggregation(
-        WEIGHED, _pair, lambda columns: columns, lambda s: np.exp(-_ratio(s))
-    ),
-    "bits_per_byte": Aggregation(
-        WEIGHED, _pair, lambda columns: columns, lambda s: -_ratio(s) / np.log(2)
-    ),
-    "f1": Aggregation((".gold", ".prediction"), _pair, _outcomes, _f1),
-    "matthews_corrcoef": Aggregation((".gold", ".prediction"), _pair, _outcomes, _matthews),
-}
-"""The harness's aggregations that are functions of sums over examples."""
-
-
 class LmEval(Evaluation):
-    """A task or group of lm-evaluation-harness."""
+    """A task, group or tag of lm-evaluation-harness."""
 
     kind: Literal["lm_eval"] = "lm_eval"
     task: str
-    """The harness's name of the task or group."""
+    """The harness's name of the task, group or tag."""
     include_path: str | None = None
     """Folder with task files of one's own, relative to the sweep file; keep their data in it."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
@@ -169,7 +92,7 @@ class LmEval(Evaluation):
     harness: Harness
     """Filled in when the sweep is read."""
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     @model_validator(mode="after")
     def _turns_need_a_template(self) -> "LmEval":
@@ -195,7 +118,7 @@ class LmEval(Evaluation):
         return {
             f"{measure.name}.logprob": f"{measure.name}.weight"
             for measure in measures
-            if getattr(AGGREGATIONS.get(measure.aggregation), "parts", ()) == WEIGHED
+            if getattr(aggregation(measure.aggregation), "parts", ()) == WEIGHED
         }
 
     @property
@@ -206,17 +129,21 @@ class LmEval(Evaluation):
     @property
     def generates(self) -> bool:
         """Whether every answer is a text."""
-        return all(task.output_type == "generate_until" for task in self.harness.tasks)
+        return self._output_types == {"generate_until"}
 
     @property
     def writes_texts(self) -> bool:
         """Whether at least some of them are."""
-        return any(task.output_type == "generate_until" for task in self.harness.tasks)
+        return "generate_until" in self._output_types
 
     @property
     def reads_windows(self) -> bool:
         """Whether whole texts are scored, which an encoder-decoder cannot do."""
-        return any(t.output_type == "loglikelihood_rolling" for t in self.harness.tasks)
+        return "loglikelihood_rolling" in self._output_types
+
+    @property
+    def _output_types(self) -> set[str]:
+        return {output_type for task in self.harness.tasks for output_type in task.output_types}
 
     def datasets(self) -> dict[str, str]:
         """None of the sweep's: the harness brings its own."""
@@ -256,53 +183,74 @@ class LmEval(Evaluation):
         """A group's metric, once for each filter."""
         metrics = []
         for filter in group.filters:
-            members = {
-                task.name: measure
+            members = [
+                (task, measure)
                 for task in self.harness.tasks
                 for measure in task.measures
                 if (measure.metric, measure.filter) == (group.metric, filter)
-            }
-            first = next(iter(members.values()))
+            ]
+            _, first = members[0]
             fields = {
                 "higher_is_better": first.higher_is_better,
                 "label": f"{_words(first.name)}, {self.task}",
             }
-            mean = {
-                task: mean_where(first.name, first.name, "subset", (task,), **fields)
-                for task in members
-            }
-            sums = [AGGREGATIONS.get(m.aggregation) for m in members.values()]
-            if not all(each and each.mean for each in sums):
-                metrics.append(_gap(first.name, "the mean of numbers that are no means", fields))
-            elif group.weight_by_size:
-                whole = mean_where(first.name, first.name, "subset", tuple(members), **fields)
-                metrics.append(whole)
+            each = [_metric(first.name, task, measure) for task, measure in members]
+            columns = {metric.column for metric in each}
+            if any(metric.gap for metric in each):
+                metrics.append(_gap(first.name, "the mean of a number that is none", fields))
+            elif group.weight_by_size and len(columns) == 1 and None not in columns:
+                among = tuple(task.name for task, _ in members)
+                metrics.append(mean_where(*columns, first.name, "subset", among, **fields))
             else:
-                metrics.append(difference(first.name, list(mean.values()), [], **fields))
+                sums = [aggregation(measure.aggregation).sums for _, measure in members]
+                metrics.append(_mean_of(first.name, each, sums, group.weight_by_size, **fields))
         return metrics
 
 
 def _metric(name: str, task: HarnessTask, measure: Measure) -> Metric:
+    """A task's metric; the last of its sums is how many examples it has."""
     label = _words(measure.name) if name == measure.name else f"{_words(measure.name)}, {task.name}"
     fields = {"higher_is_better": measure.higher_is_better, "label": label}
-    if measure.aggregation not in AGGREGATIONS:
+    found = aggregation(measure.aggregation)
+    if found is None:
         return _gap(name, f"the harness sums it up by {measure.aggregation}", fields)
-    aggregation = AGGREGATIONS[measure.aggregation]
-    columns = [measure.name + part for part in aggregation.parts]
-    if aggregation.mean:
-        return mean_where(measure.name, name, "subset", (task.name,), **fields)
+    columns = [measure.name + part for part in found.parts]
+    if found.mean:
+        return mean_where(*columns, name, "subset", (task.name,), **fields)
 
     def statistics(scores: pd.DataFrame) -> np.ndarray:
         values = scores[columns].to_numpy(dtype=float)
         mine = ((scores["subset"] == task.name) & scores[columns[0]].notna()).to_numpy()
-        return np.where(mine[:, None], aggregation.statistics(values), 0.0)
+        sums = np.concatenate([found.statistics(values), np.ones((len(scores), 1))], axis=1)
+        return np.where(mine[:, None], sums, 0.0)
 
-    return Metric(name, statistics, aggregation.value, **fields)
+    return Metric(name, statistics, lambda sums: found.value(sums[..., :-1]), **fields)
+
+
+def _mean_of(
+    name: str, parts: list[Metric], sums: list[int], weighed: bool, **fields: object
+) -> Metric:
+    """The mean of the numbers of tasks, each of so many sums, all alike or each as often as it has
+    examples."""
+    starts = np.cumsum(sums)[:-1]
+
+    def statistics(scores: pd.DataFrame) -> np.ndarray:
+        return np.concatenate([part.statistics(scores) for part in parts], axis=1)
+
+    def value(totals: np.ndarray) -> np.ndarray:
+        own = np.split(totals, starts, axis=-1)
+        numbers = np.stack([part.value(its) for part, its in zip(parts, own, strict=True)])
+        sizes = np.stack([its[..., -1] if weighed else np.ones(its.shape[:-1]) for its in own])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (numbers * sizes).sum(axis=0) / sizes.sum(axis=0)
+
+    return Metric(name, statistics, value, **fields)
 
 
 def _gap(name: str, what: str, fields: dict) -> Metric:
     reason = f"{what}, which is no function of sums over examples"
-    return Metric(name, lambda scores: np.zeros((len(scores), 1)), _ratio, gap=reason, **fields)
+    return Metric(name, lambda scores: np.zeros((len(scores), 1)), lambda s: s[..., 0], gap=reason,
+                  **fields)  # fmt: skip
 
 
 def _words(name: str) -> str:

@@ -10,7 +10,7 @@ a conversation travels as its turns, and the worker puts them through the model'
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,8 +25,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from stages.errors import StageFailed
 from stages.evaluate.base import Metric, Request, Response
 from stages.evaluate.examples import answers
-from stages.evaluate.harness import AGGREGATIONS, HarnessTask, LmEval
-from stages.evaluate.harness_tasks import manager, samples
+from stages.evaluate.harness import HarnessTask, LmEval, Measure
+from stages.evaluate.harness_sums import AGGREGATIONS, INFLUENCE, aggregation, influences
+from stages.evaluate.harness_tasks import OUTPUT_TYPES, manager, samples
 
 WHOLE_CONTEXT = 2**31 - 1
 """A window as long as the model's context."""
@@ -54,22 +55,30 @@ def requests(evaluation: LmEval) -> list[Request]:
 def score(evaluation: LmEval, responses: dict[str, Response]) -> pd.DataFrame:
     """The harness's values of each example, one row per example and task."""
     with _seeded():
+        loaded = _load(evaluation)
         results = evaluate(
             Replay(responses),
-            _load(evaluation),
+            loaded,
             limit=evaluation.limit,
             bootstrap_iters=0,
             **evaluation.prompting,
         )
-    rows = []
-    for task in evaluation.harness.tasks:
-        merged: dict[int, dict] = {}
-        for sample in results["samples"][task.name]:
-            row = merged.setdefault(sample["doc_id"], _about(evaluation, task, sample))
-            row |= _values(task, sample)
-        rows += merged.values()
+        rows, unsummed = [], {}
+        for task in evaluation.harness.tasks:
+            merged: dict[int, dict] = {}
+            samples_of = results["samples"][task.name]
+            for sample in samples_of:
+                row = merged.setdefault(sample["doc_id"], _about(evaluation, task, sample))
+                row |= _values(task, sample)
+            functions = loaded["tasks"][task.name].aggregation()
+            for measure in task.measures:
+                if aggregation(measure.aggregation) is INFLUENCE:
+                    function = functions.get(measure.metric)
+                    if reason := _influence(measure, function, samples_of, merged):
+                        unsummed[measure.name, task.name] = reason
+            rows += merged.values()
     scores = pd.DataFrame(rows)
-    _check(evaluation, scores, results["results"])
+    _check(evaluation, scores, results["results"], unsummed)
     return scores
 
 
@@ -175,8 +184,13 @@ def _asked(instances: list[Instance]) -> list[tuple[Request, int]]:
             asked.append((made[key], made[key].choices.index(instance.args[1])))
         elif instance.request_type == "loglikelihood_rolling":
             asked.append((_text(key), 0))
-        else:
+        elif instance.request_type == "generate_until":
             asked.append((_generation(key, instance.args[1]), 0))
+        else:
+            raise StageFailed(
+                f"lm_eval task {key[0]} asks the model for {instance.request_type}, which is none "
+                f"of {', '.join(OUTPUT_TYPES)}; choose another task"
+            )
     return asked
 
 
@@ -230,12 +244,16 @@ def _about(evaluation: LmEval, task: HarnessTask, sample: dict) -> dict:
             )
         document = f"{task.name}/{sample['doc'][evaluation.document]}"
     prediction, answer = "", ""
-    if task.output_type == "multiple_choice":
-        best = max(zip(sample["resps"], sample["arguments"], strict=True), key=lambda x: x[0][0][0])
-        prediction = best[1][1].strip()
-    elif task.output_type == "generate_until":
-        prediction, answer = str(sample["filtered_resps"][0]), sample["resps"][0][0]
-    prompt = sample["arguments"][0][0]
+    prompt, (first, *_) = sample["arguments"][0][0], sample["resps"][0]
+    if isinstance(first, str):
+        prediction, answer = str(sample["filtered_resps"][0]), first
+    elif isinstance(first, tuple):
+        found = {
+            arguments[1]: given[0][0]
+            for arguments, given in zip(sample["arguments"], sample["resps"], strict=True)
+            if arguments[0] == prompt and isinstance(given[0], tuple)
+        }
+        prediction = max(found, key=found.get).strip() if len(found) > 1 else ""
     return {
         "example_id": example,
         "document": document,
@@ -251,20 +269,48 @@ def _values(task: HarnessTask, sample: dict) -> dict[str, float]:
     """The harness's values of an example after one filter, as score columns."""
     values = {}
     for measure in task.measures:
-        aggregation = AGGREGATIONS.get(measure.aggregation)
-        if aggregation and measure.filter == sample["filter"] and measure.metric in sample:
-            split = aggregation.split(sample[measure.metric])
-            names = [measure.name + part for part in aggregation.parts]
-            values |= dict(zip(names, split, strict=True))
+        summed = AGGREGATIONS.get(measure.aggregation)
+        if summed and measure.filter == sample["filter"] and measure.metric in sample:
+            names = [measure.name + part for part in summed.parts]
+            values |= dict(zip(names, summed.split(sample[measure.metric]), strict=True))
     return values
 
 
-def _check(evaluation: LmEval, scores: pd.DataFrame, results: dict) -> None:
-    """That every metric is the number that the harness reports."""
+def _influence(
+    measure: Measure, function: Callable, samples_of: list[dict], rows: dict[int, dict]
+) -> str:
+    """Put into a task's rows, by example, their influences on a number that it computes by a
+    function of its own; returns why there are none, where there are none."""
+    measured = {
+        sample["doc_id"]: sample[measure.metric]
+        for sample in samples_of
+        if sample["filter"] == measure.filter and measure.metric in sample
+    }
+    documents = [rows[doc]["document"] for doc in measured]
+    column = measure.name + INFLUENCE.parts[0]
+    try:
+        found = influences(function, list(measured.values()), documents)
+    except ValueError as error:
+        found, reason = np.full(len(measured), np.nan), str(error)
+    else:
+        reason = ""
+    for doc, value in zip(measured, found, strict=True):
+        rows[doc][column] = value
+    return reason
+
+
+def _check(
+    evaluation: LmEval, scores: pd.DataFrame, results: dict, unsummed: dict[tuple[str, str], str]
+) -> None:
+    """That every metric is the number that the harness reports, but for those of tasks whose own
+    function cannot be used on a part of the examples.
+
+    ``unsummed``: why, by metric and task; if there is nothing else, the evaluation fails.
+    """
+    numbers = 0
     for metric in evaluation.metrics():
         if metric.gap:
             continue
-        expected = _reported(evaluation, metric, results)
         try:
             found = float(metric.value(metric.statistics(scores).sum(axis=0)))
         except KeyError as error:
@@ -272,11 +318,21 @@ def _check(evaluation: LmEval, scores: pd.DataFrame, results: dict) -> None:
                 f"lm_eval task {evaluation.task} gives no value {error} for any example though its "
                 "definition names it; choose another task"
             ) from None
+        if np.isnan(found) and any(name == metric.name.partition("/")[0] for name, _ in unsummed):
+            continue
+        expected = _reported(evaluation, metric, results)
         if not np.isclose(found, expected, rtol=1e-9, atol=1e-12, equal_nan=True):
             raise StageFailed(
                 f"lm_eval task {evaluation.task}: {metric.name} is {found:.9g} from the examples "
                 f"and {expected:.9g} as the harness sums it up; please report this task"
             )
+        numbers += 1
+    if not numbers:
+        named = "; ".join(f"{name} of {task}: {why}" for (name, task), why in unsummed.items())
+        raise StageFailed(
+            f"lm_eval task {evaluation.task}: the functions that sum up its metrics are of no use "
+            f"for intervals ({named}); choose another task"
+        )
 
 
 def _reported(evaluation: LmEval, metric: Metric, results: dict) -> float:

@@ -95,3 +95,20 @@ def test_models_with_other_tokens_are_compared_in_bits_per_byte(tokens, tmp_path
     else:
         assert np.isnan(per_token["moe"]) and np.isnan(per_token["difference"])
         assert per_token["gap"] == "the models' tokens differ, and it is a mean over them"
+
+
+def test_a_metric_that_no_example_has_a_value_of_says_so(tmp_path, output):
+    spec = spec_of(recipes=("none",), evaluations={"sciq": {"kind": "multiple_choice",
+                                                            "dataset": "sciq"}})
+    inputs = {}
+    for model in ("moe", "dense"):
+        role = f"scores/{model}/none/0/sciq"
+        inputs[role] = tmp_path / role
+        inputs[role].mkdir(parents=True)
+        sciq(5).assign(correct=np.nan).to_parquet(inputs[role] / "scores.parquet")
+    run(spec, inputs, output)
+    table = pd.read_parquet(output / "comparison.parquet")
+    none = row(table, metric="accuracy")
+    assert (none["n"], none["gap"]) == (0, "no example has a value of it")
+    assert np.isnan(none["moe"]) and np.isnan(none["p_holm"])
+    assert row(table, metric="accuracy_norm")["gap"] == ""

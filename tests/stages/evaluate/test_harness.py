@@ -3,7 +3,9 @@ by item, and the same numbers."""
 
 import json
 import random
+import re
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -12,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from stages.errors import StageFailed
-from stages.evaluate import harness_replay
+from stages.evaluate import harness_replay, harness_sums
 from stages.evaluate.harness import LmEval
 from stages.evaluate.harness_tasks import describe
 from stages.evaluate.scorer import conversation
@@ -96,8 +98,27 @@ TASKS = {
                 ],
             },
         ],
-        "metric_list": [*metrics("exact_match"), {"metric": "chrf"}],
+        "metric_list": [
+            *metrics("exact_match"),
+            {"metric": "bleu"},
+            {"metric": "chrf"},
+            {"metric": "chrf++"},
+            {"metric": "ter"},
+        ],
     },
+    "letters": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["e"], "max_gen_toks": 12},
+        "process_results": "!function own.first_letters",
+        "metric_list": [
+            {"metric": "macro_f1", "aggregation": "!function own.macro_f1"},
+            {"metric": "share", "aggregation": "!function own.mean"},
+            {"metric": "drawn", "aggregation": "!function own.drawn"},
+        ],
+    },
+    "read": {"class": "!function own.Read"},
     "begun": {
         "output_type": "generate_until",
         "training_split": "train",
@@ -110,6 +131,68 @@ TASKS = {
         "metric_list": metrics("exact_match"),
     },
 }
+# Tasks' own code, beside their files.
+OWN = """
+import random
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+from sklearn.metrics import f1_score
+
+
+def first_letters(doc, results):
+    pair = (doc["choices"][0][:1], results[0].strip()[:1])
+    return {"macro_f1": pair, "share": pair[1] in "aeiou", "drawn": pair}
+
+
+def macro_f1(items):
+    return f1_score(*zip(*items), average="macro")
+
+
+def mean(items):
+    return sum(items) / len(items)
+
+
+def drawn(items):
+    return random.random()
+
+
+class Read(ConfigurableTask):
+    \"\"\"Answers, unless no answer is more likely than one in a thousand.\"\"\"
+
+    def __init__(self, config=None):
+        super().__init__(config={k: v for k, v in config.items() if k != "class"})
+
+    def doc_to_text(self, doc):
+        return doc["question"]
+
+    def doc_to_target(self, doc):
+        return " " + doc["choices"][0]
+
+    def construct_requests(self, doc, ctx, apply_chat_template=False, chat_template=None, **kw):
+        asked = (ctx, {"until": ["e"], "max_gen_toks": 6})
+        return [
+            Instance(request_type="generate_until", doc=doc, arguments=asked, idx=0, **kw),
+            *(
+                Instance(request_type="loglikelihood", doc=doc, arguments=(ctx, text), idx=1, **kw)
+                for text in (" none", self.doc_to_target(doc))
+            ),
+        ]
+
+    def process_results(self, doc, results):
+        text, (none, _), (right, _) = results
+        return {"length": len(text), "margin": right - none, "odds": (right, none)}
+
+    def aggregation(self):
+        return {"length": mean, "margin": mean, "odds": odds}
+
+    def higher_is_better(self):
+        return {"length": False, "margin": True, "odds": True}
+
+
+def odds(items):
+    return sum(right for right, _ in items) / sum(none for _, none in items)
+"""
 TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -129,6 +212,7 @@ GROUPS = {
         "aggregate_metric_list": [{"metric": "acc", "weight_by_size": False}],
     },
 }
+TAGS = {"quiz": ["known", "choices"], "pair": ["choices"]}
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +230,9 @@ def folder(tmp_path_factory):
         "test_split": "test",
     }
     for name, task in TASKS.items():
-        (own / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | shared | task))
+        text = yaml.safe_dump({"task": name, "tag": TAGS.get(name, [])} | shared | task)
+        (own / f"{name}.yaml").write_text(re.sub("'!function (.*)'", r"!function \1", text))
+    (own / "own.py").write_text(OWN)
     for name, group in GROUPS.items():
         (own / f"{name}.yaml").write_text(yaml.safe_dump({"group": name} | group))
     (own / "gone.yaml").write_text(
@@ -236,6 +322,9 @@ def test_equals_the_hf_backend_item_by_item(task, folder, peer, tmp_path, seen):
     for name, row in summary.items():
         metric, _, filter = name.partition(".")
         value = expected["results"][task][f"{metric},{filter or 'none'}"]
+        if metric == "drawn":
+            assert np.isnan(row["value"]) and row["n"] == 0
+            continue
         assert row["value"] == pytest.approx(value, rel=1e-4)
         assert row["n"] == 10
 
@@ -248,6 +337,7 @@ CHATS = [
     ("turns", "write", {}),
     ("turns", "begun", {}),
     ("turns", "begun", {"fewshot_as_multiturn": False, "system_instruction": SYSTEM}),
+    ("turns", "read", {"system_instruction": SYSTEM}),
     ("turns", "prose", {}),  # a whole text is no conversation
     ("no-system", "pair", {}),
     ("no-system", "quiz", {"system_instruction": SYSTEM}),
@@ -303,7 +393,7 @@ def test_answers_are_stored_as_the_harness_cuts_them(folder, tmp_path):
     scores, _ = ours(folder, tmp_path, "write")
     assert not scores["answer"].str.contains("e").any()
     assert (scores["answer"].str.len() > 0).any()
-    assert list(scores.columns[-2:]) == ["exact_match.first", "exact_match.letters"]
+    assert {"exact_match.first", "exact_match.letters", "bleu.first.correct_1"} <= {*scores.columns}
 
 
 @pytest.mark.parametrize(
@@ -359,17 +449,77 @@ def test_data_that_changed_is_told_and_not_scored(folder, tmp_path):
     assert changed != spec.evaluation.harness.digest
 
 
-def test_a_metric_that_is_no_sum_is_a_gap_with_a_reason(folder):
-    metrics = evaluation(folder, "write").metrics()
-    assert [(m.name, m.gap) for m in metrics] == [
-        ("exact_match.first", ""),
-        ("exact_match.letters", ""),
-        *[
-            (f"chrf.{filter}", "the harness sums it up by chrf, which is no function of sums over "
-             "examples")
-            for filter in ("first", "letters")
-        ],
+def test_a_tag_is_its_tasks_without_a_number_of_its_own(folder, peer, tmp_path):
+    scores, summary = ours(folder, tmp_path, "choices", limit=4)
+    expected = theirs(folder, peer, "choices", limit=4)["results"]
+    assert set(expected) == {"quiz", "pair"}
+    assert "acc" not in summary
+    for task in expected:
+        assert summary[f"acc/{task}"]["value"] == expected[task]["acc,none"]
+    assert scores["subset"].value_counts().to_dict() == {"quiz": 4, "pair": 4}
+    # Of a tag with one task the metrics are that task's.
+    assert evaluation(folder, "known").primary == "acc"
+
+
+def test_a_class_is_described_without_its_data(folder):
+    (task,) = evaluation(folder, "read").harness.tasks
+    assert task.output_types == ("loglikelihood", "generate_until")
+    assert [(m.name, m.aggregation, m.higher_is_better) for m in task.measures] == [
+        ("length", "own.mean", False), ("margin", "own.mean", True), ("odds", "own.odds", True)
     ]  # fmt: skip
+    assert evaluation(folder, "read").writes_texts and not evaluation(folder, "read").generates
+
+
+def test_a_class_that_asks_for_something_else_is_refused(folder, monkeypatch):
+    made = harness_replay._load
+
+    def load_other(asked):
+        loaded = made(asked)
+        task, given = loaded["tasks"]["last"], loaded["tasks"]["last"].construct_requests
+
+        def other(**options):
+            instance = given(**options)
+            instance.request_type = "attention"
+            return instance
+
+        task.construct_requests = other
+        return loaded
+
+    monkeypatch.setattr(harness_replay, "_load", load_other)
+    with pytest.raises(StageFailed, match="task last asks the model for attention, which is none"):
+        evaluation(folder, "last").requests({})
+
+
+def test_influences_of_a_task_s_own_mean_are_its_examples_values(folder, tmp_path):
+    scores, summary = ours(folder, tmp_path, "read")
+    assert scores["length.influence"].tolist() == scores["answer"].str.len().tolist()
+    assert scores["prediction"].tolist() == scores["answer"].tolist()
+    # A ratio of sums: what the delta method gives.
+    assert scores["odds.influence"].mean() == pytest.approx(summary["odds"]["value"])
+    assert summary["odds"]["ci_low"] < summary["odds"]["value"] < summary["odds"]["ci_high"]
+
+
+def test_where_no_number_has_an_interval_the_reason_is_told(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness_replay, "influences", lambda *a: harness_sums.influences(
+        lambda items: {"short": 0.5}, *a[1:]))  # fmt: skip
+    with pytest.raises(StageFailed, match=r"no use for intervals \(length of read: it fails with "
+                       r"TypeError: float.*; margin of read"):  # fmt: skip
+        ours(folder, tmp_path, "read")
+
+
+def test_a_metric_that_jumps_is_a_gap_with_a_reason(folder):
+    found = evaluation(folder, "pair")
+    task = found.harness.tasks[0]
+    median = task.measures[0].model_copy(update={"aggregation": "median"})
+    tasks = (task.model_copy(update={"measures": (median, *task.measures[1:])}),)
+    harness = found.harness.model_copy(update={"tasks": tasks})
+    metrics = found.model_copy(update={"harness": harness}).metrics()
+    assert [(m.name, m.gap) for m in metrics] == [
+        ("f1", ""),
+        ("mcc", ""),
+        ("brier_score", ""),
+        ("acc", "the harness sums it up by median, which is no function of sums over examples"),
+    ]
 
 
 def test_a_number_that_is_not_the_harness_s_is_refused(folder, tmp_path, monkeypatch):

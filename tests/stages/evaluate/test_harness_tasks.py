@@ -1,14 +1,13 @@
-"""What lm-evaluation-harness defines: tasks as they are described, refusals, corpus measures."""
+"""What lm-evaluation-harness defines: tasks as they are described, and refusals."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from stages.errors import BadInput
-from stages.evaluate.harness import AGGREGATIONS, LmEval
+from stages.evaluate.harness import LmEval
 from stages.evaluate.harness_tasks import describe
 
 ROOT = Path(__file__).parents[3]
@@ -33,16 +32,29 @@ def test_definitions_of_the_harness_itself():
     ("task", "reason"),
     [
         ("hellaswagg", "has no task 'hellaswagg'; did you mean 'hellaswag'"),
-        ("ai2_arc", "is a tag: .*one by one: arc_challenge, arc_easy"),
-        ("squadv2", "is written as a class"),
+        ("xsum", "is written as a class that knows its metrics only with its data"),
+        ("scrolls_quality", "whose module fails with ModuleNotFoundError: .*transformers.data.met"),
         ("humaneval", "runs code that the model writes"),
         ("gsm8k_cot_self_consistency", "samples its answers"),
-        ("wmt14-en-fr", "summed up by bleu, chrf, ter, which is no function of sums"),
     ],
 )
 def test_refusals(task, reason):
     with pytest.raises(BadInput, match=reason):
         describe(task)
+
+
+def test_tags_and_classes_of_the_harness_itself():
+    arc = LmEval(task="ai2_arc", harness=describe("ai2_arc"))
+    assert [metric.name for metric in arc.metrics()] == [
+        "acc/arc_challenge", "acc_norm/arc_challenge", "acc/arc_easy", "acc_norm/arc_easy"
+    ]  # fmt: skip
+    (fda,) = describe("fda").tasks
+    assert fda.output_types == ("generate_until",)
+    assert [(m.metric, m.aggregation) for m in fda.measures] == [("contains", "mean")]
+    (squad,) = describe("squadv2").tasks
+    assert squad.output_types == ("loglikelihood", "generate_until")
+    assert {m.aggregation for m in squad.measures} == {"task._squad_agg"}
+    assert not any(m.gap for m in LmEval(task="ifeval", harness=describe("ifeval")).metrics())
 
 
 def test_without_the_package_the_remedy_is_named():
@@ -54,14 +66,3 @@ def test_without_the_package_the_remedy_is_named():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "needs the package lm-eval, which is not installed; `pip install" in ended.stderr
-
-
-def test_corpus_measures_of_hand_worked_counts():
-    columns = np.array([[1, 1], [1, 1], [1, 0], [0, 1], [0, 0], [0, 0]], float)
-    for name, expected in (("f1", 4 / 6), ("matthews_corrcoef", 1 / 3)):
-        measure = AGGREGATIONS[name]
-        sums = measure.statistics(columns).sum(axis=0)
-        assert measure.value(sums) == pytest.approx(expected)
-    weighted = AGGREGATIONS["weighted_perplexity"]
-    texts = np.array([[-6.0, 2], [-3.0, 1]])
-    assert weighted.value(weighted.statistics(texts).sum(axis=0)) == pytest.approx(np.exp(3))
