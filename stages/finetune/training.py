@@ -284,7 +284,10 @@ class Training:
     ) -> None:
         if self.turns is not None:
             waiting, self.turns.part = self.turns.part, "router"
-        gradients = torch.autograd.grad(auxiliary, trained, retain_graph=True)
+        # A router may hold weights that this loss does not see: LLaMA-MoE's noise, while it is off.
+        gradients = torch.autograd.grad(
+            auxiliary, trained, retain_graph=True, materialize_grads=True
+        )
         if self.turns is not None:
             self.turns.part = waiting
         norm = torch.nn.utils.get_total_norm(gradients)
