@@ -7,6 +7,7 @@ Four families of different shape run always, the others under ``make test-famili
 import json
 import time
 import traceback
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,14 +20,17 @@ from stages.models.size import measure
 from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.models.tiny_shapes import TINY
 from tests.stages.finetune.conftest import data  # noqa: F401
-from tests.stages.finetune.reference import assert_same_training, curve, weights
+from tests.stages.finetune.reference import (
+    assert_same_training,
+    counts_otherwise,
+    curve,
+    weights,
+)
 from tests.stages.finetune.runs import Run, launch, process_group
 
 QUICK = ("mixtral", "deepseek_v3", "gpt_oss", "switch_transformers")
 PARALLEL = [n for n in TINY if FAMILIES[n].is_moe and not FAMILIES[n].no_expert_parallel]
 TRAINED = [*(n for n in PARALLEL if not FAMILIES[n].no_training), "t5"]
-BIASED = ("minimax_m2", "laguna", "ernie4_5_moe")
-"""Families with a bias of the choice and a load-balancing loss of their own."""
 SPEC = FinetuneSpec(
     data=(TrainSet(dataset="reviews", template="sentiment"), TrainSet(dataset="refusals")),
     steps=10,
@@ -50,13 +54,9 @@ def families(names: list[str]):
 
 
 def spec(name: str) -> FinetuneSpec:
-    entry = FAMILIES[name]
-    # JetMoE's own loss counts its routers in another way than training does, and those of BIASED
-    # count the experts of the largest logits instead of the chosen ones.
-    plain = entry.auxiliary_loss and not entry.chooses_largest and name not in BIASED
-    weight = 0.05 if plain else 0.0
-    size = 2 if entry.is_moe else 1
-    return SPEC.model_copy(update={"auxiliary_loss_weight": weight, "expert_parallel": size})
+    if FAMILIES[name].is_moe:
+        return SPEC.model_copy(update={"auxiliary_loss_weight": 0.05})
+    return SPEC.model_copy(update={"expert_parallel": 1})
 
 
 @pytest.fixture(scope="session")
@@ -168,19 +168,30 @@ def _note(asked: set[str], path: str, *_) -> None:
 
 
 def _everything(name: str, model, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits, loss, auxiliary loss, and the gradient that each router gets of the latter."""
+    """Logits, loss, auxiliary loss (this project's, where transformers has none that counts the
+    chosen experts), and the gradient that each router gets of the latter."""
+    from stages.finetune.router_losses import load_balancing_loss
+    from stages.models.routes import routed
+
     entry = FAMILIES[name]
-    balance = {"output_router_logits": True} if entry.auxiliary_loss else {}
-    out = model(tokens, labels=tokens, use_cache=False, **balance)
+    ours = counts_otherwise(entry)
+    balance = {} if ours else {"output_router_logits": True}
+    with routed(model) if ours else nullcontext() as routes:
+        out = model(tokens, labels=tokens, use_cache=False, **balance)
     seen = {"logits": out.logits.detach(), "loss": out.loss.detach()}
-    if entry.auxiliary_loss:
-        auxiliary = sum(out[part] for part in entry.auxiliary_loss)
-        auxiliary.backward()
-        seen["auxiliary loss"] = auxiliary.detach()
-        for path, router in entry.modules(model, "router").items():
-            weight = next(p for p in router.parameters() if p.requires_grad)
-            assert weight.grad.abs().max() > 0
-            seen[f"gradient of {path}"] = weight.grad
+    parts = [load_balancing_loss(routes)] if ours else [out[n] for n in entry.auxiliary_loss]
+    sum(parts).backward()
+    seen["auxiliary loss"] = sum(parts).detach()
+    for path, router in entry.modules(model, "router").items():
+        weight = next(p for p in router.parameters() if p.requires_grad)
+        assert weight.grad.abs().max() > 0
+        seen[f"gradient of {path}"] = weight.grad
+    if entry.scores == "sparsemixer":
+        torch.manual_seed(7)
+        drawn = model.train()(tokens, use_cache=False).logits.detach()
+        assert (drawn - seen["logits"]).abs().max() > 1e-2
+        seen["logits with drawn experts"] = drawn
+        model.eval()
     return seen
 
 
@@ -191,13 +202,6 @@ def test_two_ranks_compute_what_plain_transformers_does(name, compared):
         assert "crashed" not in result, result["crashed"]
         assert result.pop("logit_size") > 0.1
         assert max(result.values()) <= 1e-5, result
-
-
-def no_noise() -> None:
-    """Keep Phi-MoE from drawing experts at random in training; processes would draw differently."""
-    from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
-
-    PhimoeTopKRouter.train = lambda self, mode=True: torch.nn.Module.train(self, False)
 
 
 @pytest.fixture(scope="session")
@@ -212,10 +216,9 @@ def trained(folders, data, tmp_path_factory) -> Path:  # noqa: F811
         (output / (name + suffix)).mkdir()
         checkpoints = output / f"{name}-checkpoint"
         checkpoints.mkdir(exist_ok=True)
-        prepare = no_noise if name == "phimoe" else None
         planned = spec(name).model_copy(update=layout)
         inputs = {"model": folders[name], **data}
-        runs.append(Run(planned, inputs, output / (name + suffix), None, checkpoints, prepare))
+        runs.append(Run(planned, inputs, output / (name + suffix), None, checkpoints))
 
     for name in sorted(folders.keys() & set(TRAINED)):
         plan(two, name)
@@ -234,8 +237,6 @@ def finished(folder: Path) -> Path:
 
 @families(TRAINED)
 def test_ten_steps_of_two_ranks_equal_ten_of_one(name, trained, folders, data):  # noqa: F811
-    if name == "phimoe":
-        no_noise()
     # Rounding differences grow from step to step, in the norm of the gradient the most.
     assert_same_training(finished(trained / name), spec(name), folders[name], data, norm=1e-4)
 

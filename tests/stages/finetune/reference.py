@@ -1,5 +1,8 @@
 """What a fine-tune must equal: a plain PyTorch loop of one process over the plain model."""
 
+from contextlib import nullcontext
+
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -12,11 +15,14 @@ from transformers import (
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from stages.finetune.batches import global_batch, load_examples
-from stages.models.families import family
+from stages.models.families import Family, family
 from stages.models.load import auto_class
+from stages.models.routes import routed
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD,
               "adagrad": torch.optim.Adagrad}  # fmt: skip
+BIASED = ("minimax_m2", "laguna", "ernie4_5_moe")
+"""Families with a bias of the choice and a load-balancing loss that does not know of it."""
 
 
 def curve(folder):
@@ -36,8 +42,20 @@ def plain(folder):
     return model
 
 
+def counts_otherwise(entry: Family) -> bool:
+    """Whether transformers has no load-balancing loss that counts the chosen experts of each router
+    once: JetMoE's counts the routers of attention twice, BIASED and a sampling router count the
+    largest logits instead."""
+    unseen = entry.chooses_largest or entry.scores == "sparsemixer"
+    return not entry.auxiliary_loss or unseen or entry.model_type in BIASED
+
+
 def reference(spec, folder, inputs):
-    """A plain PyTorch loop over padded micro-batches of the plain model: its curve and weights."""
+    """A plain PyTorch loop over padded micro-batches of the plain model: its curve and weights.
+
+    Where the router draws experts at random in training, the sequences stand in one row, so that
+    there are as many draws as in a fine-tune, and each micro-batch has that one's seed.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = (plain(folder) if spec.head == "language_model" else headed(folder, spec)).train()
     entry, seq2seq = family(model), model.config.is_encoder_decoder
@@ -55,17 +73,25 @@ def reference(spec, folder, inputs):
         losses, balances = [], []
         for start in range(0, spec.batch_size, spec.micro_batch):
             micro = batch[start : start + spec.micro_batch]
-            balance = {"output_router_logits": True} if spec.auxiliary_loss_weight else {}
+            ours = spec.auxiliary_loss_weight and counts_otherwise(entry)
+            theirs = spec.auxiliary_loss_weight and not ours
+            balance = {"output_router_logits": True} if theirs else {}
             forward = _seq2seq if seq2seq else _causal
             if spec.head == "classification":
                 forward = _classified
-            logits, labels, out = forward(model, micro, balance)
+            elif entry.scores == "sparsemixer":
+                forward = _packed
+                places = np.random.SeedSequence((spec.seed, step, start))
+                torch.manual_seed(int(places.generate_state(1)[0]) + 1)
+            with routed(model) if ours else nullcontext() as routes:
+                logits, labels, out = forward(model, micro, balance)
             nll = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), labels.flatten(), reduction="sum"
             )
             losses.append(nll / answers)
             if spec.auxiliary_loss_weight:
-                auxiliary = sum(out[part] for part in entry.auxiliary_loss)
+                auxiliary = (_balance(routes, micro) if ours
+                             else sum(out[part] for part in entry.auxiliary_loss))
                 balances.append(auxiliary / (spec.batch_size // spec.micro_batch))
         (sum(losses) + spec.auxiliary_loss_weight * sum(balances)).backward()
         for parameter in trained:  # an expert that no token was for
@@ -111,6 +137,29 @@ def _causal(model, micro, balance):
     labels = _filled([[*p, *a] for p, a in zip(prompts, answers, strict=True)], -100)
     out = model(input_ids=ids, attention_mask=mask, **balance)
     return out.logits[:, :-1], labels[:, 1:], out
+
+
+def _packed(model, micro, balance):
+    """One row of all sequences, whose positions start again."""
+    ids = torch.tensor([[token for e in micro for token in e.input_ids]])
+    positions = torch.tensor([[place for e in micro for place in range(len(e.input_ids))]])
+    labels = [[-100] * (len(e.input_ids) - e.answer) + [*e.input_ids[-e.answer :]] for e in micro]
+    labels = torch.tensor([sum(labels, [])])
+    out = model(input_ids=ids, position_ids=positions, use_cache=False, **balance)
+    return out.logits[:, :-1], labels[:, 1:], out
+
+
+def _balance(routes, micro):
+    """Experts times the sum of f_e P_e, over the real tokens of all layers."""
+    real = _filled([[1] * len(e.input_ids) for e in micro], 0).flatten().bool()
+    probabilities, chosen = [], []
+    for routing in routes:
+        rows = real if len(real) == len(routing.logits) else slice(None)  # no padding in one row
+        probabilities.append(routing.logits[rows].float().softmax(-1))
+        experts = torch.nn.functional.one_hot(routing.experts[rows], routing.logits.shape[-1])
+        chosen.append(experts.sum(1).float())
+    frequency, probability = torch.cat(chosen).mean(0), torch.cat(probabilities).mean(0)
+    return len(frequency) * (frequency * probability).sum()
 
 
 def _seq2seq(model, micro, balance):
