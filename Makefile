@@ -27,12 +27,12 @@ benchmark: .venv/installed-benchmark
 	.venv/bin/python benchmarks/multiple_choice.py $(DENSE) $(MOE)
 	.venv/bin/python benchmarks/generation.py $(DENSE) $(MOE)
 	.venv/bin/python benchmarks/perplexity.py $(DENSE) $(MOE)
-	.venv/bin/python benchmarks/request_memory.py
 	.venv/bin/python benchmarks/training.py $(MOE)
 	.venv/bin/python benchmarks/routes.py $(MOE)
 	.venv/bin/python benchmarks/budgets.py
 	.venv/bin/python benchmarks/search.py
 	.venv/bin/python benchmarks/image_attacks.py
+	.venv/bin/python benchmarks/request_memory.py
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: needs Python 3.11 or 3.12; make PYTHON=/path/to/it"; exit 2; }

@@ -1,145 +1,167 @@
-"""Peak memory of an evaluation with 10,000 and with 100,000 requests.
+"""Peak memory of an evaluation pass over 10,000 and over 100,000 requests.
 
-    python benchmarks/request_memory.py [FOLDER]
+    python benchmarks/request_memory.py [--counts 10000 100000] [--workers 2]
 
-Parts, each in a process of its own: a *worker* holds the model and answers shard after shard,
-as the actors of a pass do; the *driver* makes the requests, cuts them into shards, packs these for
-the workers and scores the stored responses. The driver is given made-up responses, so that its part
-needs no model; the worker's model is FOLDER or a tiny random one. Requests are questions with four
-choices. Exits with 1 where one of the two needs more than 1.1 times as much for the many.
+The pass is the pipeline's own (``pipeline.evaluate.run_pass``): it makes the requests, has actors
+under Ray Data answer and store them shard after shard, reads the responses back, scores them and
+commits the node. The requests are short questions with two choices, the model is a tiny random
+Mixtral. Each count has a store, a Ray cluster and processes of its own; the data set and the model
+are prepared in another process before.
+
+Told are the largest resident set of the process that drives the pass, that of its largest actor,
+and the most bytes in Ray's object store. Exits with 1 where one of them needs more than 1.1 times
+as much for the many.
 """
 
 import argparse
 import json
-import resource
+import pickle
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
-COUNTS = (10_000, 100_000)
 MOST = 1.1
-SHARD = 64
+ACTOR = "MapWorker(MapBatches(Responder))"
+SWEEP = """
+name: memory
+datasets: {{quiz: {{task: multiple_choice, source: "file:quiz.jsonl"}}}}
+models: {{dense: {{source: "tiny:llama"}}, moe: {{source: "tiny:mixtral"}}}}
+pairs: [{{moe: moe, dense: dense}}]
+recipes: {{}}
+evaluations: {{quiz: {{kind: multiple_choice, dataset: quiz}}}}
+resources: {{evaluate: {{workers: {workers}, cpus: 1}}}}
+"""
+PASS, JOB = "evaluate/moe-none-quiz", "job.pickle"
+MIB = 2**20
 
 
-def peak() -> float:
-    """Largest resident set of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def prepare(folder: Path, count: int, workers: int) -> None:
+    """A store with what the pass reads, and its job as the pipeline hands it to another process."""
+    from pipeline.checks import check
+    from pipeline.job import Job, run_stage
+    from pipeline.plan import build
+    from pipeline.store import Store
+    from pipeline.sweep_file import load
+
+    with (folder / "quiz.jsonl").open("w") as file:
+        for n in range(count):
+            row = {"question": f"{n} + 1?", "choices": [f"{n + 1}", f"{n}"], "answer": n % 2}
+            file.write(json.dumps(row) + "\n")
+    file = folder / "sweep.yaml"
+    file.write_text(SWEEP.format(workers=workers))
+    sweep = load(file)
+    plan, store = build(sweep, check(sweep, file)), Store(str(folder / "store"))
+    for key in plan.nodes:
+        if key in plan.needs({PASS}) - {PASS}:
+            outcome = run_stage(Job.of(plan.nodes[key], plan, store, folder))
+            assert outcome.status == "done", outcome.message
+    (folder / JOB).write_bytes(pickle.dumps(Job.of(plan.nodes[PASS], plan, store, folder)))
 
 
-def questions(start: int, end: int):
-    import pandas as pd
+class Watch(threading.Thread):
+    """Largest resident set of the pass's actors and most bytes in the object store, sampled."""
 
-    return pd.DataFrame(
-        {
-            "id": [str(n) for n in range(start, end)],
-            "document": [str(n) for n in range(start, end)],
-            "question": [f"What is {n} and one, without {n % 7}?" for n in range(start, end)],
-            "choices": [[f"{n + 1}", f"{n}", "none", "all of them"] for n in range(start, end)],
-            "answer": [n % 4 for n in range(start, end)],
-            "context": "",
-        }
-    )
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.actors: dict[int, float] = {}
+        self.stored = 0.0
+        self.stopped = threading.Event()
 
+    def run(self) -> None:
+        import psutil
+        import ray
 
-def worker(count: int, folder: str) -> None:
-    import pyarrow.parquet as pq
-    import torch
+        # As Ray Data itself asks for its statistics; there is no public way.
+        from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-    from stages.evaluate.engine import Engine
-    from stages.evaluate.shards import responses_to_table
-    from stages.evaluate.truthfulness import MultipleChoice
-
-    torch.set_num_threads(1)
-    engine, evaluation = Engine(Path(folder), threads=1), MultipleChoice(dataset="quiz")
-    with tempfile.TemporaryDirectory() as output:
-        for start in range(0, count, SHARD):
-            rows = questions(start, min(start + SHARD, count))
-            responses = engine.respond(evaluation.requests({"quiz": rows}))
-            pq.write_table(responses_to_table(responses), f"{output}/{start}.parquet")
+        state = get_state_from_address(ray.get_runtime_context().gcs_address)
+        while not self.stopped.wait(0.5):
+            used = get_memory_info_reply(state).store_stats.object_store_bytes_used
+            self.stored = max(self.stored, used / MIB)
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    if ACTOR in process.cmdline()[0]:
+                        self.actors[process.pid] = resident(process.pid)
+                except (psutil.Error, IndexError, OSError, StopIteration):
+                    continue  # it has just ended
 
 
-def data(count: int, folder: str) -> None:
-    """The prepared data set and the responses, as other processes leave them."""
-    import pyarrow.parquet as pq
+def resident(process: int | str) -> float:
+    """Largest resident set of a process so far, in MiB.
 
-    from stages.evaluate.base import Response
-    from stages.evaluate.shards import plan_shards, responses_to_table
-    from stages.evaluate.truthfulness import MultipleChoice
-
-    rows = questions(0, count)
-    rows.to_parquet(f"{folder}/test.parquet")
-    for shard in plan_shards(MultipleChoice(dataset="quiz").requests({"quiz": rows}), SHARD):
-        made = [Response(r.id, (-1.0, -2.0, -3.0, -4.0), (1, 1, 1, 1)) for r in shard.requests]
-        pq.write_table(responses_to_table(made), f"{folder}/{shard.id}.parquet")
+    Not ``ru_maxrss``, which a new process inherits from the one that started it.
+    """
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
-def driver(count: int, folder: str) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def drive(folder: Path, count: int, workers: int) -> None:
+    """The pass; prints what it took as the last line."""
+    import ray.data
 
-    from stages.evaluate.shards import plan_shards, requests_to_table, responses_from_table
-    from stages.evaluate.stage import requests_for, score_node
-    from stages.evaluate.truthfulness import MultipleChoice
+    from pipeline.evaluate import run_pass
+    from pipeline.execute import connect
+    from pipeline.store import Store
 
-    root, evaluation = Path(folder), MultipleChoice(dataset="quiz")
-    inputs = {"data/quiz": root}
-    requests = requests_for(evaluation, inputs)
-    pq.write_table(requests_to_table(requests), root / "requests.parquet")
-    planned = plan_shards(requests, SHARD)
-    del requests
-    packed = [pa.BufferOutputStream() for _ in planned]
-    for shard, sink in zip(planned, packed, strict=True):
-        pq.write_table(shard.table, sink)
-    shards = [shard.id for shard in planned]
-    del planned, packed
-    answered = (
-        response
-        for shard in shards
-        for response in responses_from_table(pq.read_table(root / f"{shard}.parquet"))
-    )
-    score_node(evaluation, inputs, answered, root)
-
-
-PARTS = {"data": data, "driver": driver, "worker": worker}
+    job = pickle.loads((folder / JOB).read_bytes())
+    connect("local")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    before, watch = resident("self"), Watch()
+    watch.start()
+    start = time.monotonic()
+    outcomes = run_pass([job])
+    seconds = time.monotonic() - start
+    watch.stopped.set()
+    watch.join()
+    assert outcomes[PASS].status == "done", outcomes[PASS].message
+    node = Store(job.store).fetch(job.node.folder)
+    summary = json.loads((node / "summary.json").read_text())
+    assert summary["accuracy"]["n"] == count and len(watch.actors) == workers
+    print(json.dumps({
+        "driver": resident("self"), "actor": max(watch.actors.values()),
+        "object store": watch.stored, "seconds": seconds, "before": before}))  # fmt: skip
 
 
-def measured(part: str, count: int, folder: str) -> float:
-    done = subprocess.run(
-        [sys.executable, __file__, folder, "--part", part, "--count", str(count)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return json.loads(done.stdout.splitlines()[-1])
+PARTS = {"prepare": prepare, "drive": drive}
+
+
+def measured(count: int, workers: int) -> dict[str, float]:
+    """What a pass over so many requests takes, each part in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part in PARTS:
+            done = subprocess.run(
+                [sys.executable, __file__, "--part", part, "--folder", folder,
+                 "--counts", str(count), "--workers", str(workers)],
+                stdout=subprocess.PIPE, text=True, check=True,
+            )  # fmt: skip
+        return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", default="", help="a Hugging Face model folder")
+    parser.add_argument("--counts", nargs="+", type=int, default=[10_000, 100_000])
+    parser.add_argument("--workers", type=int, default=2, help="actors, of one CPU each")
     parser.add_argument("--part", choices=tuple(PARTS), help=argparse.SUPPRESS)
-    parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
-        PARTS[arguments.part](arguments.count, arguments.folder)
-        print(json.dumps(peak()))
+        PARTS[arguments.part](arguments.folder, arguments.counts[0], arguments.workers)
         return
-    with tempfile.TemporaryDirectory() as name:
-        folder = arguments.folder or name
-        if not arguments.folder:
-            from stages.models.tiny import tiny_model, tiny_tokenizer
-
-            tokenizer = tiny_tokenizer()
-            tiny_model("llama", tokenizer, seed=0).save_pretrained(name)
-            tokenizer.save_pretrained(name)
-        found = {"driver": [], "worker": []}
-        for count in COUNTS:
-            with tempfile.TemporaryDirectory() as prepared:
-                measured("data", count, prepared)
-                found["driver"].append(measured("driver", count, prepared))
-            found["worker"].append(measured("worker", count, folder))
-        for part, (few, many) in found.items():
-            print(f"{part}: {few:.0f} MiB with {COUNTS[0]:,} requests, {many:.0f} MiB with "
-                  f"{COUNTS[1]:,}: {many / few:.2f} times")  # fmt: skip
-        raise SystemExit(any(many > MOST * few for few, many in found.values()))
+    found = {}
+    for count in arguments.counts:
+        found[count] = measured(count, arguments.workers)
+        print(f"{count:,} requests: {found[count]['seconds']:.0f} s, "
+              f"the driver had {found[count]['before']:.0f} MiB before", flush=True)  # fmt: skip
+    grown = False
+    for part in ("driver", "actor", "object store"):
+        few, many = (found[count][part] for count in (min(found), max(found)))
+        print(f"{part}: {few:.1f} MiB with {min(found):,} requests, {many:.1f} MiB with "
+              f"{max(found):,}: {many / few:.2f} times")  # fmt: skip
+        grown |= many > MOST * few
+    raise SystemExit(grown)
 
 
 if __name__ == "__main__":

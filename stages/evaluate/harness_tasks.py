@@ -147,7 +147,6 @@ def _leaves(name: str, overrides: dict, index: dict) -> Iterator[tuple[str, dict
 
 
 def _members(group: str, members: list, overrides: dict, index: dict):
-
     for member in members:
         entry = {"task": member} if isinstance(member, str) else member
         if "group" in entry and entry["group"] not in index:
