@@ -115,7 +115,7 @@ def test_vllm_writes_plain_and_sampled_texts_of_checkpoints_and_nothing_else():
     assert not by_vllm(refusal(kind="expert_count", top_k=1))
     assert not by_vllm(MultipleChoice(dataset="d"))
     mixed = Harness(version="1", digest="d", tasks=tuple(
-        HarnessTask(name=kind, output_type=kind, measures=())
+        HarnessTask(name=kind, output_types=(kind,), measures=())
         for kind in ("generate_until", "multiple_choice")))  # fmt: skip
     harness = LmEval(task="t", harness=mixed)
     assert by_vllm(harness) and not harness.generates
