@@ -156,7 +156,7 @@ class EvaluationChecks:
                 trained = recipe_models(self.sweep, recipe)
                 if recipe == UNTUNED or name not in recipe_evaluations(self.sweep, recipe):
                     continue
-                for other in sorted({surrogate(self.sweep, m, named) for m in trained}):
+                for other in sorted({surrogate(self.sweep, recipe, m, named) for m in trained}):
                     if other not in trained:
                         yield (f"{field}: transfer from {other}, which recipe {recipe} does not "
                                "train; name a model of the pairs that it trains")
@@ -204,6 +204,9 @@ class EvaluationChecks:
             if name is not None and name not in of_kind:
                 yield (f"hypotheses.{part}: no evaluation {name!r} of kind {' or '.join(kinds)}"
                        f"{nearest(name, of_kind)}")
+            if name is None and len(of_kind) > 1:
+                yield (f"hypotheses.{part}: {', '.join(of_kind)} are of kind "
+                       f"{' or '.join(kinds)}; name the one that the verdicts are from")
             if part == "attacks" and not of_kind:
                 yield (f"hypotheses: no evaluation attacks the models; add {' or '.join(kinds)}, "
                        "or remove hypotheses")

@@ -203,16 +203,18 @@ def recipe_evaluations(sweep: Sweep, name: str) -> tuple[str, ...]:
     return tuple(e for e, each in sweep.evaluations.items() if each.asks_head == headed)
 
 
-def surrogate(sweep: Sweep, model: str, named: str | None) -> str | None:
-    """The model that a transfer attack on a model is made on.
+def surrogate(sweep: Sweep, recipe: str, model: str, named: str | None) -> str | None:
+    """The model that a transfer attack on a model after a recipe is made on.
 
-    The named one; where there is none or it is the model itself, its partner in the first pair that
-    names it, if any does.
+    The named one; where there is none or it is the model itself, its partner in the first pair
+    whose models the recipe both has; without such a pair the partner in the first one, if any.
     """
     if named not in (None, model):
         return named
-    return next((pair.dense if model == pair.moe else pair.moe for pair in sweep.pairs
-                 if model in (pair.moe, pair.dense)), None)
+    partners = [pair.dense if model == pair.moe else pair.moe for pair in sweep.pairs
+                if model in (pair.moe, pair.dense)]
+    there = [name for name in partners if name in recipe_models(sweep, recipe)]
+    return next(iter([*there, *partners]), None)
 
 
 class Builder:
@@ -342,12 +344,13 @@ class Builder:
         if isinstance(technique, ExpertCount) and model in {p.dense for p in self.sweep.pairs}:
             # A dense partner has no experts to count; it is compared as it is.
             evaluation = evaluation.model_copy(update={"technique": None})
-        others = {named: surrogate(self.sweep, model, named) for named in evaluation.surrogates()}
+        asked = evaluation.surrogates()
+        if asked and recipe is None:
+            raise BadInput(
+                f"search: {evaluation_name} attacks another checkpoint than a trial's own; "
+                "name an evaluation without transfer")
+        others = {named: surrogate(self.sweep, recipe, model, named) for named in asked}
         if others:
-            if recipe is None:
-                raise BadInput(
-                    f"search: {evaluation_name} attacks another checkpoint than a trial's own; "
-                    "name an evaluation without transfer")
             if None in others.values():
                 raise BadInput(
                     f"evaluations.{evaluation_name}: transfer to {model} has no other model to "

@@ -51,26 +51,23 @@ def ascend(
     steps: int,
     restarts: int,
     generator: torch.Generator,
-    from_clean: bool = True,
     goal: float = float("inf"),
 ) -> Perturbation:
     """Raise an objective within a ball of ``radius`` around each editable token's embedding.
 
     ``clean`` (n, D), ``editable`` booleans (n,). The objective maps inputs (B, n, D) to losses and
     margins (B,); the gradient of the losses is followed, normalised for each token, and the iterate
-    with the largest margin is kept. The first restart starts at the clean input (unless told not
-    to), which is thereby among them, the others at random in the ball. It ends where the margin is
-    above ``goal``.
+    with the largest margin is kept. Every restart starts at a point drawn evenly from the
+    balls: at the clean input the gradient may say nothing. It ends where the margin is above
+    ``goal``.
     """
     mask = editable[:, None].to(clean)
     shape = (restarts, *clean.shape)
     start = torch.randn(shape, generator=generator) if norm == "l2" else (
         2 * torch.rand(shape, generator=generator) - 1)
     if norm == "l2":
-        length = torch.rand((*shape[:2], 1), generator=generator)
+        length = torch.rand((*shape[:2], 1), generator=generator) ** (1 / clean.shape[-1])
         start = start / start.norm(dim=-1, keepdim=True) * length
-    if from_clean:
-        start[0] = 0
     delta = radius * start.to(clean) * mask
     best = torch.zeros_like(clean), -torch.inf
     zero, seen = 0, 0
@@ -103,7 +100,9 @@ def _steepest(gradient: torch.Tensor, norm: Literal["l2", "linf"]) -> torch.Tens
     """The direction in which a step of length 1 gains most; none where there is no gradient."""
     if norm == "linf":
         return gradient.sign()
-    return (gradient / gradient.norm(dim=-1, keepdim=True)).nan_to_num()
+    # In float64: a confident model's gradient is small enough to square to 0.
+    length = gradient.double().norm(dim=-1, keepdim=True)
+    return (gradient / length.clamp_min(1e-300)).to(gradient)
 
 
 def random_perturbation(

@@ -16,8 +16,8 @@ class Found:
 
     tokens: torch.Tensor
     """(n,)."""
-    value: float
-    """Of the objective there."""
+    score: float
+    """What they are kept for."""
     steps: int
     """Steps that were made; fewer than asked for when the goal was reached."""
     zero_gradients: float
@@ -60,7 +60,7 @@ def draw_candidates(
 
 
 def search(
-    value: Callable[[torch.Tensor], torch.Tensor],
+    value: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     gradient: Callable[[torch.Tensor], torch.Tensor],
     table: torch.Tensor,
     start: torch.Tensor,
@@ -75,11 +75,12 @@ def search(
     keep: Callable[[torch.Tensor], torch.Tensor],
     goal: float = float("inf"),
 ) -> Found:
-    """Replace tokens so as to raise ``value``.
+    """Replace tokens so as to raise a loss, and keep those that succeed best.
 
     Args:
-        value: of token sequences (B, n), (B,).
-        gradient: of what is raised with respect to the embeddings of one sequence (n,), (n, D).
+        value: the loss of token sequences (B, n), and the score by which success is judged, each
+            (B,); they differ where the loss is a surrogate.
+        gradient: of the loss with respect to the embeddings of one sequence (n,), (n, D).
         table: embeddings of the vocabulary (V, D).
         start: the first tokens (n,).
         positions: those that may change (k,).
@@ -91,12 +92,12 @@ def search(
         generator: draws the candidates.
         keep: which candidates (B, n) count as inputs, booleans (B,); where none does, the step
             changes nothing.
-        goal: the search ends where the value is above it.
+        goal: the search ends where the score is above it.
 
-    The best candidate of a step is where the next one starts, better or not; the best of all steps
-    and of the start is returned.
+    The candidate of the largest loss is where the next step starts, better or not; what scored best
+    of all candidates and the start is returned.
     """
-    tokens, best = start, (start, value(start[None])[0].item())
+    tokens, best = start, (start, value(start[None])[1].item())
     zero, made = 0, 0
     for _ in range(steps):
         if best[1] > goal:
@@ -115,11 +116,10 @@ def search(
         rows = rows[keep(rows)]
         if not len(rows):
             continue
-        values = value(rows)
-        first = int(values.argmax())
-        tokens = rows[first]
-        if values[first].item() > best[1]:
-            best = tokens, values[first].item()
+        losses, scores = value(rows)
+        tokens, first = rows[int(losses.argmax())], int(scores.argmax())
+        if scores[first].item() > best[1]:
+            best = rows[first], scores[first].item()
     return Found(*best, made, zero / max(1, made * len(positions)), tokens)
 
 

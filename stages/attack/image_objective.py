@@ -61,13 +61,15 @@ class Objective:
                 f"{entry.model_type} has no choice of experts to attack; set routing: as_is and no "
                 "auxiliary loss"
             )
-        self.force, self.used = None, {}
+        self.force, self.used, self.weigh = None, {}, None
+        if self.routing in ("frozen", "soft"):
+            self.weigh = weighing(classifier.model)
         if self.routing in ("frozen", "targeted", "joint"):
             with torch.no_grad(), routed(classifier.model) as routes:
                 self._run(clean)
             self.used = {routing.layer: selected(routing) for routing in routes}
             if self.routing == "frozen":
-                self.force = imposed(routes, weigh=weighing(classifier.model))
+                self.force = imposed(routes, weigh=self.weigh)
 
     def _run(self, images: torch.Tensor) -> torch.Tensor:
         self.forwards += len(images)
@@ -80,7 +82,8 @@ class Objective:
             yield []
             return
         model = self.classifier.model
-        backward = soft_backward(model) if self.routing == "soft" else nullcontext()
+        soft = self.routing == "soft"
+        backward = soft_backward(model, self.weigh) if soft else nullcontext()
         with backward, routed(model, self.force) as routes:
             yield routes
 

@@ -123,7 +123,8 @@ class Transfer(GradientAttack):
     kind: Literal["transfer"] = "transfer"
     model: Annotated[str | None, Field(alias="from")] = None
     """The other model, of the same sweep, recipe and seed; the partner of the attacked one in the
-    first pair that names it, where nothing or the attacked model itself is given."""
+    first pair whose models both have the recipe, where nothing or the attacked model itself is
+    given."""
     steps: Annotated[int, Field(ge=2)] = 100
 
 

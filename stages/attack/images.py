@@ -76,14 +76,14 @@ def attack_images(
             raise StageFailed("transfer: there is no partner to attack; pair the model")
         attacked = partner
     best, objectives = _by_gradient(attacked, attack, clean, labels, budget, draws)
+    gradients = sum(objective.gradients for objective in objectives) // count
+    forwards = sum(objective.forwards for objective in objectives) // count
     # Of the first objective: it is the same function for all restarts.
     zero = (objectives[0].climb(clean)[1] == 0).float().flatten(1).mean(1)
     logits = best.logits
     if isinstance(attack, Transfer):
         with torch.no_grad():
             logits = classifier(best.images)
-    gradients = sum(o.gradients for o in objectives) // count - 1
-    forwards = sum(o.forwards for o in objectives) // count - 1
     return Outcome(best.images, logits, gradients, torch.full_like(labels, forwards), zero)
 
 

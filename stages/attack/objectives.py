@@ -25,12 +25,13 @@ class Objective:
         if self.routing in ("frozen", "targeted", "joint"):
             with torch.no_grad():
                 self.routes = victim.routes(self.clean[None], question)[1]
-        self.weigh = weighing(victim.model) if self.routing == "frozen" else None
+        self.weigh = weighing(victim.model) if self.routing in ("frozen", "soft") else None
 
     def __call__(self, embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and margin, each (B,)."""
         victim, question = self.victim, self.question
-        backward = soft_backward(victim.model) if self.routing == "soft" else nullcontext()
+        soft = self.routing == "soft"
+        backward = soft_backward(victim.model, self.weigh) if soft else nullcontext()
         if self.routing in ("targeted", "joint"):
             logprobs, now = victim.routes(embedded, question)
             surrogate = routing_loss(self.routes, now, len(embedded), embedded.shape[1])

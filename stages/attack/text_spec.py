@@ -51,7 +51,7 @@ class EmbeddingPGD(GradientAttack):
     """Radius of each token's ball: in units of the median norm of a token's embedding (``l2``), or
     of the root mean square of an element of it (``linf``)."""
     norm: Literal["l2", "linf"] = "l2"
-    restarts: Annotated[int, Field(ge=1)] = 2
+    restarts: Annotated[int, Field(ge=1)] = 5
     """Random starts; the best iterate of all counts."""
 
 

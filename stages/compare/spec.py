@@ -26,8 +26,8 @@ class Hypotheses(Spec):
     """
 
     attacks: str | None = None
-    """The evaluation that attacks the models; the first of its kind in the sweep when absent, as
-    for the next three."""
+    """The evaluation that attacks the models; needed where the sweep has several of its kind, as
+    are the next three."""
     interventions: str | None = None
     geometry: str | None = None
     lipschitz: str | None = None

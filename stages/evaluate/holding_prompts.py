@@ -71,22 +71,29 @@ class SuffixSearch(_Prompts):
         with torch.no_grad():
             first_routes = victim.routes(table[question.tokens][None], question)[1]
 
-        def worth(embedded: torch.Tensor, beginning: Cache | None = None) -> torch.Tensor:
+        def worth(
+            embedded: torch.Tensor, beginning: Cache | None = None
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            """What is raised, and of that the part by which a suffix is judged."""
             if not aimed:
-                return victim.logprobs(embedded, question, beginning)[:, 0] / length
+                likely = victim.logprobs(embedded, question, beginning)[:, 0] / length
+                return likely, likely
             logprobs, now = victim.routes(embedded, question)
+            likely = logprobs[:, 0] / length
             leaning = routing_loss(first_routes, now, len(embedded), embedded.shape[1])
-            return logprobs[:, 0] / length + spec.routing_weight * leaning
+            return likely + spec.routing_weight * leaning, likely
 
-        def value(tokens: torch.Tensor) -> torch.Tensor:
-            return victim.batched(
-                lambda part: worth(table[part[:, start:]], beginning), tokens, width
-            )
+        def value(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            both = victim.batched(
+                lambda part: torch.stack(worth(table[part[:, start:]], beginning), dim=1),
+                tokens, width,
+            )  # fmt: skip
+            return both[:, 0], both[:, 1]
 
         def gradient(tokens: torch.Tensor) -> torch.Tensor:
             embedded = table[tokens[start:]][None].requires_grad_()
             victim.gradients += 1
-            slope = torch.autograd.grad(worth(embedded, beginning).sum(), embedded)[0][0]
+            slope = torch.autograd.grad(worth(embedded, beginning)[0].sum(), embedded)[0][0]
             return pad(slope, (0, 0, start, 0))
 
         generator, of_control = (
@@ -111,7 +118,7 @@ class SuffixSearch(_Prompts):
         )
         made = {"found": found.tokens, "random": drawn}
         if row["checked"]:
-            made["further"] = max(found, search(found.last), key=lambda each: each.value).tokens
+            made["further"] = max(found, search(found.last), key=lambda each: each.score).tokens
         suffixes = {name: self._suffix(tokens, places) for name, tokens in made.items()}
         with torch.no_grad():
             losses = [

@@ -71,7 +71,7 @@ def of_text(
         case TextAttacks():
             return _text_attacks(evaluation, characters, layers, checked)
         case Interventions():
-            pgd = EmbeddingPGD(steps=evaluation.steps)
+            pgd = EmbeddingPGD(steps=evaluation.steps, restarts=1)
             attacked = evaluation.epsilon and _on_text(pgd, characters, False)
             return attacked + _interventions(evaluation, layers)
         case RouterGeometry():

@@ -50,7 +50,7 @@ class Intervenor(Intervening, Asker):
 
     def _attacked(self, row: dict, question: Question) -> torch.Tensor:
         """The embeddings (n, D) of the text under the attack."""
-        attack = EmbeddingPGD(epsilon=self.spec.epsilon, steps=self.spec.steps)
+        attack = EmbeddingPGD(epsilon=self.spec.epsilon, steps=self.spec.steps, restarts=1)
         seed = hash_of(f"{self.spec.seed}/{row['id']}/attack")
         clean = self.victim.table[question.tokens]
         found = ascend(
@@ -107,9 +107,11 @@ class Surveyor(Asker):
                 layers = {
                     each.routing.layer: self._measured(each, len(clean), row) for each in found
                 }
+            seed = hash_of(f"{self.spec.seed}/{row['id']}/attack")
             made = ascend(
                 Objective(self.victim, question, attack), clean, question.editable, radius,
-                norm="l2", steps=attack.steps, restarts=1, generator=torch.Generator(),
+                norm="l2", steps=attack.steps, restarts=attack.restarts,
+                generator=torch.Generator().manual_seed(seed),
             )  # fmt: skip
             with torch.no_grad():
                 after = self.victim.logprobs((clean + made.delta)[None], question)

@@ -113,10 +113,12 @@ class Attacker(Asker):
         first = [r.only(torch.arange(len(r.logits)) < len(r.logits) // 2) for r in batch]
         with torch.autocast(self.model.device.type, torch.bfloat16):
             rounded = self._asked(clean)[1]
+        # The tokens that an attack's change is taken over, without those of the labels.
+        places = torch.arange(len(clean.embedded))
         found = {
             "prediction": self.labels[int(answer.argmax())],
-            "noise": routing_change(routes, first),
-            "noise_bfloat16": routing_change(routes, rounded),
+            "noise": routing_change(routes, first, (places, places)),
+            "noise_bfloat16": routing_change(routes, rounded, (places, places)),
             "chance": chance(routes[0].logits.shape[-1], routes[0].experts.shape[-1])
             if routes
             else float("nan"),
@@ -136,7 +138,8 @@ class Attacker(Asker):
         control = self.control(attack, row, clean)
         answer, now = self._asked(made)
         random_answer, random_now = self._asked(control)
-        aligned = isinstance(attack, EmbeddingPGD)
+        # A search replaces tokens in their places, edits of words shift those that follow.
+        aligned = not isinstance(attack, GreedyEdits)
         found = {
             "prediction": self.labels[int(answer.argmax())],
             "margin": margin(answer, made.question).item(),
@@ -154,9 +157,7 @@ class Attacker(Asker):
             "swap_layers": {},
             "checks": {},
         }
-        if routes and len(made.embedded) == len(clean.embedded) and not isinstance(
-            attack, GreedyEdits
-        ):
+        if routes and aligned:
             found["swap"] = self._swapped(clean, routes, made, now)
             if self.spec.swap_layers:
                 found["swap_layers"] = {
@@ -233,20 +234,22 @@ class Attacker(Asker):
         objective = Objective(self.victim, question, attack)
         width = len(question.tokens) * len(question.beginnings)
 
-        def value(rows: torch.Tensor) -> torch.Tensor:
-            return self.victim.batched(lambda part: objective(table[part])[0], rows, width)
+        def value(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            both = self.victim.batched(
+                lambda part: torch.stack(objective(table[part]), dim=1), rows, width
+            )
+            return both[:, 0], both[:, 1]
 
         def gradient(tokens: torch.Tensor) -> torch.Tensor:
             embedded = table[tokens][None].requires_grad_()
             self.victim.gradients += 1
             return torch.autograd.grad(objective(embedded)[0].sum(), embedded)[0][0]
 
-        judged = attack.loss == "margin" and attack.routing in ("as_is", "soft")
         found = gcg.search(
             value, gradient, table, question.tokens, question.editable.nonzero()[:, 0],
             allowed=self.allowed, budget=attack.substitutions, steps=attack.steps,
             candidates=attack.candidates, top=attack.top, generator=generator,
-            keep=self._are_texts, goal=0.0 if judged else float("inf"),
+            keep=self._are_texts, goal=0.0,
         )  # fmt: skip
         return self._replaced(clean, found.tokens, found.zero_gradients)
 

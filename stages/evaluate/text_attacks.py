@@ -33,6 +33,10 @@ BUDGETS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Of the checks, in units of the attack's own."""
 UNBOUNDED = 100.0
 """Radius, in norms of an embedding, that leaves nothing of the original."""
+EVERY_TOKEN = 1_000_000
+"""Substitutions that no text has room for."""
+UNBOUNDED_STEPS = 4
+"""Times as many steps for a search that may replace every token."""
 SWAPS = {"clean_attacked": "clean input, attacked routes",
          "attacked_clean": "attacked input, clean routes"}  # fmt: skip
 
@@ -49,7 +53,7 @@ class TextAttacks(LabelledTexts):
     """Exchange the routes of the clean and the attacked text also in one layer at a time."""
 
     axis: ClassVar[str] = "adversarial"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     primary: ClassVar[str] = "robust_accuracy"
 
     @model_validator(mode="after")
@@ -87,14 +91,14 @@ class TextAttacks(LabelledTexts):
     def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
         """One row per example.
 
-        Columns, for each attack A: ``correct/A`` and ``random/A`` (0 or 1, under attack and under
-        the control), ``changed/A`` (the prediction is another), ``success/A`` (wrong, of those that
-        were right), ``margin/A``, ``queries/A``, ``gradients/A``, ``edits/A``, and with routes
-        ``routing_change/A``, ``routing_change_random/A``, each also by layer, and
-        ``routing_change_untouched/A`` over the tokens that the attack left as they were; ``swap_…``
-        (0 or 1) under the routes of the other text. ``noise`` is the routing change of the same
-        input in another batch, ``noise_bfloat16`` in that precision, ``chance`` that of two random
-        choices.
+        Columns, for each attack A: ``correct/A`` (0 or 1: right without the attack and under it)
+        and ``random/A`` (the same of the control), ``changed/A`` (the prediction is another),
+        ``success/A`` (wrong, of those that were right), ``margin/A``, ``queries/A``,
+        ``gradients/A``, ``edits/A``, and with routes ``routing_change/A``,
+        ``routing_change_random/A``, each also by layer, and ``routing_change_untouched/A`` over the
+        tokens that the attack left as they were; ``swap_…`` (0 or 1) under the routes of the other
+        text. ``noise`` is the routing change of the same input in another batch,
+        ``noise_bfloat16`` in that precision, ``chance`` that of two random choices.
         """
         about = self.about(data)
         rows = []
@@ -108,8 +112,9 @@ class TextAttacks(LabelledTexts):
                 "prediction": under["prediction"],
                 "answer": under["text"],
                 "clean": float(right),
-                "correct": min(
-                    float(result["attacks"][a.label]["prediction"] == label) for a in self.attacks
+                "correct": float(
+                    right
+                    and all(r["prediction"] == label for r in result["attacks"].values())
                 ),
                 "noise": _mean(result["noise"]),
                 "noise_bfloat16": _mean(result["noise_bfloat16"]),
@@ -122,12 +127,12 @@ class TextAttacks(LabelledTexts):
 
     def _columns(self, name: str, result: dict, label: str, right: bool) -> dict:
         under = result["attacks"][name]
-        wrong = float(under["prediction"] != label)
+        held = float(right and under["prediction"] == label)
         row = {
-            f"correct/{name}": 1 - wrong,
-            f"random/{name}": float(under["random_prediction"] == label),
+            f"correct/{name}": held,
+            f"random/{name}": float(right and under["random_prediction"] == label),
             f"changed/{name}": float(under["prediction"] != result["prediction"]),
-            f"success/{name}": wrong if right else np.nan,
+            f"success/{name}": 1 - held if right else np.nan,
             f"routing_change/{name}": _mean(under["routing"]),
             f"routing_change_random/{name}": _mean(under["random_routing"]),
             f"routing_change_untouched/{name}": _mean(under["untouched_routing"]),
@@ -148,7 +153,7 @@ class TextAttacks(LabelledTexts):
                         right_there = float(answers[f"{swap}/{what}"] == label)
                         row[f"swap_{swap}_{what}/{name}/{layer}"] = right_there
         for key, answer in under["checks"].items():
-            row[f"check/{name}/{key}"] = float(answer != label)
+            row[f"check/{name}/{key}"] = float(not right or answer != label)
         return row
 
     def metrics(self) -> tuple[Metric, ...]:
@@ -215,8 +220,9 @@ class TextAttacks(LabelledTexts):
     def _checks_of(self, attack: AnyTextAttack, scores: pd.DataFrame) -> Iterator[dict]:
         name = attack.label
         success = (1 - scores[f"correct/{name}"]).to_numpy().astype(bool)
-        control = (1 - scores[f"random/{name}"]).to_numpy().astype(bool)
-        yield hygiene.not_weaker(name, "random edits of the same budget", success, control)
+        if not _aims_elsewhere(attack):
+            control = (1 - scores[f"random/{name}"]).to_numpy().astype(bool)
+            yield hygiene.not_weaker(name, "random edits of the same budget", success, control)
         if isinstance(attack, GradientAttack):
             yield hygiene.gradients(name, scores[f"zero_gradients/{name}"].to_numpy())
         prefix = f"check/{name}/"
@@ -241,18 +247,34 @@ class TextAttacks(LabelledTexts):
 def _comparable(strong: GradientAttack, weak: AnyTextAttack) -> bool:
     """Whether an attack with the gradient must find what another one does.
 
-    It must where both stay within the same set of inputs. And a search of tokens must find what
-    edits of no more words find, where each puts a word of one token (a near one in the embedding)
-    in the place of a word: most words of a text are one token too, and the search may put that one
-    there or any other. Edits of letters and synonyms make several tokens of a word, which as many
+    The plain attack must find what the same one finds through, around or on the choice of experts
+    with no more effort: it was blind to that otherwise. And a search of tokens must find what edits
+    of no more words find, where each puts a word of one token (a near one in the embedding) in the
+    place of a word: most words of a text are one token too, and the search may put that one there
+    or any other. Edits of letters and synonyms make several tokens of a word, which as many
     substitutions do not reach; and a perturbation of embeddings has no budget in edits.
     """
     if isinstance(strong, GCG) and isinstance(weak, WordNeighbours):
-        return weak.synonyms == "embedding" and weak.edits <= strong.substitutions
-    if strong.label == weak.label or type(strong) is not type(weak):
+        near = weak.synonyms == "embedding" and weak.edits <= strong.substitutions
+        return near and not _aims_elsewhere(strong)
+    if type(strong) is not type(weak) or strong.loss != weak.loss:
         return False
-    size = ("epsilon", "norm") if isinstance(strong, EmbeddingPGD) else ("substitutions",)
-    return all(getattr(strong, field) == getattr(weak, field) for field in size)
+    if not strong.routing == "as_is" != weak.routing:
+        return False
+    pgd = isinstance(strong, EmbeddingPGD)
+    same, effort = (
+        (("epsilon", "norm"), ("steps", "restarts"))
+        if pgd
+        else (("substitutions",), ("steps", "candidates", "top"))
+    )
+    return all(getattr(strong, field) == getattr(weak, field) for field in same) and all(
+        getattr(strong, field) >= getattr(weak, field) for field in effort
+    )
+
+
+def _aims_elsewhere(attack: AnyTextAttack) -> bool:
+    """Whether an attack does not raise the task's loss, and need not break anything."""
+    return isinstance(attack, GradientAttack) and attack.routing == "targeted"
 
 
 def _routes(column: str, label: str, higher_is_better: bool = False) -> Metric:
@@ -264,8 +286,8 @@ def _mean(by_layer: dict[str, float]) -> float:
 
 
 def variants(attack: AnyTextAttack) -> Iterator[tuple[str, AnyTextAttack]]:
-    """The same attack with twice the effort, with other budgets and, on embeddings, without a
-    bound, each with the name of the check that it serves."""
+    """The same attack with twice the effort, with other budgets and, where it can reach every input
+    then, without a bound, each with the name of the check that it serves."""
     if isinstance(attack, EmbeddingPGD):
         yield "steps", attack.model_copy(update={"steps": 2 * attack.steps})
         yield "restarts", attack.model_copy(update={"restarts": 2 * attack.restarts})
@@ -277,6 +299,10 @@ def variants(attack: AnyTextAttack) -> Iterator[tuple[str, AnyTextAttack]]:
     field = "substitutions" if isinstance(attack, GCG) else "edits"
     if isinstance(attack, GCG):
         yield "steps", attack.model_copy(update={"steps": 2 * attack.steps})
+        # Its draws are those of its name.
+        yield "restarts", attack.model_copy(update={"name": f"{attack.label}/again"})
+        free = {"substitutions": EVERY_TOKEN, "steps": UNBOUNDED_STEPS * attack.steps}
+        yield "unbounded", attack.model_copy(update=free)
     size = getattr(attack, field)
     for budget in sorted({max(1, size // 2), size, 2 * size}):
         yield f"budget {budget}", attack.model_copy(update={field: budget})

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from stages.errors import StageFailed
 from stages.models.families import family
-from stages.models.routing import Routing, blocks, intercept, weighing
+from stages.models.routing import Routing, blocks, intercept
 
 Policy = Callable[[Routing], Routing | None]
 Weigh = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -283,18 +283,14 @@ def per_input(policies: Sequence[Policy]) -> Policy:
 
 
 @contextmanager
-def soft_backward(model: PreTrainedModel) -> Iterator[None]:
+def soft_backward(model: PreTrainedModel, weigh: Weigh) -> Iterator[None]:
     """Forward passes inside compute what they always do, backward passes see soft routing over all
-    experts: a straight-through estimator for the choice, which has no gradient of its own (BPDA,
-    arXiv 1802.00420, applied to the router).
+    experts, weighed by the family's rule (``weighing``): a straight-through estimator for the
+    choice, which has no gradient of its own (BPDA, arXiv 1802.00420, applied to the router).
 
-    Raises StageFailed for a family whose experts cannot be weighed anew (``weighing``). Forcing
-    routes inside as well is not supported.
+    Forcing routes inside as well is not supported.
     """
-    if not family(model).is_moe:
-        yield
-        return
-    weigh, of = weighing(model), blocks(model)
+    of = blocks(model)
     last: dict[str, Routing] = {}
     with ExitStack() as undo:
 

@@ -32,7 +32,7 @@ def steepest(
 
     found = ascend(
         slope, clean, editable, radius, norm="l2", steps=steps, restarts=restarts,
-        generator=generator, from_clean=False,
+        generator=generator,
     )  # fmt: skip
     return found.margin
 

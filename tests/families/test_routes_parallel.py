@@ -63,7 +63,7 @@ def _seen(plain, spread, rank):
 
     def gradient(model):
         embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
-        with soft_backward(model):
+        with soft_backward(model, weigh):
             logits = model(inputs_embeds=embedded, use_cache=False).logits
         return torch.autograd.grad(logits.square().sum(), embedded)[0]
 

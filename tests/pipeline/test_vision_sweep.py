@@ -156,6 +156,10 @@ def test_heads_are_of_equal_size_and_ensembles_of_equal_operations():
         ("recipes.scratch.head=classification", "head"),
         ("hypotheses={attacks: images}", "hypotheses.attacks: no evaluation 'images' of kind "
          "image_attacks or text_attacks; known: attacks"),
+        ("evaluations.more={kind: image_attacks, dataset: mnist, budgets: [0.1], "
+         "attacks: {pgd: {kind: pgd}}}",
+         "hypotheses.attacks: attacks, more are of kind image_attacks or text_attacks; name the "
+         "one that the verdicts are from"),
         ("hypotheses={equal_flops: [vmoe-4 vs vitt]}", "hypotheses.equal_flops: unknown pair "
          "'vmoe-4 vs vitt'; did you mean 'vmoe-4 vs vit'?"),
         ("hypotheses={series: [vmoe-4, vit]}", "hypotheses.series: unknown MoE model of the pairs "

@@ -232,6 +232,15 @@ def test_the_setting_of_the_adversarial_paper(tmp_path):
     assert curve.attacks["paper"].steps == 40 and "pgd" in curve.attacks
     routings = {attack.routing for attack in worst.attacks.values() if attack.kind == "apgd"}
     assert routings == {"as_is", "soft", "frozen", "joint"}
+    # The verdicts are of the worst case, what transfers from the partner included.
+    assert plan.sweep.hypotheses.attacks == "worst" and "transfer" in worst.counted
+    from_whom = {
+        key: plan.nodes[f"evaluate/{key}-seed0-worst"].spec.evaluation.attacks["transfer"].model
+        for key in ("vit-b32-released", "vit-b32-released-two-experts", "vit-s32-scratch")}
+    assert from_whom == {
+        "vit-b32-released": "vmoe-b32-e8-k1-every2",
+        "vit-b32-released-two-experts": "vmoe-b32-e2-k1-every2",
+        "vit-s32-scratch": "vmoe-s32-e8-k2-last2"}
     layers = {name: indices(model.upcycle.layers, 24 if "-l" in name else 12)
               for name, model in plan.sweep.models.items() if model.upcycle}
     assert layers["vmoe-b16-e8-k2-every2"] == (1, 3, 5, 7, 9, 11)

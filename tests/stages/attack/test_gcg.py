@@ -21,6 +21,11 @@ def value(rows):
     return (TABLE[rows] * SLOPE).sum((1, 2))
 
 
+def both(rows):
+    """The objective, and itself as the score."""
+    return value(rows), value(rows)
+
+
 def every(row):
     return torch.ones(len(row), dtype=torch.bool)
 
@@ -59,7 +64,7 @@ def searched(**changes):
     settings = {"allowed": ALLOWED, "budget": 2, "steps": 6, "candidates": 100, "top": 20,
                 "generator": torch.Generator().manual_seed(0), "keep": every}
     return gcg.search(
-        value, lambda tokens: SLOPE, TABLE, START, POSITIONS, **settings | changes)
+        both, lambda tokens: SLOPE, TABLE, START, POSITIONS, **settings | changes)
 
 
 def test_the_best_tokens_within_the_budget_are_found():
@@ -69,10 +74,10 @@ def test_the_best_tokens_within_the_budget_are_found():
     expected[POSITIONS[best.indices]] = gains.indices[best.indices]
     found = searched()
     assert torch.equal(found.tokens, expected)
-    assert found.value == pytest.approx((value(START[None]) + best.values.sum()).item(), rel=1e-5)
+    assert found.score == pytest.approx((value(START[None]) + best.values.sum()).item(), rel=1e-5)
     whole = searched(budget=3)
     every_gain = gains.values.clamp(min=0).sum()
-    assert whole.value == pytest.approx((value(START[None]) + every_gain).item(), rel=1e-5)
+    assert whole.score == pytest.approx((value(START[None]) + every_gain).item(), rel=1e-5)
     assert 7 not in whole.tokens
 
 
@@ -88,13 +93,37 @@ def test_the_best_step_is_kept_when_later_ones_are_worse():
 
     def falling(rows):
         calls.append(len(rows))
-        return value(rows) - 100 * len(calls)
+        return value(rows), value(rows) - 100 * len(calls)
 
     found = gcg.search(
         falling, lambda tokens: SLOPE, TABLE, START, POSITIONS, allowed=ALLOWED, budget=3, steps=4,
         candidates=10, top=20, generator=torch.Generator(), keep=every)
     assert torch.equal(found.tokens, START) and calls == [1, 10, 10, 10, 10]
-    assert found.value == pytest.approx(value(START[None]).item() - 100)
+    assert found.score == pytest.approx(value(START[None]).item() - 100)
+
+
+def test_the_loss_leads_and_the_score_decides_what_is_kept():
+    """Success is the token at the third place that the loss likes least; the loss leads to the same
+    end whatever is kept."""
+    least = int(brute_force()[2].masked_fill(~ALLOWED, torch.inf).argmin())
+
+    def judged(rows):
+        return value(rows), (rows[:, 2] == least).float() - value(rows) / 1000
+
+    settings = {"allowed": ALLOWED, "budget": 3, "candidates": 100, "top": 20, "keep": every}
+
+    def run(judge, **changes):
+        return gcg.search(
+            judge, lambda tokens: SLOPE, TABLE, START, POSITIONS,
+            generator=torch.Generator().manual_seed(0), **settings | {"steps": 6} | changes)
+
+    found, plain = run(judged), run(both)
+    assert found.tokens[2] == least and plain.tokens[2] != least
+    assert torch.equal(found.last, plain.last)
+    # Of the candidates of a first step, all of which have one new token, one succeeds.
+    first = run(judged, steps=1, goal=0.5)
+    assert first.tokens.tolist() == [3, 1, least, 1, 5] and first.score > 0.5
+    assert run(judged, goal=0.5).steps == 1
 
 
 def test_random_replacements_change_as_many_tokens():
@@ -119,7 +148,8 @@ def test_one_step_on_a_model_is_the_best_of_all_replacements():
 
     def values(rows):
         with torch.no_grad():
-            return torch.cat([objective(victim.table[part])[0] for part in rows.split(64)])
+            parts = [torch.stack(objective(victim.table[part])) for part in rows.split(64)]
+            return torch.cat(parts, dim=1)
 
     def gradient(row):
         embedded = victim.table[row][None].requires_grad_()
@@ -131,8 +161,8 @@ def test_one_step_on_a_model_is_the_best_of_all_replacements():
     rows = tokens.repeat(3, 59, 1)
     for place in range(3):
         rows[place, :, place + 1] = torch.arange(200, 259)
-    brute = values(rows.flatten(0, 1))
-    assert found.value == pytest.approx(brute.max().item(), abs=1e-5)
+    brute = values(rows.flatten(0, 1))[0]
+    assert found.score == pytest.approx(brute.max().item(), abs=1e-5)
     # A promise is the slope of the way from one embedding to the other.
     step = torch.zeros(5, victim.table.shape[1])
     step[2] = 1e-3 * (victim.table[210] - victim.table[60])

@@ -80,27 +80,37 @@ def test_the_suffix_found_makes_the_target_more_probable(engines, data):
     assert dense["routing_change"].isna().all() and dense["loss"].lt(dense["loss_first"]).all()
 
 
-def test_routers_can_be_part_of_the_goal(engines, data):
+def test_routers_can_be_part_of_the_goal(engines, data, monkeypatch):
+    """The search goes where routers lean away, and keeps the likeliest of what it saw there."""
+    found, real = [], gcg.search
+
+    def search(*args, **settings):
+        found.append(real(*args, **settings))
+        return found[-1]
+
+    monkeypatch.setattr(gcg, "search", search)
     few = {"bad": data["bad"].head(2)}
     fields = {"harmful": ["bad"], "suffix": "x x x", "target": "Sure", "steps": 3,
-              "candidates": 16, "max_new_tokens": 1}
+              "candidates": 16, "max_new_tokens": 1, "checked": 0}
     plain, routed_too = (
         scores_of(engines["mixtral"], TargetAttack(**fields, routing_weight=w), few)
         for w in (0.0, 100.0))
     assert plain["loss"].mean() < routed_too["loss"].mean()
+    assert (routed_too["loss"] <= routed_too["loss_first"]).all()
     search = SuffixSearch(
         TargetAttack(**fields), engines["mixtral"].model, engines["mixtral"].tokenizer)
     victim = Victim(search.model)
 
-    def leaning(row, suffix):
+    def leaning(question, tokens):
         with torch.no_grad():
-            asked = [search._question({"id": "", "prompt": row.prompt}, text)[0]
-                     for text in (" x x x", suffix)]
-            first, now = (victim.routes(victim.table[q.tokens][None], q)[1] for q in asked)
-            return routing_loss(first, now, 1, len(asked[0].tokens)).item()
+            first, now = (victim.routes(victim.table[t][None], question)[1]
+                          for t in (question.tokens, tokens))
+            return routing_loss(first, now, 1, len(tokens)).item()
 
-    for row in routed_too.itertuples():
-        assert leaning(row, row.suffix) > leaning(row, " x x x")
+    for row, aimed in zip(routed_too.itertuples(), found[2:], strict=True):
+        question = search._question({"id": "", "prompt": row.prompt}, " x x x")[0]
+        assert leaning(question, aimed.last) > leaning(question, question.tokens)
+        assert row.loss == pytest.approx(-aimed.score, abs=1e-4)
 
 
 def test_the_gradient_after_what_was_read_once_is_that_of_the_whole_prompt(

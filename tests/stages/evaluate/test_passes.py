@@ -190,8 +190,9 @@ def test_passes_of_edits_by_hand():
         {"kind": "gcg", "steps": 20, "candidates": 32, "substitutions": 2}])
     one = 1 + 20 * (3 + 32)
     assert passes.of_text(gcg, 60, 0) == 4 + one + 2
-    # Twice the steps, one and four tokens; its own budget is only looked at again.
-    checks = (2 + 40 * 35) + 2 * (1 + one) + 1
+    # Twice the steps, other draws, four times the steps without a bound, one and four tokens; its
+    # own budget is only looked at again.
+    checks = (2 + 40 * 35) + (1 + one) + (2 + 80 * 35) + 2 * (1 + one) + 1
     assert passes.of_text(gcg, 60, 0, checked=True) == 4 + one + 2 + checks
 
 

@@ -9,60 +9,27 @@ import torch
 from pydantic import ValidationError
 
 from stages.attack.wordnet import digest
-from stages.compare.spec import CompareSpec
-from stages.compare.stage import EFFECTS_FILE
-from stages.compare.stage import run as compare
-from stages.compare.table import render_text
-from stages.evaluate import hygiene
-from stages.evaluate.engine import Engine
-from stages.evaluate.shards import plan_shards
 from stages.evaluate.text_attacking import Attacker, Attempt, common, variants
-from stages.evaluate.text_attacks import TextAttacks
-from stages.models.card import ModelCard
 from stages.models.routes import imposed
-from stages.models.tiny import tiny_model, tiny_tokenizer
-from stages.statistics import summarise
 from tests.stages.attack.dictionary import write_dictionary
-
-ATTACKS = [
-    {"kind": "embedding_pgd", "epsilon": 0.5, "steps": 4},
-    {"kind": "embedding_pgd", "name": "routes", "epsilon": 0.5, "steps": 4, "routing": "targeted"},
-    {"kind": "gcg", "substitutions": 2, "steps": 3, "candidates": 8, "top": 32},
-    {"kind": "deep_word_bug", "edits": 2},
-    {"kind": "homoglyphs", "edits": 2},
-    {"kind": "word_neighbours", "edits": 2},
-]
-TEXTS = ["Great little thing", "Awful dull thing", "A nice warm day", "Not my day"]
-
-
-def spec(**changes):
-    fields = {"dataset": "shop", "template": "sentiment", "attacks": ATTACKS, "checked": 0,
-              "swap_layers": True}
-    return TextAttacks(**fields | changes)
+from tests.stages.evaluate.attacked_texts import (
+    ATTACKS,
+    TEXTS,
+    engine_of,
+    scores_of,
+    shop,
+    spec,
+)
 
 
 @pytest.fixture(scope="module")
 def data():
-    ids = [str(n) for n in range(len(TEXTS))]
-    rows = {"id": ids, "document": ids, "text": TEXTS, "label": ["positive", "negative"] * 2}
-    return {"shop": pd.DataFrame(rows)}
+    return shop()
 
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
-    made = {}
-    for name in ("mixtral", "llama"):
-        folder, tokenizer = tmp_path_factory.mktemp(name), tiny_tokenizer()
-        tiny_model(name, tokenizer, seed=0).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        made[name] = Engine(folder)
-    return made
-
-
-def scores_of(engine, evaluation, data, size=64):
-    shards = plan_shards(evaluation.requests(data), size)
-    responses = {r.id: r for shard in shards for r in engine.respond(shard.requests)}
-    return evaluation.score(data, responses)
+    return {name: engine_of(name, tmp_path_factory.mktemp(name)) for name in ("mixtral", "llama")}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +40,7 @@ def scores(engines, data):
 def test_an_example_is_robust_where_every_attack_fails(scores, engines, data):
     under = scores[[f"correct/{a.label}" for a in spec().attacks]]
     assert scores["correct"].tolist() == under.min(axis=1).tolist()
-    # The clean input is among the iterates, and edits are made only while the answer is right.
+    # What was wrong without an attack is not robust to one that leaves it right.
     assert (under.to_numpy() <= scores[["clean"]].to_numpy()).all()
     assert scores["clean"].sum() > scores["correct"].sum()
     answers = engines["mixtral"].respond(
@@ -102,7 +69,7 @@ def test_perturbations_are_measured_in_half_distances_to_the_nearest_token(score
     distances = torch.cdist(table, table).fill_diagonal_(torch.inf)
     radius = 0.5 * table.norm(dim=1).median() / (distances.amin(1).median() / 2)
     sizes = scores["size/embedding_pgd"]
-    # 0 where the clean input was the best; no token is moved further than the radius.
+    # No token is moved further than the radius.
     assert sizes.le(radius.item() * (1 + 1e-4)).all() and sizes.max() > 0.5 * radius.item()
     assert scores["size/gcg"].eq(0).all()
 
@@ -125,6 +92,37 @@ def test_routes_change_more_the_more_they_are_aimed_at(scores):
     assert (untouched < scores["routing_change/routes"]).all() and (untouched > 0).any()
     same = scores[[f"routing_change{kind}/homoglyphs" for kind in ("", "_untouched")]]
     assert np.allclose(same.iloc[:, 0], same.iloc[:, 1])
+
+
+def test_what_is_compared_of_the_routes_by_hand(engines, data, scores):
+    """All tokens of the prompt, the replaced ones too, and none of the labels' words; the noise of
+    another batch likewise."""
+    attacker = Attacker(spec(), engines["mixtral"].model, engines["mixtral"].tokenizer)
+    for row, found in zip(spec().rows(data["shop"]), scores.to_dict("records"), strict=True):
+        question = attacker.question(row, row["text"])
+        clean = Attempt(attacker.victim.table[question.tokens], question, row["text"], 0)
+        made = attacker.attempt(spec().attacks[2], row, clean)
+        replaced = made.question.tokens != question.tokens
+        length = len(question.tokens)
+        assert replaced.sum() == found["edits/gcg"]
+        (_, before), (_, after) = attacker._asked(clean), attacker._asked(made)
+        assert len(before[0].experts) > length
+        changes, untouched = [], []
+        for one, other in zip(before, after, strict=True):
+            pairs = zip(one.experts[:length].tolist(), other.experts[:length].tolist(), strict=True)
+            chosen = torch.tensor([1 - len({*a} & {*b}) / len({*a} | {*b}) for a, b in pairs])
+            changes.append(chosen.mean().item())
+            untouched.append(chosen[~replaced].mean().item())
+        assert found["routing_change/gcg"] == pytest.approx(np.mean(changes), abs=1e-6)
+        assert found["routing_change_untouched/gcg"] == pytest.approx(
+            np.mean(untouched), abs=1e-6)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            _, rounded = attacker._asked(clean)
+        kept = [np.mean([1 - len({*a} & {*b}) / len({*a} | {*b}) for a, b in zip(
+            one.experts[:length].tolist(), other.experts[:length].tolist(), strict=True)])
+            for one, other in zip(before, rounded, strict=True)]
+        assert found["noise_bfloat16"] == pytest.approx(np.mean(kept), abs=1e-6)
+    assert scores["edits/gcg"].max() > 0
 
 
 def test_routes_are_exchanged_in_one_layer_at_a_time(engines, data, scores):
@@ -167,73 +165,6 @@ def test_neither_shards_nor_neighbours_change_a_row(scores, engines, data):
     pd.testing.assert_frame_equal(alone, expected, check_exact=True)
 
 
-def test_the_checks_of_an_attack_are_attacks(engines, data):
-    brief = [*(attack | {"steps": 2} for attack in ATTACKS[:3]), ATTACKS[4]]
-    evaluation = spec(attacks=brief, checked=2)
-    three = {"shop": data["shop"].head(3)}
-    scores = scores_of(engines["mixtral"], evaluation, three)
-    report = pd.DataFrame(evaluation.checks(scores))
-    found = set(zip(report["attack"], report["check"], strict=True))
-    assert {("embedding_pgd", c) for c in (
-        "twice the steps", "twice the restarts", "monotone", "unbounded", "gradients",
-        "not weaker than routes", "not weaker than random edits of the same budget")} <= found
-    assert {("gcg", "twice the steps"), ("homoglyphs", "monotone")} <= found
-    assert ("homoglyphs", "gradients") not in found
-    assert set(report.loc[report["check"] == "unbounded", "n"]) == {2}
-    assert set(report.loc[report["check"] == "gradients", "n"]) == {3}
-    curves = summarise(scores, evaluation.curves(scores))
-    assert {"check/gcg/budget 1", "check/gcg/budget 4", "check/embedding_pgd/budget 0.125"} <= set(
-        curves)
-    unbounded = report.set_index(["attack", "check"]).loc[("embedding_pgd", "unbounded")]
-    assert unbounded["value"] == 1.0 and unbounded["passed"]
-
-
-def test_a_search_of_tokens_must_find_what_as_many_near_words_do():
-    """Ten texts. Letters and synonyms make several tokens of a word: they are not compared."""
-    evaluation = spec(attacks=[
-        {"kind": "gcg", "substitutions": 2}, {"kind": "word_neighbours", "edits": 2},
-        {"kind": "word_neighbours", "name": "more", "edits": 3},
-        {"kind": "homoglyphs", "edits": 1}, {"kind": "embedding_pgd"}])
-    names = [attack.label for attack in evaluation.attacks]
-    scores = pd.DataFrame({f"random/{name}": np.ones(10) for name in names} | {
-        f"zero_gradients/{name}": np.zeros(10) for name in names})
-    for name in names:
-        # The search breaks the first three, the near words the third to the sixth.
-        broken = {"gcg": [0, 1, 2], "word_neighbours": [2, 3, 4, 5]}.get(name, [])
-        scores[f"correct/{name}"] = [float(n not in broken) for n in range(10)]
-    found = [(c["attack"], c["check"], c["value"]) for c in evaluation.checks(scores)
-             if c["check"].startswith("not weaker") and "random" not in c["check"]]
-    assert found == [("gcg", "not weaker than word_neighbours", 0.3)]
-
-
-def test_an_attack_that_does_nothing_is_weaker_than_its_control(engines, monkeypatch):
-    """With gradients of zero, and with answers that never tell one edit from another."""
-    engine = engines["mixtral"]
-    evaluation = spec(attacks=[
-        {"kind": "embedding_pgd", "epsilon": 4.0, "steps": 2, "restarts": 1},
-        {"kind": "deep_word_bug", "edits": 4}])
-    texts = pd.DataFrame({"id": range(8), "text": [
-        f"{text} for {what}" for text in TEXTS for what in ("children", "holidays")]})
-    rows = texts.assign(id=texts["id"].astype(str), document=texts["id"].astype(str),
-                        label="positive")
-    # Every label is what the model says, so that every change of an answer does harm.
-    attacker = Attacker(evaluation, engine.model, engine.tokenizer)
-    for index, row in enumerate(evaluation.rows(rows)):
-        question = attacker.question(row, row["text"])
-        margin = attacker.victim.margins([question.tokens], question).item()
-        rows.loc[index, "label"] = "negative" if margin > 0 else "positive"
-    monkeypatch.setattr(torch.autograd, "grad", lambda loss, at: (torch.zeros_like(at),))
-    monkeypatch.setattr(Attacker, "_margins", lambda self, row, texts: [-1.0] * len(texts))
-    scores = scores_of(engine, evaluation, {"shop": rows})
-    assert scores["correct"].eq(1).all() and scores["edits/deep_word_bug"].eq(0).all()
-    assert scores["size/embedding_pgd"].eq(0).all()
-    found = {(c["attack"], c["check"]): c for c in evaluation.checks(scores)}
-    for attack in ("embedding_pgd", "deep_word_bug"):
-        check = found[attack, "not weaker than random edits of the same budget"]
-        assert check["value"] == 1 - scores[f"random/{attack}"].mean() >= 0.25
-        assert not check["passed"]
-
-
 def test_controls_spend_the_budget_of_their_attack(engines, data):
     attacker = Attacker(spec(), engines["mixtral"].model, engines["mixtral"].tokenizer)
     pgd, _, search, bug, _, _ = spec().attacks
@@ -247,104 +178,6 @@ def test_controls_spend_the_budget_of_their_attack(engines, data):
         assert attacker.control(search, row, clean).edits == 2
         words = len([w for w in row["text"].split() if w.lower() not in ("a", "not", "my")])
         assert attacker.control(bug, row, clean).edits == min(2, words)
-
-
-def test_an_attack_is_not_run_again_for_the_check_of_its_own_budget(engines, data, monkeypatch):
-    tried, real = [], Attacker.attempt
-
-    def attempt(self, attack, row, clean, **options):
-        tried.append((attack.steps, attack.substitutions))
-        return real(self, attack, row, clean, **options)
-
-    monkeypatch.setattr(Attacker, "attempt", attempt)
-    evaluation = spec(attacks=ATTACKS[2:3], checked=1)
-    scores = scores_of(engines["mixtral"], evaluation, {"shop": data["shop"].head(1)})
-    assert tried == [(3, 2), (6, 2), (3, 1), (3, 4)]
-    assert scores["check/gcg/budget 2"].tolist() == (1 - scores["correct/gcg"]).tolist()
-
-
-def test_a_check_ends_where_it_succeeds(engines, data):
-    attacker = Attacker(spec(), engines["mixtral"].model, engines["mixtral"].tokenizer)
-    row = next(r for r in spec().rows(data["shop"]) if r["label"] == "positive")
-    question = attacker.question(row, row["text"])
-    clean = Attempt(attacker.victim.table[question.tokens], question, row["text"], 0)
-    for _, variant in variants(spec().attacks[0]):
-        spent = []
-        for options in ({}, {"goal": 0.0}):
-            before = attacker.victim.gradients
-            made = attacker.attempt(variant, row, clean, **options)
-            answer = attacker._asked(made)[0].argmax().item()
-            spent.append((attacker.victim.gradients - before, answer != question.gold))
-        (whole, broken), (part, too) = spent
-        assert broken == too and part <= whole and (part < whole or not broken)
-
-
-def test_checks_by_hand():
-    def booleans(text):
-        return np.array([c == "1" for c in text])
-
-    base = booleans("1100000000")
-    more = hygiene.more_effort("a", "twice the steps", base, booleans("1011000000"))
-    assert more["value"] == 0.2 and not more["passed"]
-    assert hygiene.more_effort("a", "x", base, booleans("1000000000"))["passed"]
-    ladder = [booleans("1000000000"), base, booleans("0110000000")]
-    assert hygiene.monotone("a", ladder)["value"] == 0.1
-    assert hygiene.monotone("a", ladder[:2])["passed"]
-    assert not hygiene.unbounded("a", booleans("1110"))["passed"]
-    assert hygiene.unbounded("a", booleans("111"))["passed"]
-    weaker = hygiene.not_weaker("a", "b", base, booleans("0000000001"))
-    assert weaker["value"] == 0.1 and not weaker["passed"]
-    assert hygiene.gradients("a", np.array([0.0, 0.5]))["value"] == 0.25
-    # Of two seeds the worse one is told; what passes is not.
-    again = hygiene.more_effort("a", "twice the steps", base, booleans("1011100000"))
-    other = hygiene.more_effort("b", "twice the steps", base, booleans("1010000000"))
-    unbroken = hygiene.unbounded("a", booleans("1"))
-    assert hygiene.failures([more, again, unbroken, other, weaker]) == (
-        "twice the steps (a: 0.30 of 10, b: 0.10 of 10); not weaker than b (a: 0.10 of 10)")
-    assert hygiene.failures([hygiene.unbounded("a", booleans("1"))]) == ""
-
-
-def test_an_attack_that_fails_a_check_is_marked_in_the_table(scores, tmp_path):
-    evaluation = spec(attacks=ATTACKS[:1])
-    inputs = {}
-    for model in ("moe", "dense"):
-        for recipe in ("none", "sft"):
-            folder = tmp_path / model / recipe
-            (folder / "c").mkdir(parents=True)
-            # The control breaks what the attack does not.
-            table = scores.assign(**{"correct/embedding_pgd": 1.0, "random/embedding_pgd": 0.0})
-            if (model, recipe) != ("moe", "sft"):
-                table["random/embedding_pgd"] = 1.0
-            table.to_parquet(folder / "scores.parquet")
-            inputs[f"scores/{model}/{recipe}/0/attacked"] = folder
-            ModelCard(
-                architecture=model, family="x", total_parameters=1, active_parameters=1,
-                flops_per_token=1, experts=0, top_k=0, moe_layers=(), layers=1, origin="",
-            ).write(folder / "c")
-            inputs[f"checkpoint/{model}/{recipe}/0"] = folder / "c"
-    (tmp_path / "out").mkdir()
-    compare(CompareSpec(
-        title="t", pairs=[{"name": "p", "moe": "moe", "dense": "dense"}], recipes=("none", "sft"),
-        seeds=(0,), evaluations={"attacked": evaluation}, resamples=200,
-    ), inputs, tmp_path / "out", gaps={})
-    table = pd.read_parquet(tmp_path / "out" / "comparison.parquet")
-    marked = table[table["metric"] == "robust_accuracy"].set_index("recipe")["caution"]
-    assert marked["none"] == "" and marked["sft"].startswith(
-        "attacked: moe sft fails checks of the attack: not weaker than random edits of the same "
-        "budget (embedding_pgd: ")
-    assert "attacked: moe sft fails checks of the attack:" in " ".join(
-        render_text(table).split())
-    # The report has all checks, those that passed too.
-    page = (tmp_path / "out" / "report.md").read_text()
-    assert "Checks of the attacks: attacked, 1 of " in page
-    line = next(x for x in page.splitlines() if "| not weaker than random edits" in x)
-    cells = [cell.strip() for cell in line.split("|")[3:-1]]
-    assert [cell.endswith("(failed)") for cell in cells] == [False, True, False, False]
-    # Routes are compared with the same model before the recipe, and with nothing else.
-    assert not table["metric"].str.startswith("routing_change").any()
-    effects = pd.read_parquet(tmp_path / "out" / EFFECTS_FILE)
-    routes = effects[effects["metric"] == "routing_change/embedding_pgd"]
-    assert routes["model"].tolist() == ["moe"] and routes["difference"].tolist() == [0.0]
 
 
 def test_words_of_one_token_have_neighbours(engines, monkeypatch):
@@ -391,6 +224,9 @@ def test_variants_and_common_tokens_by_hand():
     assert [v.epsilon for k, v in found.items() if k.startswith("budget")] == [
         0.125, 0.25, 0.5, 1.0, 2.0]
     assert [v.substitutions for k, v in variants(gcg) if k.startswith("budget")] == [1, 2, 4]
+    search = dict(variants(gcg))
+    assert search["restarts"].label == "gcg/again"
+    assert (search["unbounded"].substitutions, search["unbounded"].steps) == (1_000_000, 12)
     assert list(dict(variants(edits))) == ["budget 1", "budget 2", "budget 4"]
     before, after = common([1, 2, 3, 4], [1, 9, 3, 3, 4])
     assert before.tolist() == [0, 2, 3] and after.tolist() in ([0, 2, 4], [0, 3, 4])
