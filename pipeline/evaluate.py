@@ -3,6 +3,9 @@
 Each evaluation's requests are cut into shards whose content depends on the requests alone. An actor
 loads the model once and writes each shard's responses as soon as it has them, so a pass that was
 killed repeats at most the shards in flight, and its scores equal those of an uninterrupted one.
+The requests lie in the store, a row group per shard, and are read where they are answered: Ray
+moves the places of shards and nothing else, and neither its object store nor the process that
+drives the pass holds an evaluation's requests.
 Shards of generations go to vLLM instead where the sweep says so (``vllm_engine.py``).
 """
 
@@ -27,25 +30,51 @@ from stages.evaluate.base import Response
 from stages.evaluate.engine import Engine, device_of
 from stages.evaluate.engines import takes
 from stages.evaluate.shards import (
+    REQUEST_SCHEMA,
+    RESPONSE_SCHEMA,
     Shard,
     plan_shards,
     requests_from_table,
-    requests_to_table,
     responses_from_table,
     responses_to_table,
+    shard_id,
 )
 from stages.evaluate.spec import AMATEUR, JUDGE, SURROGATE
 from stages.evaluate.stage import judgements_for, requests_for, score_node
 
 RESPONSES = "responses"
+REQUESTS, JUDGEMENTS = "requests", "judgements"
+"""Files of what the model and a judge are asked."""
+BLOCKS = 64
+"""Most blocks of shards for each actor: as many as are kept track of, however many shards."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A shard of a node, as it lies in the store."""
+
+    id: str
+    file: str
+    """Of the requests, in the store."""
+    group: int
+    """The file's row group."""
+    by_vllm: bool
+    """Whether vLLM can answer it."""
+
+    def read(self, store: Store) -> Shard:
+        """Its requests."""
+        return Shard(self.id, _group(store, self.file, self.group))
 
 
 class Responder:
-    """An actor that holds the model and answers whole shards."""
+    """An actor that holds the model and answers whole shards.
 
-    def __init__(self, store: str, checkpoint: str, dtype: str, cpus: float, gpus: float,
-                 amateurs: dict[str, str], surrogates: dict[str, str]):
-        self.store = Store(store)
+    ``files`` are files of requests in the store, each with the folder of its node.
+    """
+
+    def __init__(self, store: str, files: list[tuple[str, str]], checkpoint: str, dtype: str,
+                 cpus: float, gpus: float, amateurs: dict[str, str], surrogates: dict[str, str]):
+        self.store, self.files = Store(store), files
         self.engine = Engine(
             self.store.fetch(checkpoint), dtype=dtype, device=device_of(gpus),
             threads=None if gpus else max(1, int(cpus)),
@@ -54,17 +83,20 @@ class Responder:
         )
 
     def __call__(self, batch: dict) -> dict:
-        """Answer the shards of a batch, write them, and name their nodes."""
-        for path, requests in zip(batch["path"], batch["requests"], strict=True):
-            responses = self.engine.respond(requests_from_table(_unpacked(requests)))
-            self.store.write_bytes(path, _packed(responses_to_table(responses)))
-        return {"node": batch["node"]}
+        """Answer the shards of a batch and write them."""
+        for number, group in zip(batch["file"], batch["group"], strict=True):
+            file, folder = self.files[number]
+            requests = requests_from_table(_group(self.store, file, int(group)))
+            path = _responses_file(folder, shard_id(requests))
+            responses = self.engine.respond(requests)
+            self.store.write_bytes(path, _packed([responses_to_table(responses)]))
+        return {"file": batch["file"]}
 
 
 def run_pass(jobs: list[Job]) -> dict[str, Outcome]:
     """Answer the missing shards of all jobs (evaluations of one checkpoint), then score each."""
     store = Store(jobs[0].store)
-    planned: dict[str, list[Shard]] = {}
+    planned: dict[str, list[Asked]] = {}
     outcomes: dict[str, Outcome] = {}
     for job in jobs:
         try:
@@ -78,7 +110,6 @@ def run_pass(jobs: list[Job]) -> dict[str, Outcome]:
         return outcomes | {j.node.key: Outcome("failed", explain(error, j, store)) for j in jobs}
     jobs = [job for job in jobs if job.node.key not in outcomes]
     shards = {key: [shard.id for shard in found] for key, found in planned.items()}
-    planned.clear()  # the requests; what is left of a large evaluation are the names of its shards
     outcomes |= _judge(jobs, shards, store)
     for job in jobs:
         if job.node.key not in outcomes:
@@ -92,7 +123,7 @@ def _judge(jobs: list[Job], shards: dict[str, list[str]], store: Store) -> dict[
     Adds their shards to those of the nodes; returns the outcomes of nodes that failed.
     """
     failed: dict[str, Outcome] = {}
-    by_judge: dict[str, dict[str, list[Shard]]] = {}
+    by_judge: dict[str, dict[str, list[Asked]]] = {}
     for job in jobs:
         try:
             asked = judgements_for(job.node.spec.evaluation, _inputs(job, store),
@@ -102,7 +133,8 @@ def _judge(jobs: list[Job], shards: dict[str, list[str]], store: Store) -> dict[
             continue
         for judge, requests in asked.items():
             folder = job.inputs[f"{JUDGE}{judge}"]
-            planned = plan_shards(requests, job.node.spec.shard_size)
+            cut = plan_shards(requests, job.node.spec.shard_size)
+            planned = _written(job, store, cut, f"{JUDGEMENTS}-{judge}")
             by_judge.setdefault(folder, {})[job.node.key] = planned
     for folder, planned in by_judge.items():
         asking = [job for job in jobs if job.node.key in planned]
@@ -115,11 +147,20 @@ def _judge(jobs: list[Job], shards: dict[str, list[str]], store: Store) -> dict[
     return failed
 
 
-def _prepare(job: Job, store: Store) -> list[Shard]:
+def _prepare(job: Job, store: Store) -> list[Asked]:
     with beside_the_sweep(job):
-        requests = requests_for(job.node.spec.evaluation, _inputs(job, store))
-    store.write_bytes(f"{job.node.folder}/requests.parquet", _packed(requests_to_table(requests)))
-    return plan_shards(requests, job.node.spec.shard_size)
+        shards = plan_shards(requests_for(job.node.spec.evaluation, _inputs(job, store)),
+                             job.node.spec.shard_size)
+    return _written(job, store, shards, REQUESTS)
+
+
+def _written(job: Job, store: Store, shards: list[Shard], name: str) -> list[Asked]:
+    """Write a node's requests, a row group per shard."""
+    file = f"{job.node.folder}/{name}.parquet"
+    store.write_bytes(file, _packed([shard.table for shard in shards], REQUEST_SCHEMA))
+    # A shard holds generations alone, or none.
+    return [Asked(shard.id, file, group, takes(requests_from_table(shard.table.slice(0, 1))[0]))
+            for group, shard in enumerate(shards)]
 
 
 def _inputs(job: Job, store: Store) -> dict[str, Path]:
@@ -131,21 +172,25 @@ def _inputs(job: Job, store: Store) -> dict[str, Path]:
 def _responses(job: Job, shards: list[str], store: Store) -> Iterator[Response]:
     """The stored responses of a node's shards."""
     for shard in shards:
-        file = store.read_bytes(f"{job.node.folder}/{RESPONSES}/{shard}.parquet")
-        yield from responses_from_table(_unpacked(file))
+        file = store.read_bytes(_responses_file(job.node.folder, shard))
+        yield from responses_from_table(pq.read_table(pa.BufferReader(file)))
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A shard whose responses are still to be had, and where in the store they go."""
+    """A shard whose responses are still to be had, and the folder of its node."""
 
     node: str
-    path: str
-    shard: Shard
+    folder: str
+    shard: Asked
+
+
+def _responses_file(folder: str, shard: str) -> str:
+    return f"{folder}/{RESPONSES}/{shard}.parquet"
 
 
 def _respond(
-    jobs: list[Job], shards: dict[str, list[Shard]], store: Store, checkpoint: str
+    jobs: list[Job], shards: dict[str, list[Asked]], store: Store, checkpoint: str
 ) -> dict[str, Outcome]:
     """Answer every shard without stored responses, by actors with that checkpoint or by vLLM.
 
@@ -158,11 +203,8 @@ def _respond(
         missing = [s for s in shards[job.node.key] if f"{s.id}.parquet" not in there]
         waiting[job.node.key] = len(missing)
         for shard in missing:
-            path = f"{job.node.folder}/{RESPONSES}/{shard.id}.parquet"
-            # A shard holds generations alone, or none.
-            (first,) = requests_from_table(shard.table.slice(0, 1))
-            elsewhere = job.node.spec.engine == "vllm" and takes(first)
-            (others if elsewhere else ours).append(Missing(job.node.key, path, shard))
+            elsewhere = job.node.spec.engine == "vllm" and shard.by_vllm
+            (others if elsewhere else ours).append(Missing(job.node.key, job.node.folder, shard))
 
     def stored(key: str) -> None:
         waiting[key] -= 1
@@ -190,10 +232,14 @@ def _by_actors(
 ) -> Iterator[str]:
     """Send shards through an actor pool; yields the node of each that is stored."""
     spec, resources = jobs[0].node.spec, jobs[0].node.resources
-    rows = [{"node": each.node, "path": each.path, "requests": _packed(each.shard.table)}
+    nodes = {(each.shard.file, each.folder): each.node for each in missing}
+    files = list(nodes)
+    rows = [{"file": files.index((each.shard.file, each.folder)), "group": each.shard.group}
             for each in missing]
-    # One block per shard: a shard is the unit of work, of writing and of repetition.
-    answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+    # A block per shard as long as there are few, else several, the long and the short alike.
+    blocks = min(len(rows), BLOCKS * resources.workers)
+    rows = [row for start in range(blocks) for row in rows[start::blocks]]
+    answered = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
         Responder,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
@@ -202,13 +248,13 @@ def _by_actors(
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
         fn_constructor_kwargs={
-            "store": store.uri, "checkpoint": checkpoint, "dtype": spec.dtype,
+            "store": store.uri, "files": files, "checkpoint": checkpoint, "dtype": spec.dtype,
             "cpus": resources.cpus, "gpus": resources.gpus,
             "amateurs": _named(jobs, AMATEUR), "surrogates": _named(jobs, SURROGATE),
         },
     )
     for row in answered.iter_rows():
-        yield row["node"]
+        yield nodes[files[row["file"]]]
 
 
 def _by_vllm(
@@ -218,15 +264,16 @@ def _by_vllm(
     from pipeline import vllm_engine
 
     spec, resources = jobs[0].node.spec, jobs[0].node.resources
-    shards = [each.shard for each in missing]
+    shards = [each.shard.read(store) for each in missing]
     for index, answered in vllm_engine.answer(shards, store, checkpoint, spec, resources):
         each, failures = missing[index], answered.failures
         if not failures:
-            store.write_bytes(each.path, _packed(responses_to_table(answered.responses)))
+            store.write_bytes(_responses_file(each.folder, each.shard.id),
+                              _packed([responses_to_table(answered.responses)]))
             yield each, ""
             continue
         id, reason = next(iter(failures.items()))
-        yield each, (f"vLLM did not answer {len(failures)} of the {len(each.shard.table)} "
+        yield each, (f"vLLM did not answer {len(failures)} of the {len(shards[index].table)} "
                      f"requests of a shard, first {id}: {reason}; run again, what is stored stays")
 
 
@@ -248,12 +295,16 @@ def _score(job: Job, shards: list[str], store: Store) -> Outcome:
     return committed(job, store, work)
 
 
-def _packed(table: pa.Table) -> bytes:
-    """A table as the bytes of a Parquet file."""
+def _packed(tables: list[pa.Table], schema: pa.Schema = RESPONSE_SCHEMA) -> bytes:
+    """Tables as the bytes of a Parquet file, a row group each."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    with pq.ParquetWriter(sink, schema) as writer:
+        for table in tables:
+            writer.write_table(table)
     return sink.getvalue().to_pybytes()
 
 
-def _unpacked(data: bytes) -> pa.Table:
-    return pq.read_table(pa.BufferReader(data))
+def _group(store: Store, file: str, group: int) -> pa.Table:
+    """A row group of a Parquet file."""
+    with store.open(file) as stream:
+        return pq.ParquetFile(stream).read_row_group(group)

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
 from pyarrow import fs
 
 from stages.errors import BadInput
@@ -97,6 +98,10 @@ class Store:
         """A file of the store, whole."""
         with self.fs.open_input_stream(f"{self.root}/{path}") as stream:
             return stream.read()
+
+    def open(self, path: str) -> pa.NativeFile:
+        """A file of the store, to be read in part."""
+        return self.fs.open_input_file(f"{self.root}/{path}")
 
     def manifest(self, folder: str) -> dict | None:
         """The manifest of a node folder, or None if it is unfinished."""

@@ -59,7 +59,7 @@ class Shard:
     """Requests that are answered together, and a name that only they have."""
 
     id: str
-    """First 16 hexadecimal digits of the sha256 of the requests' content, in order."""
+    """``shard_id`` of the requests."""
     table: pa.Table
     """A row for each (``REQUEST_SCHEMA``)."""
 
@@ -77,6 +77,7 @@ def plan_shards(requests: Iterable[Request], size: int) -> list[Shard]:
     short ones. The same requests in any order give the same shards.
     """
     table = requests_to_table(requests)
+    del requests  # a list of them takes many times the memory of the table
     order = sorted(
         (_kind(request), -_length(request), request.id, start + place)
         for start in range(0, len(table), PART)
@@ -89,10 +90,14 @@ def plan_shards(requests: Iterable[Request], size: int) -> list[Shard]:
         most = max(1, size // PROCEDURE_WORK) if kind == PROCEDURE else size
         for start in range(0, len(rows), most):
             part = table.take(rows[start : start + most])
-            content = [_content(request) for request in requests_from_table(part)]
-            digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-            shards.append(Shard(digest[:16], part))
+            shards.append(Shard(shard_id(requests_from_table(part)), part))
     return shards
+
+
+def shard_id(requests: Iterable[Request]) -> str:
+    """First 16 hexadecimal digits of the sha256 of some requests' content, in order."""
+    content = [_content(request) for request in requests]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _kind(request: Request) -> int:
