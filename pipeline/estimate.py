@@ -101,13 +101,21 @@ class Estimator:
     # --- data -----------------------------------------------------------------------------------
 
     def rows(self, dataset: str, split: str) -> float | None:
-        """Rows of a split: the published or counted ones times its share, or its limit."""
+        """Rows of a split: the published or counted ones times its share, or its limits."""
         spec, declared = self.plan.sweep.datasets[dataset], self._source_size(dataset)[0]
-        limit = spec.rows.get(split)
-        if declared is None:
-            return limit
-        here = declared * spec.splits[split]
-        return min(here, limit) if limit else here
+        here = [] if declared is None else [declared * spec.splits[split]]
+        if split in spec.rows:
+            here.append(spec.rows[split])
+        labels = self._labels(spec)
+        if split in spec.rows_per_label and labels:
+            here.append(spec.rows_per_label[split] * labels)
+        return min(here, default=None)
+
+    def _labels(self, spec: DataSpec) -> int | None:
+        """How many labels a data set has, where that is declared."""
+        source = parse(located(spec.source, self.folder), format=spec.format)
+        published = getattr(source, "published", None)
+        return len(published.labels if published else set(spec.labels.values())) or None
 
     def characters(self, dataset: str) -> float:
         """Of the text of a row: counted, or assumed for its task."""

@@ -61,11 +61,13 @@ def reserve(sweep: Sweep) -> Sweep:
             entry = datasets[dataset]
             if SELECTION in entry.splits:
                 continue
-            share, splits, rows = entry.splits[split], dict(entry.splits), dict(entry.rows)
+            share, splits = entry.splits[split], dict(entry.splits)
+            limits = {"rows": dict(entry.rows), "rows_per_label": dict(entry.rows_per_label)}
             splits |= {SELECTION: share / SHARE, split: share * (SHARE - 1) / SHARE}
-            if split in rows:
-                rows[SELECTION] = -(-rows[split] // (SHARE - 1))
-            datasets[dataset] = entry.model_copy(update={"splits": splits, "rows": rows})
+            for limit in limits.values():
+                if split in limit:
+                    limit[SELECTION] = -(-limit[split] // (SHARE - 1))
+            datasets[dataset] = entry.model_copy(update={"splits": splits, **limits})
     return sweep.model_copy(update={"datasets": datasets})
 
 

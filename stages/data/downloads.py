@@ -108,8 +108,11 @@ def _fetch(
     with FileLock(path.with_name(f"{path.name}.lock")):
         if path.exists():
             return path
-        with part.open("ab") as file:
-            http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=size)
+        # A server refuses to go on with what is whole already.
+        if not (sha256 and part.exists() and files.digest(part) == sha256):
+            # What no digest and no size tells may be another file by now: it begins anew.
+            with part.open("ab" if sha256 or size is not None else "wb") as file:
+                http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=size)
         if sha256 is not None and (found := files.digest(part)) != sha256:
             part.unlink()
             raise OSError(f"it has sha256 {found}, expected {sha256}")

@@ -74,6 +74,8 @@ class Form:
     """Column to the values of the rows that belong to this data set."""
     derive: Callable[[pa.Table], pa.Table] | None = None
     """Computes columns that the file does not hold as such."""
+    derived: int = 1
+    """Version of what it computes, raised with every change, so that stored rows are stale."""
     needs: tuple[str, ...] = ()
     """Columns that ``derive`` reads."""
     makes: tuple[str, ...] = ()
@@ -120,7 +122,8 @@ class Published:
         hub = (self.hub.repository, self.hub.revision) if self.hub and part.files else None
         web = (part.web.url, part.web.sha256) if part.web else None
         forms = [(f.columns, f.labels, f.unlabelled, f.keep) for f in self.forms]
-        content = json.dumps([hub, part.files, web, forms, self.harmful], sort_keys=True)
+        derived = [form.derived for form in self.forms if form.derived > 1]
+        content = json.dumps([hub, part.files, web, forms, self.harmful, *derived], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def pinned(self, split: str) -> bool | None:

@@ -180,18 +180,20 @@ def _check_cut(spec: DataSpec, field: str) -> None:
     total = sum(spec.splits.values())
     if total > 1 + 1e-9:
         raise BadInput(f"{field}.splits: the shares sum to {total:g}; lower them to 1 or less")
-    for name in sorted(set(spec.rows) - set(spec.splits)):
-        raise BadInput(
-            f"{field}.rows: there is no split {name!r}; name one of {', '.join(spec.splits)}"
-        )
+    for limit in ("rows", "rows_per_label"):
+        for name in sorted(set(getattr(spec, limit)) - set(spec.splits)):
+            raise BadInput(
+                f"{field}.{limit}: there is no split {name!r}; name one of {', '.join(spec.splits)}"
+            )
     known = SCHEMAS[spec.task].names
     for name in sorted(set(spec.columns) - set(known)):
         raise BadInput(
             f"{field}.columns: task {spec.task} has no column {name!r}; "
             f"name one of {', '.join(known)}"
         )
-    if spec.labels and spec.task not in LABELLED:
-        raise BadInput(f"{field}.labels: task {spec.task} has no labels; remove this field")
+    for given in ("labels", "rows_per_label"):
+        if getattr(spec, given) and spec.task not in LABELLED:
+            raise BadInput(f"{field}.{given}: task {spec.task} has no labels; remove this field")
     if spec.corruption is not None and spec.task != "images":
         raise BadInput(f"{field}.corruption: task {spec.task} has no images; remove this field")
 

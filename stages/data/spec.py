@@ -81,13 +81,17 @@ class DataSpec(Spec):
     """Split name to share of the documents; the shares sum to at most 1."""
     rows: dict[str, Annotated[int, Field(gt=0)]] = {}
     """Most rows kept of a split, drawn by the seed (a uniform sample over rows)."""
+    rows_per_label: dict[str, Annotated[int, Field(gt=0)]] = {}
+    """Most rows kept of each label of a split, drawn likewise, before ``rows`` (tasks with
+    labels)."""
     seed: int = 0
     corruption: Corruption | None = None
     """Images only: the same rows, corrupted."""
 
     def identity(self) -> dict:
-        """A data set that is not corrupted is what it was before there were corruptions."""
+        """A data set without what was added later is what it was before."""
         identity = super().identity()
-        if self.corruption is None:
-            del identity["corruption"]
+        for added in ("corruption", "rows_per_label"):
+            if not getattr(self, added):
+                del identity[added]
         return identity

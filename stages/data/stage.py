@@ -124,6 +124,13 @@ def _draw(table: pa.Table, split: str, spec: DataSpec) -> pa.Table:
     limit = spec.rows.get(split, table.num_rows)
     ids = table["id"].to_pylist()
     order = sorted(range(len(ids)), key=lambda place: _hash(f"{spec.seed}/row/{ids[place]}"))
+    if split in spec.rows_per_label:
+        labels = table["label"].to_pylist()
+        by_label: dict[str, list[int]] = {}
+        for place in order:
+            by_label.setdefault(labels[place], []).append(place)
+        kept = {p for places in by_label.values() for p in places[: spec.rows_per_label[split]]}
+        order = [place for place in order if place in kept]
     return table.take(pa.array(sorted(order[:limit]), pa.int64()))
 
 

@@ -92,8 +92,9 @@ class Classification(Evaluation):
         return {dataset: self.task for dataset in names}
 
     def wordings(self) -> dict[str, str]:
-        """The template's hash."""
-        return {"template": TEMPLATES[self.template].hash}
+        """The template's hash, and which side of a prompt a head does without."""
+        cut = {"too_long": "left"} if self.method == "head" else {}
+        return {"template": TEMPLATES[self.template].hash, **cut}
 
     def vote(self, request: Request, text: str) -> str:
         """The label in an answer."""

@@ -27,7 +27,7 @@ from stages.evaluate.scorer import (
     prompt,
 )
 from stages.evaluate.techniques import SelfConsistency
-from stages.evaluate.thinking import HARMONY_CHANNEL
+from stages.evaluate.thinking import HARMONY_CHANNEL, opened
 
 # Tokens of a batch, padding and those still to come included: bounds the key-value cache.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -101,8 +101,10 @@ def prompt_tokens(tokenizer: Tokenizer, request: Request, longest: int) -> list[
 
 
 def answer(tokenizer: Tokenizer, request: Request, tokens: list[int], finished: bool) -> Response:
-    """The response that generated tokens, the end token left out, make."""
-    text = cut(_text(tokenizer, tokens), request.stop)
+    """The response that generated tokens, the end token left out, make; it begins with the mark of
+    a thought that the chat template has opened."""
+    mark = opened(prompt(tokenizer, request)[0]) if request.chat else ""
+    text = mark + cut(_text(tokenizer, tokens), request.stop)
     return Response(request.id, tokens=(len(tokens),), text=text, finished=finished)
 
 

@@ -14,8 +14,7 @@ from stages.models.classifier import is_classifier, register
 from stages.models.families import FAMILIES
 
 LONGEST = 512
-"""Tokens of a text at most, where the model does not say; the beginning is kept, where the request
-and the answer of a judged text begin."""
+"""Tokens of a text at most, where the model does not say."""
 
 
 def has_head(folder: Path) -> bool:
@@ -54,10 +53,15 @@ class Head:
     @torch.inference_mode()
     def respond(self, requests: Sequence[Request]) -> list[Response]:
         """The head's outputs (labels,) on each context, one at a time so that no padding and no
-        neighbour has a part in them."""
+        neighbour has a part in them.
+
+        A prompt too long for the model loses tokens from its left, as everywhere: at its end is
+        what is asked. A judge keeps the beginning, where the request and the answer begin.
+        """
         longest = getattr(self.model.config, "max_position_embeddings", LONGEST)
         responses = []
         for request in requests:
+            self.tokenizer.truncation_side = "right" if request.model else "left"
             tokens = self.tokenizer(
                 request.context,
                 truncation=True,

@@ -20,7 +20,7 @@ from stages.evaluate.examples import clusters, difference, mean_where, qualified
 class LabelledSets(Classification):
     """One set to compare with and others on which a model may do worse."""
 
-    VERSION: ClassVar[int] = Classification.VERSION + 1
+    VERSION: ClassVar[int] = Classification.VERSION + 2
     split: str = "test"
 
     @property
@@ -91,17 +91,23 @@ class LabelledSets(Classification):
     """The two in tables."""
 
     def metrics(self) -> tuple[Metric, ...]:
-        """Pooled, mean, worst and per-set accuracy and macro-F1, and the robustness gap."""
+        """Mean, pooled, worst and per-set accuracy and macro-F1, and the robustness gap.
+
+        First comes the unweighted mean over sets, as the protocol of MoE-RBench has it; pooled
+        over examples a large set outweighs the others.
+        """
         one, others = [self.reference], list(self.others)
         (before, after, gap), (inside, outside) = self.names, self.titles
         reference = _accuracy(f"{before}_accuracy", one, f"accuracy {inside}")
         accuracies = [_accuracy(f"accuracy/{d}", [d], f"accuracy on {d}") for d in others]
+        mean = _accuracy(f"{after}_accuracy", others, f"accuracy {outside}")
         several = ()
         if len(others) > 1:
+            mean = difference(
+                f"{after}_accuracy", accuracies, [], label=f"accuracy {outside}, mean of sets"
+            )
             several = (
-                difference(
-                    f"{after}_mean_accuracy", accuracies, [], label=f"accuracy {outside}, mean"
-                ),
+                _accuracy(f"{after}_pooled_accuracy", others, f"accuracy {outside}, pooled"),
                 worst(f"{after}_worst_accuracy", accuracies, label=f"accuracy {outside}, worst"),
                 self._from_counts(
                     f"{after}_worst_macro_f1",
@@ -112,7 +118,7 @@ class LabelledSets(Classification):
                 ),
             )
         return (
-            _accuracy(f"{after}_accuracy", others, f"accuracy {outside}, pooled"),
+            mean,
             reference,
             self._from_counts(
                 f"{before}_balanced_accuracy",

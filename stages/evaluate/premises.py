@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-VERSION = 1
+VERSION = 2
 """Recorded with every score; raised when any answer could be judged otherwise."""
 
 OPENING_SENTENCES = 3
@@ -26,7 +26,8 @@ CORRECTS = {
     "names the error": re.compile(
         r"\bfalse premise\b|\bpremise\b.*\b(?:false|wrong|incorrect)\b|\bmisconception\b"
         r"|\b(?:incorrect|inaccurate|mistaken|untrue|fictional|hypothetical|a myth|a hoax)\b"
-        r"|\b(?:not|isn't|n't) (?:\w+ )?(?:true|correct|accurate|the case)\b|\bcontrary to\b",
+        r"|\b(?:not|isn't|n't) (?:\w+ )?(?:true|correct|accurate|the case)\b|\bcontrary to\b"
+        r"|^\W*(?:(?:actually|in fact|well|oh|uh)\W+)?no(?:pe)?\s*[,.!;:–—-]",
         re.IGNORECASE,
     ),
     "not yet": re.compile(
@@ -43,7 +44,7 @@ CORRECTS = {
     ),
     "did not happen": re.compile(
         r"\b(?:did|does|do|has|have|had|is|are|was|were|will|would|could|can)(?: not|n't)\b"
-        r"|\bnever\b|\bno longer\b|\bcannot\b|\bwon't\b",
+        r"|\bcan't\b|\bnever\b|\bno longer\b|\bcannot\b|\bwon't\b",
         re.IGNORECASE,
     ),
 }

@@ -42,7 +42,7 @@ class Refusal(Evaluation):
     """Data sets of prompts, such as lists of GCG suffixes: each is put after every request."""
 
     axis: ClassVar[str] = "safety"
-    VERSION: ClassVar[int] = refusal.VERSION + 2
+    VERSION: ClassVar[int] = refusal.VERSION + 3
 
     @property
     def primary(self) -> str:
@@ -156,8 +156,8 @@ class Refusal(Evaluation):
             }
         )
         if self.attacks:
-            worst = scores.groupby("document")["jailbroken"].max()
-            by_any = scores["document"].map(worst)
+            worst = scores["jailbroken"].groupby(asked["plain"]).max()
+            by_any = asked["plain"].map(worst)
             scores["jailbroken_by_any"] = by_any.where(harmful & ~attacked)
         for judge in self.judges:
             low, high = judge.score_range
@@ -225,7 +225,7 @@ class Refusal(Evaluation):
 
     def _asked(self, data: dict[str, pd.DataFrame]) -> pd.DataFrame:
         """Every prompt as it is, then under each jailbreak: ``request`` is what is wanted,
-        ``prompt`` how it is put."""
+        ``prompt`` how it is put, ``plain`` the example that asks it as it is."""
         parts = []
         for dataset in self.prompt_sets:
             frame = data[dataset]
@@ -234,6 +234,7 @@ class Refusal(Evaluation):
                     {
                         "example_id": qualified(dataset, frame["id"]),
                         "document": qualified(dataset, frame["document"]),
+                        "plain": qualified(dataset, frame["id"]),
                         "request": frame["prompt"].tolist(),
                         "prompt": frame["prompt"].tolist(),
                         "dataset": dataset,

@@ -7,7 +7,7 @@ one: where experts have a capacity, a token's output depends on what shares its 
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.evaluate.base import Request, Response
@@ -58,21 +58,34 @@ def score(
 def generate(
     model: PreTrainedModel, tokenizer: Tokenizer, requests: Sequence[Request]
 ) -> list[Response]:
-    """A response for each request, in their order: the most probable next token at each step."""
-    responses = []
-    for request in requests:
-        context = _context(tokenizer, request, model.device)
-        (tokens,) = model.generate(
-            context, max_new_tokens=request.max_new_tokens, do_sample=False, num_beams=1
+    """A response for each request, in their order: the most probable next token at each step.
+
+    Of the checkpoint's generation settings only its special tokens act: a penalty, a least length
+    or a number of beams would make its answers another model's.
+    """
+    own, responses = model.generation_config, []
+    try:
+        model.generation_config = GenerationConfig(
+            decoder_start_token_id=model.config.decoder_start_token_id,
+            bos_token_id=own.bos_token_id,
+            eos_token_id=own.eos_token_id,
+            pad_token_id=own.pad_token_id,
         )
-        answer = tokens[1:].tolist()  # after the start token
-        finished = answer[-1:] == [tokenizer.eos_token_id]
-        answer = answer[:-1] if finished else answer
-        text = cut(tokenizer.decode(answer, skip_special_tokens=True), request.stop)
-        responses.append(
-            Response(request.id, tokens=(len(answer),), text=text, finished=finished)
-        )
+        for request in requests:
+            responses.append(_written(model, tokenizer, request))
+    finally:
+        model.generation_config = own
     return responses
+
+
+def _written(model: PreTrainedModel, tokenizer: Tokenizer, request: Request) -> Response:
+    context = _context(tokenizer, request, model.device)
+    (tokens,) = model.generate(context, max_new_tokens=request.max_new_tokens)
+    answer = tokens[1:].tolist()  # after the start token
+    finished = answer[-1:] == [tokenizer.eos_token_id]
+    answer = answer[:-1] if finished else answer
+    text = cut(tokenizer.decode(answer, skip_special_tokens=True), request.stop)
+    return Response(request.id, tokens=(len(answer),), text=text, finished=finished)
 
 
 def _context(tokenizer: Tokenizer, request: Request, device: torch.device) -> torch.Tensor:

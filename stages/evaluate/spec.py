@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from stages.evaluate import techniques, thinking
 from stages.evaluate.engines import EngineName
 from stages.evaluate.registry import AnyEvaluation
 from stages.spec import RUN_TIME, Spec
@@ -53,8 +54,14 @@ class EvaluateSpec(Spec):
     """Requests whose responses are written together."""
 
     def identity(self) -> dict:
-        """Also covers the evaluation's version and the wording of its prompts."""
-        return super().identity() | {
+        """Also covers the evaluation's version, the wording of its prompts and, where it takes
+        answers that are texts, how they are stripped and voted on."""
+        found = super().identity() | {
             "evaluation_version": self.evaluation.VERSION,
             "wordings": self.evaluation.wordings(),
         }
+        if self.evaluation.writes_texts:
+            found["thinking"] = thinking.VERSION
+        if isinstance(self.evaluation.technique, techniques.SelfConsistency):
+            found["votes"] = techniques.VOTES_VERSION
+        return found

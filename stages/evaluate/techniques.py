@@ -68,6 +68,10 @@ class ExpertCount(Spec):
     """Routed experts that a token passes, from 1 to all."""
 
 
+VOTES_VERSION = 2
+"""Raised when the answer that several samples give could be another."""
+
+
 class SelfConsistency(Spec):
     """The most frequent of several sampled answers (Wang et al. 2023, arXiv 2203.11171).
 
@@ -114,7 +118,8 @@ def collected(
     vote: "Callable[[Request, str], str]",
 ) -> "dict[str, Response]":
     """One response per request: the first sample of the largest group with the same vote, by
-    preference the group that began first. Raises StageFailed when a sample is missing."""
+    preference the group that began first. A sample without an answer, whose vote is empty, has
+    none as long as others have one. Raises StageFailed when a sample is missing."""
     chosen = {}
     for request in requests:
         ids = [_sample(request.id, number) for number in range(technique.samples)]
@@ -122,7 +127,7 @@ def collected(
             raise StageFailed(f"response {missing[0]!r} is missing: run the evaluation again")
         votes = [vote(request, responses[id].text) for id in ids]
         # The first of those that are equally frequent, which is how Counter orders them.
-        winner = Counter(votes).most_common(1)[0][0]
+        winner = Counter([each for each in votes if each] or votes).most_common(1)[0][0]
         chosen[request.id] = replace(responses[ids[votes.index(winner)]], id=request.id)
     return chosen
 

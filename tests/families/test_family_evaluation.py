@@ -11,6 +11,7 @@ from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.models.tiny_shapes import TINY
 
 TOKENIZER = tiny_tokenizer()
+PENALTIES = {"repetition_penalty": 5.0, "min_length": 40, "no_repeat_ngram_size": 1, "num_beams": 3}
 QUICK = ("llama", "mixtral", "deepseek_v3", "gpt_oss", "switch_transformers")
 EVALUATED = [
     n if n in QUICK else pytest.param(n, marks=pytest.mark.families)
@@ -56,3 +57,8 @@ def test_generation_is_greedy_decoding(name):
         (whole,) = model.generate(rows, max_new_tokens=6, do_sample=False)
         own = whole[1 if model.config.is_encoder_decoder else rows.shape[1] :].tolist()
         assert response.text == TOKENIZER.decode(own, skip_special_tokens=True)
+    # A checkpoint's own settings make other answers, and do not act here.
+    expected = decode(model, TOKENIZER, requests)
+    own = model.generation_config
+    own.update(**PENALTIES)
+    assert decode(model, TOKENIZER, requests) == expected and model.generation_config is own

@@ -301,6 +301,9 @@ WRONG = {
     "rows of an unknown split": (
         {"datasets.reviews.rows": {"dev": 3}}, "datasets.reviews.rows: there is no split 'dev'",
         "name one of"),
+    "rows per label of an unknown split": (
+        {"datasets.reviews.rows_per_label": {"dev": 3}},
+        "datasets.reviews.rows_per_label: there is no split 'dev'", "name one of"),
     "unknown published data set": (
         {"datasets.hotels": {"source": "catalogue:amazn"}},
         "datasets.hotels.source: the catalogue has no data set 'amazn'", "did you mean amazon?"),

@@ -101,6 +101,7 @@ SETS: dict[str, Published] = {
             Form(
                 {"text": "text", "label": "label"},
                 derive=originals.with_ratings,
+                derived=2,
                 needs=("toxicity_ai", "toxicity_human"),
                 makes=("label",),
             ),

@@ -68,6 +68,8 @@ def server():
             start = 0
             if body and status == 200 and "Range" in self.headers:
                 start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+                if start >= len(content):
+                    return self.send(416, b"", {}, body)
                 status = 206
                 headers |= {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
             if body and "/api/" not in self.path:
@@ -132,6 +134,19 @@ def test_an_interrupted_download_goes_on_where_it_stopped(entered, server):
     path.with_name("here.json.part").write_bytes(CONTENT[:100])  # what a kill leaves
     assert load().table.num_rows == 40
     assert server.ranges == [100]
+
+
+def test_what_a_kill_left_whole_is_kept_and_what_nothing_identifies_begins_anew(entered, server):
+    """A server refuses to go on behind the end of a file."""
+    for sha256, left, asked in ((DIGEST, CONTENT, []), (None, CONTENT, [0]), (None, b"old", [0])):
+        made = entered(sha256=sha256)
+        path = downloads._place(made.splits["test"].web.url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.with_name("here.json.part").write_bytes(left)
+        server.ranges.clear()
+        assert load().table["prompt"].to_pylist() == PROMPTS
+        assert server.ranges == asked
 
 
 def test_a_connection_that_breaks_is_taken_up_again(entered, server, monkeypatch):

@@ -66,6 +66,27 @@ def test_the_seed_alone_decides_whatever_the_order_of_rows_and_splits(tmp_path):
     assert not set(first.digest.values()) & set(other.digest.values())
 
 
+def test_rows_of_each_label_are_limited_before_all_are(tmp_path):
+    """200 rows: 120 of label a and 40 each of b and c."""
+    rows = [row | {"label": "aaabc"[n % 5]} for n, row in enumerate(documents())]
+    _, everything = prepare(tmp_path / "a", rows)
+    capped, cut = prepare(tmp_path / "b", rows, rows_per_label={"test": 50})
+    assert capped.labels["test"] == {"a": 50, "b": 40, "c": 40}
+    assert all(row in everything["test"].to_pylist() for row in cut["test"].to_pylist())
+    # From all documents, and those that a larger cap keeps are kept with it.
+    chosen = [row for row in cut["test"].to_pylist() if row["label"] == "a"]
+    assert 15 <= sum(int(row["document"]) < 25 for row in chosen) <= 35
+    _, larger = prepare(tmp_path / "c", rows, rows_per_label={"test": 60})
+    assert {r["id"] for r in cut["test"].to_pylist()} < {
+        r["id"] for r in larger["test"].to_pylist()}
+    both, _ = prepare(tmp_path / "d", rows, rows_per_label={"test": 10}, rows={"test": 25})
+    assert both.rows == {"test": 25} and max(both.labels["test"].values()) <= 10
+    spec = DataSpec(task="classification", source="file:x")
+    assert "rows_per_label" not in spec.identity()
+    capped = spec.model_copy(update={"rows_per_label": {"test": 1}})
+    assert capped.identity()["rows_per_label"] == {"test": 1}
+
+
 def test_rows_are_a_sample_of_the_split_and_the_digest_is_of_the_rows(tmp_path):
     whole, everything = prepare(tmp_path / "a", documents())
     card, cut = prepare(tmp_path / "b", documents(), rows={"test": 30})

@@ -222,13 +222,13 @@ def test_summaries_by_hand_and_as_scikit_learn():
     }
     assert values == pytest.approx(
         {
-            "adversarial_accuracy": 3 / 6,
+            "adversarial_accuracy": 1 / 2,
             "standard_accuracy": 1,
             "standard_balanced_accuracy": 1,
             "standard_macro_f1": 1,
             "robustness_gap": 1 - (1 / 2 + 1 / 2) / 2,
             "adversarial_macro_f1": (f1["r1"] + f1["r2"]) / 2,
-            "adversarial_mean_accuracy": 1 / 2,
+            "adversarial_pooled_accuracy": 3 / 6,
             "adversarial_worst_accuracy": 1 / 2,
             "adversarial_worst_macro_f1": min(f1["r1"], f1["r2"]),
             "accuracy/r1": 1 / 2,

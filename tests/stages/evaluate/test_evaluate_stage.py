@@ -13,11 +13,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from stages.data.templates import TEMPLATES, Template
 from stages.errors import StageFailed
+from stages.evaluate import techniques, thinking
 from stages.evaluate.base import AXES
 from stages.evaluate.registry import KINDS, AnyEvaluation
 from stages.evaluate.shards import requests_from_table, responses_from_table
 from stages.evaluate.spec import EvaluateSpec
 from stages.evaluate.stage import requests_for, run, score_node
+from stages.evaluate.techniques import SelfConsistency
 from stages.models.tiny import tiny_model, tiny_tokenizer
 
 EVALUATIONS = {
@@ -191,6 +193,15 @@ def test_identity_is_what_changes_results(monkeypatch):
     reworded = Template("Review: {text}\nSentiment:", TEMPLATES["sentiment"].labels)
     monkeypatch.setitem(TEMPLATES, "sentiment", reworded)
     assert one.identity() != before
+    # How written answers are stripped and voted on makes stale what takes them, and nothing else.
+    before, written, drawn = one.identity(), spec("refusal"), spec("open_question")
+    drawn = drawn.model_copy(update={"evaluation": drawn.evaluation.model_copy(
+        update={"technique": SelfConsistency(kind="self_consistency", samples=2)})})
+    stored = written.identity(), drawn.identity()
+    monkeypatch.setattr(techniques, "VOTES_VERSION", 99)
+    assert written.identity() == stored[0] and drawn.identity() != stored[1]
+    monkeypatch.setattr(thinking, "VERSION", 99)
+    assert written.identity() != stored[0] and one.identity() == before
 
 
 def test_the_planner_does_not_wait_for_heavy_imports():

@@ -228,6 +228,24 @@ def test_the_regressor_reads_request_and_answer(folders):
     assert found[1].tokens == (512,)
 
 
+def test_a_judge_reads_the_beginning_and_a_classifier_the_end(folders):
+    model = AutoModelForSequenceClassification.from_pretrained(folders / "harm").eval()
+    text = "".join(str(n % 10) for n in range(700)) + " What is it?"
+    asked = [Request("q", text, head=True), Request("q", text, head=True, model="harm")]
+    last, first = Engine(folders / "harm").respond(asked)
+    # The special tokens, which the tokenizer puts before and behind, are always there.
+    whole = TOKENIZER(text)["input_ids"]
+    special = len(whole) - len(TOKENIZER(text, add_special_tokens=False)["input_ids"])
+    assert special == 1 and whole[0] == TOKENIZER.bos_token_id
+    for found, kept in ((last, [whole[0], *whole[-511:]]), (first, whole[:512])):
+        ids = torch.tensor([kept])
+        with torch.no_grad():
+            expected = model(ids).logits[0].tolist()
+        assert ids.shape == (1, 512)
+        assert found.outputs == pytest.approx(expected, abs=1e-5)
+    assert abs(first.outputs[0] - last.outputs[0]) > 1e-3
+
+
 def test_the_guard_reads_two_turns_and_gives_the_unsafe_words_probability(folders):
     engine = Engine(folders / "guard")
     response = engine.respond([GUARD.request("q", "Explain.", "No.")])[0]

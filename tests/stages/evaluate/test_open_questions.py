@@ -13,6 +13,7 @@ from stages.evaluate.open_questions import (
 )
 from stages.evaluate.partial import reads
 from stages.evaluate.prompting import Shots
+from stages.evaluate.techniques import SelfConsistency, collected
 from stages.statistics import summarise
 
 PAIRS = [
@@ -108,6 +109,21 @@ def test_equal_answers_agree_in_a_vote():
     assert votes == {"romans"}
 
 
+def test_samples_without_an_answer_have_no_vote_while_others_have_one():
+    technique = SelfConsistency(kind="self_consistency", samples=4)
+    evaluation = OpenQuestion(dataset="nq", technique=technique)
+
+    def winner(*said):
+        responses = {f"q#sample{n}": Response(f"q#sample{n}", text=text)
+                     for n, text in enumerate(said)}
+        asked = [Request("q", "Q", max_new_tokens=3)]
+        return collected(technique, asked, responses, evaluation.vote)["q"].text
+
+    assert winner("<think>a", "Greeks", "", "<think>b") == "Greeks"
+    assert winner("", "Greeks", "Romans", " romans") == "Romans"
+    assert winner("", "<think>a", "", "") == ""
+
+
 ANSWERS = {
     "There has never been a woman president of the United States.": ("corrects", "does not exist"),
     "Tom Cruise has not won an Oscar.": ("corrects", "did not happen"),
@@ -120,6 +136,12 @@ ANSWERS = {
     "I don't know.": ("unsure", "does not know"),
     "I'm not sure. I do not have information about that.": ("unsure", "does not know"),
     "": ("unsure", "does not know"),
+    "You can't see the Great Wall from the Moon.": ("corrects", "did not happen"),
+    "No, he was born in Ulm.": ("corrects", "names the error"),
+    "Actually, no. It is in Peru.": ("corrects", "names the error"),
+    "Nope! She is a singer.": ("corrects", "names the error"),
+    "No one knows him.": ("corrects", "does not exist"),
+    "I can't say.": ("unsure", "does not know"),
     "I'm not sure, sorry. But there is no king of France.": ("corrects", "does not exist"),
     # Only the opening counts.
     "In 2020. It was warm. Many came. It has never rained since.": ("accepts", "none"),
