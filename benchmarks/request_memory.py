@@ -9,8 +9,8 @@ Mixtral. Each count has a store, a Ray cluster and processes of its own; the dat
 are prepared in another process before.
 
 Told are the largest resident set of the process that drives the pass, that of its largest actor,
-and the most bytes in Ray's object store. Exits with 1 where one of them needs more than 1.1 times
-as much for the many.
+and the most bytes in Ray's object store, which holds the places of shards. Exits with 1 where one
+of them needs more than 1.1 times as much for the many, and more than 1 MiB more.
 """
 
 import argparse
@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 
 MOST = 1.1
+LEAST = 1.0
+"""MiB below which a difference is no growth."""
 ACTOR = "MapWorker(MapBatches(Responder))"
 SWEEP = """
 name: memory
@@ -158,9 +160,9 @@ def main() -> None:
     grown = False
     for part in ("driver", "actor", "object store"):
         few, many = (found[count][part] for count in (min(found), max(found)))
-        print(f"{part}: {few:.1f} MiB with {min(found):,} requests, {many:.1f} MiB with "
+        print(f"{part}: {few:.2f} MiB with {min(found):,} requests, {many:.2f} MiB with "
               f"{max(found):,}: {many / few:.2f} times")  # fmt: skip
-        grown |= many > MOST * few
+        grown |= many > MOST * few and many - few > LEAST
     raise SystemExit(grown)
 
 

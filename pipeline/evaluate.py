@@ -41,6 +41,7 @@ from stages.evaluate.shards import (
 )
 from stages.evaluate.spec import AMATEUR, JUDGE, SURROGATE
 from stages.evaluate.stage import judgements_for, requests_for, score_node
+from stages.memory import release_memory
 
 RESPONSES = "responses"
 REQUESTS, JUDGEMENTS = "requests", "judgements"
@@ -151,7 +152,10 @@ def _prepare(job: Job, store: Store) -> list[Asked]:
     with beside_the_sweep(job):
         shards = plan_shards(requests_for(job.node.spec.evaluation, _inputs(job, store)),
                              job.node.spec.shard_size)
-    return _written(job, store, shards, REQUESTS)
+    asked = _written(job, store, shards, REQUESTS)
+    del shards
+    release_memory()
+    return asked
 
 
 def _written(job: Job, store: Store, shards: list[Shard], name: str) -> list[Asked]:

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages.errors import StageFailed
@@ -19,6 +18,7 @@ from stages.evaluate.partial import complete
 from stages.evaluate.shards import plan_shards, requests_to_table, responses_to_table
 from stages.evaluate.spec import AMATEUR, JUDGE, SURROGATE, EvaluateSpec
 from stages.evaluate.techniques import SelfConsistency, applied, collected
+from stages.memory import release_memory
 from stages.statistics import summarise
 
 
@@ -99,8 +99,7 @@ def score_node(
     scores = _scored(evaluation, inputs, responses)
     scores.to_parquet(output / "scores.parquet", index=False)
     scores = scores.drop(columns=list(TEXT_COLUMNS))
-    # Arrow keeps what is freed for later use; the bootstrap needs it now.
-    pa.default_memory_pool().release_unused()
+    release_memory()  # for the bootstrap
     metrics = [m for m in complete(evaluation) if not (m.of_experts and _absent(m, scores))]
     summary = summarise(scores, metrics)
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

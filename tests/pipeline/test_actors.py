@@ -4,8 +4,10 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 from smoke import SMOKE, planned
 
+from pipeline import evaluate
 from pipeline.evaluate import run_pass
 from pipeline.job import Job, run_stage
 from pipeline.store import Store
@@ -15,7 +17,7 @@ DRAWN = ("evaluations.drawn={kind: refusal, harmful: [harmful], benign: [benign]
          "max_new_tokens: 6, technique: {kind: self_consistency, samples: 2}}")
 
 
-def test_the_number_of_actors_changes_no_bit(cluster, tmp_path):
+def test_the_number_of_actors_changes_no_bit(cluster, tmp_path, monkeypatch):
     keys = [f"evaluate/tiny-moe-none-{name}" for name in NAMES]
     made, found = tmp_path / "made", {}
     for workers in (1, 2, 3):
@@ -27,13 +29,19 @@ def test_the_number_of_actors_changes_no_bit(cluster, tmp_path):
                 assert outcome.status == "done", outcome.message
         store = Store(str(shutil.copytree(made, tmp_path / str(workers))))
         jobs = [Job.of(plan.nodes[key], plan, store, SMOKE.parent) for key in keys]
+        if workers == 3:  # several shards for each actor at once
+            monkeypatch.setattr(evaluate, "BLOCKS", 1)
         assert {outcome.status for outcome in run_pass(jobs).values()} == {"done"}
         tables, answers = {}, {}
         for key in keys:
             folder = plan.nodes[key].folder
             tables[key] = pd.read_parquet(store.fetch(folder) / "scores.parquet")
-            for path in Path(store.path(folder)).glob("responses/*"):
+            written = list(Path(store.path(folder)).glob("responses/*"))
+            for path in written:
                 answers[f"{key}/{path.name}"] = path.read_bytes()
+            # The requests of a shard are a row group, which its actor reads.
+            asked = pq.ParquetFile(Path(store.path(folder)) / "requests.parquet")
+            assert asked.num_row_groups == len(written)
         found[workers] = (tables, answers)
     first, answers = found[1]
     assert len(answers) > 3 * len(keys)  # so that every actor has shards
