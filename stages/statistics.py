@@ -276,11 +276,11 @@ def _percentiles(values: np.ndarray) -> tuple[float, float]:
 def _estimate(data: DocumentSums, metric: Metric, boot: np.ndarray, seed: int) -> Estimate:
     """A model's level: Wilson for independent 0/1 rows of one run, otherwise the bootstrap."""
     value = float(metric.value(data.sums.sum(axis=1)).mean())
-    single = metric.column is not None and len(data.sums) == 1
-    binary = single and np.isin(data.rows, (0, 1)).all() and not np.isnan(value)
+    scores = _row_scores(data, metric)
+    single = scores is not None and len(scores) == 1
+    binary = single and np.isin(scores, (0, 1)).all() and not np.isnan(value)
     if binary and data.documents == data.n:
-        successes, trials = data.sums[0].sum(axis=0)
-        low, high = _wilson(successes, trials)
+        low, high = _wilson(scores.sum(), data.n)
     elif binary and value in (0.0, 1.0):
         # A resample of equal documents has no spread; each of them then counts as one trial.
         low, high = _wilson(value * data.documents, data.documents)
@@ -293,13 +293,26 @@ def _wilson(successes: float, trials: float) -> tuple[float, float]:
     return stats.binomtest(int(successes), int(trials)).proportion_ci(CONFIDENCE, "wilson")
 
 
-def _row_differences(both: DocumentSums, metric: Metric, runs: int) -> np.ndarray | None:
-    """Per row, the mean over seeds of first minus second (n,); none unless a mean of a column
-    that has a score for the same rows in all runs."""
-    if metric.column is None or not (both.rows[..., 1] == 1).all():
+def _row_scores(data: DocumentSums, metric: Metric) -> np.ndarray | None:
+    """The scores (runs, n) of which a metric is the mean; none unless it is that of a column which
+    has a score for the same rows in all runs.
+
+    A mean over sets has two statistics of each, and is the mean of all rows where the sets are of
+    one size.
+    """
+    if metric.column is None:
         return None
-    scores = both.rows[..., 0]
-    return (scores[:runs] - scores[runs:]).mean(axis=0)
+    values, counted = data.rows[..., 0::2], data.rows[..., 1::2]
+    sizes = counted.sum(axis=1)
+    if not (counted.sum(axis=-1) == 1).all() or (sizes != sizes[:1, :1]).any():
+        return None
+    return values.sum(axis=-1)
+
+
+def _row_differences(both: DocumentSums, metric: Metric, runs: int) -> np.ndarray | None:
+    """Per row, the mean over seeds of first minus second (n,), where there are ``_row_scores``."""
+    scores = _row_scores(both, metric)
+    return None if scores is None else (scores[:runs] - scores[runs:]).mean(axis=0)
 
 
 def _rule_of_three(deltas: np.ndarray | None, documents: int) -> tuple[float, float]:

@@ -8,6 +8,7 @@ another set.
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -81,6 +82,12 @@ def mean_where(
         return np.stack([values, counted.astype(float)], axis=1)
 
     return Metric(name, statistics, _ratio, column=column, **fields)
+
+
+def mean_of_sets(name: str, parts: list[Metric], column: str, **fields: object) -> Metric:
+    """The unweighted mean over data sets of the means of a score column, each an ``(x, 1)`` metric
+    of rows that no other one has."""
+    return replace(difference(name, parts, [], **fields), column=column)
 
 
 def _ratio(sums: np.ndarray) -> np.ndarray:

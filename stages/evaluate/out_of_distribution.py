@@ -14,7 +14,14 @@ from pydantic import Field, model_validator
 from stages.data.templates import TEMPLATES
 from stages.evaluate.base import Metric, Request, Response
 from stages.evaluate.classification import OUT_OF_SET, Classification, check_labels, correct
-from stages.evaluate.examples import clusters, difference, mean_where, qualified, worst
+from stages.evaluate.examples import (
+    clusters,
+    difference,
+    mean_of_sets,
+    mean_where,
+    qualified,
+    worst,
+)
 
 
 class LabelledSets(Classification):
@@ -103,8 +110,11 @@ class LabelledSets(Classification):
         mean = _accuracy(f"{after}_accuracy", others, f"accuracy {outside}")
         several = ()
         if len(others) > 1:
-            mean = difference(
-                f"{after}_accuracy", accuracies, [], label=f"accuracy {outside}, mean of sets"
+            mean = mean_of_sets(
+                f"{after}_accuracy",
+                accuracies,
+                "correct",
+                label=f"accuracy {outside}, mean of sets",
             )
             several = (
                 _accuracy(f"{after}_pooled_accuracy", others, f"accuracy {outside}, pooled"),

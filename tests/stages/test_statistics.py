@@ -8,6 +8,7 @@ from scipy import stats
 from stages import statistics
 from stages.errors import StageFailed
 from stages.evaluate.base import Metric, mean_of
+from stages.evaluate.examples import mean_of_sets, mean_where
 from stages.statistics import (
     BOOTSTRAP,
     EXACT_SWAP,
@@ -206,6 +207,35 @@ def test_identical_answers_get_the_rule_of_three():
     assert got.ci_high == -got.ci_low == pytest.approx(1 - 0.05**0.01)
     assert got.ci_high == pytest.approx(3 / 100, abs=1e-3)
     assert np.isnan(got.minimum_detectable)
+
+
+def test_the_mean_over_sets_of_one_size_is_the_mean_of_all_rows():
+    """Two sets: of five rows each, tested as one of ten; of six and four, as the two that they
+    are."""
+    first, second = scores([1, 1, 1, 0, 1, 1, 0, 1, 1, 1]), scores([1, 0, 0, 0, 1, 0, 0, 1, 0, 0])
+
+    def both(size):
+        parts = [mean_where("correct", name, "domain", (name,)) for name in "ab"]
+        domain = ["a"] * size + ["b"] * (10 - size)
+        metric = mean_of_sets("mean", parts, "correct")
+        tables = [table.assign(domain=domain) for table in (first, second)]
+        return paired(*([table] for table in tables), metric), metric, tables
+
+    (equal, metric, _), pooled = both(5), paired([first], [second], CORRECT)
+    assert equal.test == MCNEMAR and equal.p_value == pooled.p_value
+    assert equal.p_value == pytest.approx(2 * 0.5**5)
+    assert (equal.first, equal.second) == (pooled.first, pooled.second)  # Wilson's intervals
+    assert (equal.difference, equal.effect_size) == (pooled.difference, pooled.effect_size)
+    assert equal.difference == pytest.approx(0.5) and equal.n == 10
+    same, _ = both(5)[2]
+    assert paired([same], [same], metric).ci_high == pytest.approx(1 - 0.05**0.1)
+    unequal, _, tables = both(6)
+    assert unequal.first.value == pytest.approx((5 / 6 + 3 / 4) / 2)
+    assert unequal.second.value == pytest.approx((2 / 6 + 1 / 4) / 2)
+    assert unequal.test == SWAP and np.isnan(unequal.effect_size)
+    # The sum of both sets' differences under all 32 ways to swap the five documents that differ:
+    # 3 of six and 2 of four, 3/6 + 2/4 = 1 in two of them.
+    assert unequal.p_value == pytest.approx(2 / 32, abs=0.01)
 
 
 def test_a_metric_that_no_row_has_a_score_of_has_no_number():
