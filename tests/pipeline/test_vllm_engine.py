@@ -11,6 +11,7 @@ import pytest
 import vllm_stand_in
 from smoke import ROOT, SMOKE
 from test_plan import changed, plan_of
+from test_vllm_itself import FAMILIES, for_vllm
 
 from pipeline import vllm_engine
 from pipeline.checks import check
@@ -228,16 +229,12 @@ def test_an_engine_that_dies_again_and_again_fails_its_own_nodes_only(
     assert not dies.exists()
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "olmoe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_vllm_itself_answers_as_transformers_do(cluster, tmp_path, monkeypatch, family):
     """Where vLLM is installed, for CPUs too: greedy answers are the same but where the two best
     tokens are within 1e-4."""
     pytest.importorskip("vllm")
-    # vLLM's attention on the CPU wants heads of 32 or more; its OLMoE never shares the embedding
-    # with the head, as no released one does.
-    shape = {"num_attention_heads": 2, "num_key_value_heads": 1,
-             "tie_word_embeddings": family != "olmoe"}
-    monkeypatch.setitem(TINY, family, TINY[family] | shape)
+    monkeypatch.setitem(TINY, family, for_vllm(family))
     monkeypatch.setitem(vllm_engine.ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     arguments = vllm_engine.engine_arguments
     monkeypatch.setattr(vllm_engine, "engine_arguments",
