@@ -236,9 +236,9 @@ def _by_actors(
 ) -> Iterator[str]:
     """Send shards through an actor pool; yields the node of each that is stored."""
     spec, resources = jobs[0].node.spec, jobs[0].node.resources
-    nodes = {(each.shard.file, each.folder): each.node for each in missing}
-    files = list(nodes)
-    rows = [{"file": files.index((each.shard.file, each.folder)), "group": each.shard.group}
+    files = {(each.shard.file, each.folder): each.node for each in missing}
+    nodes, numbers = list(files.values()), {file: n for n, file in enumerate(files)}
+    rows = [{"file": numbers[each.shard.file, each.folder], "group": each.shard.group}
             for each in missing]
     # A block per shard as long as there are few, else several, the long and the short alike.
     blocks = min(len(rows), BLOCKS * resources.workers)
@@ -252,13 +252,13 @@ def _by_actors(
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
         fn_constructor_kwargs={
-            "store": store.uri, "files": files, "checkpoint": checkpoint, "dtype": spec.dtype,
+            "store": store.uri, "files": list(files), "checkpoint": checkpoint, "dtype": spec.dtype,
             "cpus": resources.cpus, "gpus": resources.gpus,
             "amateurs": _named(jobs, AMATEUR), "surrogates": _named(jobs, SURROGATE),
         },
     )
     for row in answered.iter_rows():
-        yield nodes[files[row["file"]]]
+        yield nodes[row["file"]]
 
 
 def _by_vllm(

@@ -69,6 +69,7 @@ def context(found: Robustness, spec: CompareSpec, cards: dict[str, ModelCard]) -
     recipes = found.verdicts.groupby("recipe", sort=False) if len(found.verdicts) else ()
     return {
         "tables": tables,
+        "evaluations": list(found.headline["evaluation"].unique()),
         "changes": bool(found.headline["change_from_untuned"].any()),
         "verdicts": [
             {"recipe": recipe_title(recipe), "hypotheses": _hypotheses(rows, notes)}

@@ -26,8 +26,8 @@ class Hypotheses(Spec):
     """
 
     attacks: str | None = None
-    """The evaluation that attacks the models; needed where the sweep has several of its kind, as
-    are the next three."""
+    """The evaluation that attacks the models; to be named for verdicts where the sweep has several
+    of its kind, as are the next three. Tables without verdicts are of the first one and say so."""
     interventions: str | None = None
     geometry: str | None = None
     lipschitz: str | None = None
@@ -65,7 +65,7 @@ class CompareSpec(Spec):
     - ``data/<dataset>``: a prepared data set with ``card.json``
     """
 
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
 
     title: str
     pairs: Annotated[tuple[Pair, ...], Field(min_length=1)]

@@ -60,7 +60,8 @@ def test_vllm_itself_loads_an_exported_folder_and_draws_as_its_logits_say(export
     spec = EvaluateSpec(evaluation={"kind": "perplexity", "in_domain": ["d"]})
     arguments = engine_arguments(spec, EvaluateResources(), interpreter.config, 64)
     engine = vllm.LLM(str(exported), max_logprobs=-1, enforce_eager=True, **arguments)
-    model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        exported, dtype=torch.float32, use_safetensors=True).eval()
 
     def answers(requests: list[Request], **more) -> list:
         asked = [vllm.SamplingParams(**interpreter.sampling(each) | more) for each in requests]

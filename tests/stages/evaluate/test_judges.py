@@ -229,7 +229,8 @@ def test_the_regressor_reads_request_and_answer(folders):
 
 
 def test_a_judge_reads_the_beginning_and_a_classifier_the_end(folders):
-    model = AutoModelForSequenceClassification.from_pretrained(folders / "harm").eval()
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folders / "harm", use_safetensors=True).eval()
     text = "".join(str(n % 10) for n in range(700)) + " What is it?"
     asked = [Request("q", text, head=True), Request("q", text, head=True, model="harm")]
     last, first = Engine(folders / "harm").respond(asked)

@@ -17,14 +17,7 @@ from stages.evaluate.text_attacking import Attacker, Attempt, variants
 from stages.evaluate.text_attacks import _comparable
 from stages.models.card import ModelCard
 from stages.statistics import summarise
-from tests.stages.evaluate.attacked_texts import (
-    ATTACKS,
-    TEXTS,
-    engine_of,
-    scores_of,
-    shop,
-    spec,
-)
+from tests.stages.evaluate.attacked_texts import ATTACKS, TEXTS, engine_of, scores_of, shop, spec
 
 
 @pytest.fixture(scope="module")

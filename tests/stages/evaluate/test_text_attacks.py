@@ -12,14 +12,7 @@ from stages.attack.wordnet import digest
 from stages.evaluate.text_attacking import Attacker, Attempt, common, variants
 from stages.models.routes import imposed
 from tests.stages.attack.dictionary import write_dictionary
-from tests.stages.evaluate.attacked_texts import (
-    ATTACKS,
-    TEXTS,
-    engine_of,
-    scores_of,
-    shop,
-    spec,
-)
+from tests.stages.evaluate.attacked_texts import ATTACKS, TEXTS, engine_of, scores_of, shop, spec
 
 
 @pytest.fixture(scope="module")
