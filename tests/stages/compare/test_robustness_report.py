@@ -96,6 +96,7 @@ def test_dense_models_have_dashes_and_missing_seeds_their_reason(images):
 
 def test_the_report_shows_table_verdicts_and_figures(images):
     html, text = ((images / name).read_text() for name in ("report.html", "report.md"))
+    assert "measured by attacks" in html
     assert html.index("Under attack") < html.index('id="results"')
     row = re.search(r'<td class="l">worst case of attacks, mean of budgets</td>(.*?)</tr>', html)
     assert re.sub(r"<.*?>", " ", row[1]).split()[0] == "0.300"
