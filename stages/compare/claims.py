@@ -1,7 +1,7 @@
 """The claims of H1 to H5, from the score tables of attacks and probes (``hypotheses.py``)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -31,7 +31,6 @@ from stages.models.card import ModelCard
 
 _LOG = Metric("log", VALUE.statistics, lambda sums: np.log(VALUE.value(sums)))
 _PEARSON = correlation("routing_term", "loss_rise", "")
-_ABOUT_EXPERTS = ("H3", "H4", "H5")
 _GIVES = {
     "attacks": "attacks the models; add image_attacks or text_attacks",
     "interventions": "puts other experts in; add image_interventions or expert_interventions",
@@ -102,7 +101,7 @@ class Claims:
 
     def of(self, hypothesis: str) -> tuple[list[Claim], str, list[str]]:
         """The claims of a hypothesis, the sentence that says what was compared, and what weakens
-        them: failed checks of the attack, missing seeds, experts that started alike.
+        them: failed checks of the attack, missing seeds.
 
         Raises NotTested.
         """
@@ -119,28 +118,10 @@ class Claims:
                 self.measured.scores[part].failed_checks(model, self.recipe),
             )
         ]
-        if hypothesis in _ABOUT_EXPERTS:
-            notes += self._started_alike(hypothesis)
         return claims, compared, list(filter(None, notes))
-
-    def _started_alike(self, hypothesis: str) -> list[str]:
-        """Of upcycled models, what the same claims are without the recipe."""
-        upcycled = {model: None for _, model in self.used if model in self.spec.upcycled}
-        if not upcycled:
-            return []
-        note = f"the experts of {', '.join(upcycled)} started alike"
-        if UNTUNED in self.spec.recipes and self.recipe != UNTUNED:
-            try:
-                before, _, _ = Claims(self.measured, self.cards, UNTUNED).of(hypothesis)
-            except NotTested:
-                return [note]
-            told = [f"{claim.label} {number(claim.row()['value'])}" for claim in before]
-            note = f"{note}; before the recipe: {', '.join(told)}"
-        return [note]
 
     def h1(self) -> tuple[list[Claim], str]:
         """MoE minus dense, over the pairs of equal FLOPs."""
-        self._part("attacks")
         pairs = equal_flops(self.spec, self.cards, self.recipe, self._name("attacks"))
         weights: dict[str, float] = {}
         for pair in pairs:
@@ -162,7 +143,6 @@ class Claims:
 
     def h2(self) -> tuple[list[Claim], str]:
         """The slope of robust accuracy over log2(E)."""
-        self._part("attacks")
         series = expert_series(self.spec, self.cards, self.recipe, self._name("attacks"))
         doublings = np.log2(list(series.values()))
         centred = doublings - doublings.mean()
@@ -180,6 +160,7 @@ class Claims:
     def h3(self) -> tuple[list[Claim], str]:
         """Change of routes against its baselines, and harm by the attacked routes."""
         asked, models = self.asked, self._experts("attacks")
+        change = self._change("attacks", models)
         evaluation, there = self._part("attacks")
         columns = routing_change(evaluation, there)
         self._there("attacks", {name: columns[name] for name in ("attack", "random", "noise")})
@@ -198,8 +179,8 @@ class Claims:
         matter = self._matter(models, of_predictions=of_images(evaluation))
         claims = [
             Claim(
-                f"change of routes minus {asked.far:g} × that {words}",
-                self._contrast("attacks", models, excess(baseline)),
+                f"change of routes minus {asked.far:g} × that {words}{change}",
+                self._contrast("attacks", models, excess(baseline), learned=True),
                 above=True,
             )
             for baseline, words in (
@@ -207,37 +188,40 @@ class Claims:
             )
         ]  # fmt: skip
         lost = "clean predictions changed" if of_images(evaluation) else "clean accuracy lost"
-        claims.append(
-            Claim(
-                f"{lost} under the attacked routes",
-                self._contrast("attacks", models, harm, null=asked.margin, share=True),
-                above=False,
-            )
+        harmed = self._contrast(
+            "attacks", models, harm, null=asked.margin, share=True, learned=True
         )
-        level = {name: self._mean("attacks", models, columns[name]) for name in columns}
+        claims.append(Claim(f"{lost} under the attacked routes{change}", harmed, above=False))
+        level = {name: self._level("attacks", models, columns[name]) for name in columns}
         return [*claims, matter], (
-            f"{', '.join(models)}; change of routes under attack {number(level['attack'])}, "
-            f"random perturbation {number(level['random'])}, same input again "
-            f"{number(level['noise'])}, independent choices {number(level['chance'])}"
+            f"{', '.join(models)}; change of routes under attack {level['attack']}, random "
+            f"perturbation {level['random']}, same input again {level['noise']}, independent "
+            f"choices {level['chance']}"
         )
 
     def h4(self) -> tuple[list[Claim], str]:
         """Correlation of loss rise and routing term over examples."""
         models = self._experts("geometry")
+        change = self._change("geometry", models)
         self._there("geometry", {name: (name,) for name in ("routing_term", "loss_rise")})
-        found = self._contrast("geometry", models, None, metric=_FISHER)
+        found = self._contrast("geometry", models, None, metric=_FISHER, learned=True)
+        # The untuned twins come last.
+        names = [*models, *(f"{m} untuned" for m in models if m in self.spec.upcycled)]
         each = ", ".join(
-            f"{model} {number(np.tanh(level), signed=True)}"
-            for model, level in zip(models, found.levels, strict=True)
+            f"{name} {number(np.tanh(level), signed=True)}"
+            for name, level in zip(names, found.levels, strict=True)
         )
-        label = "correlation of loss rise and routing term"
-        return [Claim(label, found, above=True, told=np.tanh)], (
-            f"Pearson's correlation over examples: {each}"
+        claim = Claim(
+            f"correlation of loss rise and routing term{change}", found, above=True, told=np.tanh
         )
+        if change:  # A difference on Fisher's scale is that of no two correlations.
+            claim = replace(claim, label=f"{claim.label} (Fisher's z)", told=float)
+        return [claim], f"Pearson's correlation over examples: {each}"
 
     def h5(self) -> tuple[list[Claim], str]:
         """Accuracy lost with ranks K + 1 to 2K and with random experts."""
         models = self._experts("interventions")
+        change = self._change("interventions", models)
         _, there = self._part("interventions")
         both = [s for s in shares(there, "next_ranked") if s in shares(there, "random")]
         if not both:
@@ -248,19 +232,20 @@ class Claims:
         second, drawn = (f"correct/{name}_{both[-1]}" for name in ("next_ranked", "random"))
         cost = self._contrast(
             "interventions", models, lambda table: table["correct"] - table[second],
-            null=self.asked.margin, share=True,
+            null=self.asked.margin, share=True, learned=True,
         )  # fmt: skip
         saved = self._contrast(
-            "interventions", models, lambda table: table[drawn] - table[second]
+            "interventions", models, lambda table: table[drawn] - table[second], learned=True
         )
-        level = [self._mean("interventions", models, (c,)) for c in ("correct", second, drawn)]
+        own, *others = (self._level("interventions", models, (c,))
+                        for c in ("correct", second, drawn))  # fmt: skip
         return [
-            Claim("accuracy lost with second-best experts", cost, above=False),
-            Claim("that minus the accuracy lost with random ones", saved, above=False),
+            Claim(f"accuracy lost with second-best experts{change}", cost, above=False),
+            Claim(f"that minus the accuracy lost with random ones{change}", saved, above=False),
             self._matter(models, of_predictions=False),
         ], (
-            f"{', '.join(models)}; accuracy as routed {number(level[0])}, second-best experts "
-            f"{number(level[1])}, random experts {number(level[2])}"
+            f"{', '.join(models)}; accuracy as routed {own}, second-best experts {others[0]}, "
+            f"random experts {others[1]}"
         )
 
     def _matter(self, models: dict[str, float], *, of_predictions: bool) -> Claim:
@@ -294,9 +279,13 @@ class Claims:
         metric: Metric = VALUE,
         null: float = 0.0,
         share: bool = False,
+        learned: bool = False,
     ) -> Contrast:
         """The weighted sum over models of a metric of a column (or of what ``value`` makes of the
-        scores), over the seeds that all of them have."""
+        scores), over the seeds that all of them have.
+
+        ``learned``: of models whose experts started alike, it is the change from the untuned.
+        """
         seeds = self._seeds(part, weights)
 
         def made(table: pd.DataFrame) -> pd.DataFrame:
@@ -308,8 +297,15 @@ class Claims:
             [made(self.measured.table(part, model, self.recipe, seed)) for seed in seeds]
             for model in weights
         ]
+        factors = list(weights.values())
+        if learned:
+            for model, weight in weights.items():
+                if model in self.spec.upcycled:
+                    before = made(self.measured.table(part, model, UNTUNED, 0))
+                    runs.append([before] * len(seeds))
+                    factors.append(-weight)
         return contrast(
-            runs, list(weights.values()), metric, null=null, share=share,
+            runs, factors, metric, null=null, share=share,
             resamples=self.spec.resamples, seed=self.spec.seed,
         )  # fmt: skip
 
@@ -329,13 +325,37 @@ class Claims:
         found = (missing(self.measured, part, model, self.recipe) for model in models)
         return "; ".join(filter(None, found))
 
-    def _mean(self, part: str, models: Iterable[str], columns: Sequence[str]) -> float:
-        """The mean of some columns over examples, seeds and models."""
-        return float(np.mean([
-            row_mean(self.measured.table(part, model, self.recipe, seed), columns).mean()
-            for model in models
-            for seed in self._seeds(part, models)
-        ]))  # fmt: skip
+    def _level(self, part: str, models: Iterable[str], columns: Sequence[str]) -> str:
+        """The mean of some columns over examples, seeds and models, and of the untuned ones where
+        that is what a change is told from."""
+
+        def mean(recipe: str, of: Iterable[str], seeds: Sequence[int]) -> str:
+            return number(np.mean([
+                row_mean(self.measured.table(part, model, recipe, seed), columns).mean()
+                for model in of
+                for seed in seeds
+            ]))  # fmt: skip
+
+        told = mean(self.recipe, models, self._seeds(part, models))
+        alike = [model for model in models if model in self.spec.upcycled]
+        return f"{told} (untuned {mean(UNTUNED, alike, (0,))})" if alike else told
+
+    def _change(self, part: str, models: Iterable[str]) -> str:
+        """What is added to the label of a claim that is a change from the untuned model, since the
+        experts started alike.
+
+        Raises NotTested where that model has no scores.
+        """
+        alike = [model for model in models if model in self.spec.upcycled]
+        if not alike:
+            return ""
+        if lacking := [m for m in alike if not self.measured.twin(part, m, self.recipe)]:
+            raise NotTested(
+                f"the experts of {', '.join(lacking)} started alike, and there are no scores of "
+                "them trained and untuned to tell a change from; set untuned: true"
+            )
+        few = "" if len(alike) == len(list(models)) else f" of {', '.join(alike)}"
+        return f", change from untuned{few}"
 
     def _part(self, part: str) -> tuple[Evaluation, list[str]]:
         """The evaluation that plays a part, and its score columns."""
@@ -344,6 +364,7 @@ class Claims:
         return self.measured.evaluation(part), self.measured.columns(part)
 
     def _name(self, part: str) -> str:
+        self._part(part)
         return self.measured.scores[part].evaluation
 
     def _there(self, part: str, wanted: dict[str, Sequence[str]]) -> None:

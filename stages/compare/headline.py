@@ -22,7 +22,7 @@ def headline(measured: Measured) -> pd.DataFrame:
 
     ``change_from_untuned`` marks the differences from the untuned twin that stand in for levels
     where the experts of an upcycled model started alike; ``gap`` says which seeds are missing and
-    why; ``caution`` which checks of the attack failed.
+    why; ``caution`` which checks of the attack failed, and that there is no untuned twin.
     """
     spec, rows = measured.spec, []
     if "attacks" not in measured.scores:
@@ -45,11 +45,15 @@ def headline(measured: Measured) -> pd.DataFrame:
                     absent = quantity.of_experts and architecture == "dense"
                     if not spec.has(recipe, scores.evaluation, model):
                         continue
+                    learned = quantity.of_experts and not quantity.fixed
                     level = None if absent else measured.level(
                         part, quantity.columns, model, recipe,
-                        learned=quantity.of_experts and not quantity.fixed,
+                        learned=learned, among=quantity.among,
                     )  # fmt: skip
                     gap, caution = ("", "") if absent else notes[part, model]
+                    if learned and measured.lacks_twin(part, model, recipe):
+                        alike = f"the experts of {model} started alike, and no untuned twin is here"
+                        caution = "\n".join(filter(None, (caution, alike)))
                     about = (recipe, quantity.group, quantity.name, quantity.label,
                              scores.evaluation, model, architecture)  # fmt: skip
                     rows.append((*about, *_numbers(level), gap, caution))

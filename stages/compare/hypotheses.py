@@ -34,6 +34,12 @@ The claims, each a mean over the models named, seeds and examples:
 - H5, all MoE models: accuracy lost with ranks K + 1 to 2K instead of 1 to K, below ``margin``; that
   minus the accuracy lost with random experts, below 0; premise: accuracy lost without any expert's
   output, above ``margin``.
+
+Experts that were made of one dense block start alike, so that what H3 to H5 say of routes and
+experts may be so before any training. Of upcycled models these claims, but for the premise, are
+therefore about the change: the statistic of the trained model minus that of the same model untuned,
+on the same examples (a difference on Fisher's scale in H4). Without untuned scores they are not
+tested.
 """
 
 from collections.abc import Sequence

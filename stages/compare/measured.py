@@ -64,26 +64,54 @@ class Measured:
         return self.scores[part].tables[model, recipe, seed]
 
     def frames(
-        self, part: str, columns: Sequence[str], model: str, recipe: str, seeds: Sequence[int]
+        self,
+        part: str,
+        columns: Sequence[str],
+        model: str,
+        recipe: str,
+        seeds: Sequence[int],
+        among: str = "",
     ) -> list[pd.DataFrame]:
-        """Per seed the mean of some columns, as ``value`` of each example."""
-        return [
-            frame(table, row_mean(table, columns))
-            for table in (self.table(part, model, recipe, seed) for seed in seeds)
+        """Per seed the mean of some columns, as ``value`` of each example; ``among`` leaves the
+        examples out for which that column is not 1 in every model."""
+        found = []
+        for seed in seeds:
+            table = self.table(part, model, recipe, seed)
+            values = row_mean(table, columns)
+            if among:
+                common = self._common(part, among, recipe, seed)
+                values = values.where(table["example_id"].map(common))
+            found.append(frame(table, values))
+        return found
+
+    def _common(self, part: str, column: str, recipe: str, seed: int) -> pd.Series:
+        """By example, whether a column is 1 in all the models that have scores."""
+        tables = [
+            table.set_index("example_id")[column]
+            for (_, of, number), table in self.scores[part].tables.items()
+            if (of, number) == (recipe, seed)
         ]
+        return pd.concat(tables, axis=1).eq(1).all(axis=1)
 
     def level(
-        self, part: str, columns: Sequence[str], model: str, recipe: str, learned: bool = False
+        self,
+        part: str,
+        columns: Sequence[str],
+        model: str,
+        recipe: str,
+        *,
+        learned: bool = False,
+        among: str = "",
     ) -> Level | None:
         """The mean of some columns, or nothing where no example has a number.
 
         ``learned`` says that it is about experts: of an upcycled model that is in the sweep
-        untuned as well it is then the change from that.
+        untuned as well it is then the change from that. ``among``: see ``frames``.
         """
         seeds = self.seeds(part, model, recipe)
         if not seeds:
             return None
-        frames = self.frames(part, columns, model, recipe, seeds)
+        frames = self.frames(part, columns, model, recipe, seeds, among)
         options = {"resamples": self.spec.resamples, "seed": self.spec.seed}
         if learned and self.twin(part, model, recipe):
             before = self.frames(part, columns, model, UNTUNED, (0,)) * len(seeds)
@@ -97,11 +125,14 @@ class Measured:
 
     def twin(self, part: str, model: str, recipe: str) -> bool:
         """Whether results on the experts of a tuned model are told as change from the untuned."""
-        return (
-            recipe != UNTUNED
-            and model in self.spec.upcycled
-            and bool(self.seeds(part, model, UNTUNED))
-        )
+        return self._alike(model, recipe) and bool(self.seeds(part, model, UNTUNED))
+
+    def lacks_twin(self, part: str, model: str, recipe: str) -> bool:
+        """Whether they ought to be, and cannot."""
+        return self._alike(model, recipe) and not self.seeds(part, model, UNTUNED)
+
+    def _alike(self, model: str, recipe: str) -> bool:
+        return recipe != UNTUNED and model in self.spec.upcycled
 
 
 def row_mean(table: pd.DataFrame, columns: Sequence[str]) -> pd.Series:

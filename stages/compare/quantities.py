@@ -38,6 +38,8 @@ class Quantity:
     of_experts: bool = False
     fixed: bool = False
     """Not learned, so that a change from the untuned model says nothing."""
+    among: str = ""
+    """Of the examples alone for which this column is 1 in every model of the table."""
 
 
 def quantities(part: str, evaluation: Evaluation, columns: Iterable[str]) -> list[Quantity]:
@@ -129,6 +131,10 @@ def _attacks(evaluation: Evaluation, columns: list[str]) -> Iterator[Quantity]:
         yield quantity("robust", accuracy, f"{worst}, mean of budgets", ("robust",))
     for size in _spread(sizes):
         yield quantity(f"robust/{size}", accuracy, f"{worst}, {size}/255", (f"worst/{size}",))
+    yield quantity(
+        "robust_common", accuracy, f"{worst}, where all models are right without attack",
+        ("robust" if images else "correct",), among="correct" if images else "clean",
+    )  # fmt: skip
     change = "Changed by the attacks, mean"
     of = [f"prediction_change/{a}/{b}" for a in names for b in sizes]
     if not images:

@@ -149,7 +149,8 @@ def test_the_auxiliary_loss_is_attacked_or_not(classifier, labels):
 
 
 def test_every_way_counts_its_evaluations(classifier, labels):
-    for routing, forwards in {"as_is": 5, "soft": 5, "frozen": 11, "targeted": 6, "joint": 6}.items():
+    passes = {"as_is": 5, "soft": 5, "frozen": 11, "targeted": 6, "joint": 6}
+    for routing, forwards in passes.items():
         attack = APGD(steps=5, routing=routing)
         outcome = attack_images(classifier, attack, IMAGES, labels, 0.1, SEEDS)
         assert (outcome.gradients, outcome.forwards[0]) == (5, forwards)

@@ -330,17 +330,44 @@ def test_verdicts_carry_the_failed_checks_of_their_attacks(tmp_path):
     assert of(table, "H4")["caution"][0] == ""
 
 
-def test_experts_that_started_alike_are_pointed_out_with_their_twin(tmp_path):
+def test_of_experts_that_started_alike_the_change_from_untuned_is_judged(tmp_path):
     spec = text_spec(recipes=("none", "scratch"), upcycled=("vmoe-4",))
-    before = {"vmoe-4/none/0/interventions": interventions(second=0.95, drawn=0.95)}
+    before = {
+        "vmoe-4/none/0/attacks": text_attacks(0.5, change=0.25, n=MANY),
+        "vmoe-4/none/0/interventions": interventions(second=0.93, drawn=0.85),
+        "vmoe-4/none/0/geometry": geometry(slope=0.2),
+    }
     table = verdicts(tmp_path, spec, attacks=text_study, **before)
     assert set(table["recipe"]) == {"scratch"}
-    assert of(table, "H5")["caution"][0] == (
-        "the experts of vmoe-4 started alike; before the recipe: accuracy lost with second-best "
-        "experts 0.000, that minus the accuracy lost with random ones 0.000, accuracy lost with "
-        "no expert's output 0.850"
+    routes = of(table, "H3")
+    # 0.3 - 2 × 0.1 trained and 0.25 - 2 × 0.1 untuned; noise 0.01 cancels; the premise is a level.
+    assert routes["value"].tolist() == pytest.approx([0.05, 0.05, 0.0, 0.85])
+    assert routes["claim"].str.endswith(", change from untuned").tolist() == [True] * 3 + [False]
+    assert "under attack 0.300 (untuned 0.250)" in routes["compared"][0]
+    other = of(table, "H5")
+    # Ranks K + 1 to 2K: 0.95 - 0.9 and 0.95 - 0.925 (37 of 40); random: 0.3 and 0.85 (34 of 40).
+    assert other["value"].tolist() == pytest.approx([0.025, -0.6 + 0.075, 0.85])
+    assert "second-best experts 0.900 (untuned 0.925)" in other["compared"][0]
+    trained, untuned = (
+        np.corrcoef(g["routing_term"], g["loss_rise"])[0, 1]
+        for g in (geometry(), geometry(slope=0.2))
     )
-    assert "started alike" not in of(table, "H1")["caution"][0]
+    slope = of(table, "H4")
+    assert slope["value"][0] == pytest.approx(np.arctanh(trained) - np.arctanh(untuned))
+    assert slope["claim"][0].endswith("change from untuned (Fisher's z)")
+    assert f"vmoe-4 +{trained:.3f}, vmoe-4 untuned +{untuned:.3f}" in slope["compared"][0]
+    # Robustness is no result on routes.
+    assert of(table, "H1")["value"][0] == pytest.approx(0.2)
+
+
+def test_experts_that_started_alike_need_their_untuned_twin(tmp_path):
+    table = verdicts(tmp_path, text_spec(upcycled=("vmoe-4",)), attacks=text_study)
+    for hypothesis in ("H3", "H4", "H5"):
+        assert of(table, hypothesis)["reason"][0] == (
+            "the experts of vmoe-4 started alike, and there are no scores of them trained and "
+            "untuned to tell a change from; set untuned: true"
+        )
+    assert of(table, "H1")["verdict"][0] != "not tested"
 
 
 def test_no_verdicts_unless_they_are_asked_for(tmp_path):

@@ -62,6 +62,9 @@ def test_levels_by_hand(images):
     assert clean["value"] == pytest.approx(0.95)
     assert robust["value"] == pytest.approx(0.45)
     assert cell(table, "robust/16", "vmoe-4")["value"] == pytest.approx(0.3)
+    # 38 of 40 images are right in every model; all that withstand the attacks are among them.
+    common = cell(table, "robust_common", "vmoe-4")
+    assert (common["n"], common["value"]) == (38, pytest.approx(0.45 * 40 / 38))
     # pgd alone counts in what changed: joint aims at the routes, noise is the control.
     changed = cell(table, "prediction_change", "vmoe-4")["value"]
     assert changed == pytest.approx(1 - 0.45)
@@ -145,6 +148,26 @@ def test_panels_of_one_scale_show_the_bands_of_every_model(tmp_path, monkeypatch
     ends = [path.vertices[:, 1].min() for panel in curves for band in panel.collections
             for path in band.get_paths()]  # fmt: skip
     assert min(ends) < 0.3 and curves[0].get_ylim()[0] < min(ends)
+
+
+def test_examples_that_another_model_gets_wrong_are_not_common(tmp_path):
+    spec = spec_of(pairs=(("vmoe-4", "vit"),), seeds=(0, 1))
+    worse = attacks(0.4, moe=False)
+    worse["correct"] = 1.0 * (np.arange(40) >= 12)
+    inputs = study(tmp_path, spec, **{"vit/scratch/1/attacks": worse})
+    table = headline(Measured(spec, inputs, {}))
+    # Seed 0: images 0 to 37, of which the MoE holds 0.6 × 40 at one budget and half at the other;
+    # seed 1: images 12 to 37, of which it holds 12 at one budget and none at the other.
+    expected = ((24 + 12) / 2 / 38 + 12 / 2 / 26) / 2
+    assert cell(table, "robust_common", "vmoe-4")["value"] == pytest.approx(expected)
+
+
+def test_numbers_of_experts_that_started_alike_say_that_the_twin_is_missing(tmp_path):
+    spec = spec_of(**ALIKE | {"recipes": ("sft",)})
+    table = headline(Measured(spec, study(tmp_path, spec, attacks=texts), {}))
+    told = "the experts of vmoe-4 started alike, and no untuned twin is here"
+    assert told in cell(table, "substitution/random", "vmoe-4", "sft")["caution"]
+    assert told not in cell(table, "robust", "vmoe-4", "sft")["caution"]
 
 
 def test_text_attacks_have_the_same_table_as_change_from_the_untuned_twin(tmp_path):
