@@ -141,6 +141,10 @@ def _attacks(evaluation: Evaluation, columns: list[str]) -> Iterator[Quantity]:
         of = [f"changed/{a}" for a in names]
     yield quantity("prediction_change", change, "predictions", tuple(of))
     moved = routing_change(evaluation, columns)
+    first = [c.replace("routing_change", "experts_first_changed", 1) for c in moved["attack"]]
+    yield quantity(
+        "first_expert_changed", change, "tokens' highest-weighted expert", tuple(first), **experts
+    )
     for name, label in (
         ("attack", "routes (1 − IoU)"),
         ("random", "routes, random perturbation"),

@@ -23,7 +23,7 @@ from stages.models.families import family
 from stages.models.images import Classifier, ImageProcessor
 from stages.models.routes import Policy, Weigh, imposed
 from stages.models.routing import Routing, weighing
-from stages.probe.change import chance, routing_changes
+from stages.probe.change import chance, choice_changes, routing_changes
 
 UNBOUNDED = 0.5
 """Largest change of a pixel that makes every image the same grey one."""
@@ -127,11 +127,12 @@ class Attacker(Shown):
         """What one attack did at one budget."""
         _, now = self.seen(outcome.images)
         changes = routing_changes(self.routes, now, len(self.ids))
+        choices = choice_changes(self.routes, now, len(self.ids))
         made = images.rows(
             name, attack, budget, outcome, self.pixels, self.clean, self.labels, self.ids
         )
-        for row, change in zip(made, changes, strict=True):
-            yield row | {"routing_change": change}
+        for row, change, choice in zip(made, changes, choices, strict=True):
+            yield row | {"routing_change": change, "choices": choice}
 
     def _noise(self) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
         """The routing change of each image when its mirror image stands beside it in the batch, and

@@ -82,7 +82,7 @@ class ImageAttacks(LabelledImages):
     seed: int = 0
 
     axis: ClassVar[str] = "adversarial"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     primary: ClassVar[str] = "robust_accuracy"
 
     @model_validator(mode="after")
@@ -158,7 +158,8 @@ class ImageAttacks(LabelledImages):
 
         ``correct``; of each attack at each budget ``robust/A/B``, ``prediction_change/A/B``,
         ``loss_rise/A/B`` (nats), ``zero_gradient/A/B`` and ``routing_change/A/B`` (1 - IoU of the
-        chosen experts, mean over tokens and layers; by layer ``routing_change/A/B/LAYER``);
+        chosen experts, mean over tokens and layers; by layer ``routing_change/A/B/LAYER``) with
+        ``experts_first_changed/A/B``, ``experts_kept/A/B`` and ``experts_none/A/B`` (``probe/change.py``);
         ``worst/B``, the least of ``robust`` over the attacks, and ``robust``, the mean of those.
 
         What ``routing_change`` is to be read beside, each also by layer: ``routing_change_noise``,
@@ -243,12 +244,14 @@ class ImageAttacks(LabelledImages):
         return tuple(found)
 
     def curves(self, scores: pd.DataFrame) -> tuple[Metric, ...]:
-        """Routing change and swaps by layer, and success with more effort."""
+        """Routing change and swaps by layer, what else is told of the choice of experts, and
+        success with more effort."""
         of = {"routing_change": 4, "routing_change_noise": 2, "routing_change_random": 3}
         of["routing_change_noise_bfloat16"] = 2
         of |= {f"swap_{swap}": 3 for swap in SWAPS}
         layers = [c for c in scores if (parts := c.split("/")) and len(parts) == of.get(parts[0])]
-        return tuple(mean_of(c) for c in (*layers, *(c for c in scores if c.startswith("check/"))))
+        others = [c for c in scores if c.startswith(("experts_", "check/"))]
+        return tuple(mean_of(c) for c in (*layers, *others))
 
     def checks(self, scores: pd.DataFrame) -> list[dict]:
         """The hygiene report: one row per attack and check, at the budget where it comes out worst.
@@ -329,6 +332,7 @@ def _attacked(found: dict, at: str) -> dict[str, float]:
         f"loss_rise/{at}": found["loss"] - found["clean_loss"],
         f"zero_gradient/{at}": found["zero_gradient"],
         **_by_layer(f"routing_change/{at}", found["routing_change"]),
+        **{f"{name}/{at}": value for name, value in found["choices"].items()},
     }
 
 

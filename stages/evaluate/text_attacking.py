@@ -25,7 +25,7 @@ from stages.evaluate.asking import Asker, allowed_tokens, are_texts
 from stages.evaluate.text_attacks import SWAPS, variants
 from stages.models.routes import Weigh, hash_of, imposed
 from stages.models.routing import Routing, weighing
-from stages.probe.change import chance, routing_change
+from stages.probe.change import chance, choice_changes, routing_change
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,9 @@ class Attacker(Asker):
             "routing": self._change(clean, routes, made, now, aligned),
             "random_routing": self._change(clean, routes, control, random_now, aligned),
             "untouched_routing": self._change(clean, routes, made, now, aligned, untouched=True),
+            "choices": choice_changes(
+                routes, now, pairs=self._pairs(clean, made, aligned, untouched=False)
+            )[0],
             "swap": {},
             "swap_layers": {},
             "checks": {},
@@ -299,14 +302,18 @@ class Attacker(Asker):
         whose embeddings are the same in both."""
         if not routes:
             return {}
-        if aligned:
-            places = torch.arange(len(clean.embedded))
-            if untouched:
-                places = places[(clean.embedded == made.embedded).all(-1).cpu()]
-            pairs = places, places
-        else:
-            pairs = common(clean.question.tokens.tolist(), made.question.tokens.tolist())
-        return routing_change(routes, now, pairs)
+        return routing_change(routes, now, self._pairs(clean, made, aligned, untouched))
+
+    def _pairs(
+        self, clean: Attempt, made: Attempt, aligned: bool, untouched: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places of the tokens that both inputs have; ``untouched``: with the same embeddings."""
+        if not aligned:
+            return common(clean.question.tokens.tolist(), made.question.tokens.tolist())
+        places = torch.arange(len(clean.embedded))
+        if untouched:
+            places = places[(clean.embedded == made.embedded).all(-1).cpu()]
+        return places, places
 
     @torch.no_grad()
     def _swapped(

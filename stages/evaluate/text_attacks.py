@@ -53,7 +53,7 @@ class TextAttacks(LabelledTexts):
     """Exchange the routes of the clean and the attacked text also in one layer at a time."""
 
     axis: ClassVar[str] = "adversarial"
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
     primary: ClassVar[str] = "robust_accuracy"
 
     @model_validator(mode="after")
@@ -95,10 +95,11 @@ class TextAttacks(LabelledTexts):
         and ``random/A`` (the same of the control), ``changed/A`` (the prediction is another),
         ``success/A`` (wrong, of those that were right), ``margin/A``, ``queries/A``,
         ``gradients/A``, ``edits/A``, and with routes ``routing_change/A``,
-        ``routing_change_random/A``, each also by layer, and ``routing_change_untouched/A`` over the
-        tokens that the attack left as they were; ``swap_…`` (0 or 1) under the routes of the other
-        text. ``noise`` is the routing change of the same input in another batch,
-        ``noise_bfloat16`` in that precision, ``chance`` that of two random choices.
+        ``routing_change_random/A``, each also by layer, ``routing_change_untouched/A`` over the
+        tokens that the attack left as they were, and ``experts_first_changed/A``,
+        ``experts_kept/A`` and ``experts_none/A`` (``probe/change.py``); ``swap_…`` (0 or 1) under
+        the routes of the other text. ``noise`` is the routing change of the same input in another
+        batch, ``noise_bfloat16`` in that precision, ``chance`` that of two random choices.
         """
         about = self.about(data)
         rows = []
@@ -139,6 +140,8 @@ class TextAttacks(LabelledTexts):
         }
         for key in ("margin", "queries", "gradients", "edits", "zero_gradients", "size"):
             row[f"{key}/{name}"] = under[key]
+        for key, value in under["choices"].items():
+            row[f"{key}/{name}"] = value
         for layer, change in under["routing"].items():
             row[f"routing_change/{name}/{layer}"] = change
         for layer, change in under["random_routing"].items():
@@ -193,11 +196,12 @@ class TextAttacks(LabelledTexts):
         )
 
     def curves(self, scores: pd.DataFrame) -> tuple[Metric, ...]:
-        """Routing change and exchanged routes by layer, accuracy by budget."""
+        """Routing change and exchanged routes by layer, what else is told of the choice of experts,
+        accuracy by budget."""
         by_layer = ("routing_change", "swap_")
         layers = [c for c in scores if c.startswith(by_layer) and c.count("/") == 2]
-        budgets = [c for c in scores if c.startswith("check/")]
-        return tuple(mean_of(column) for column in (*layers, *budgets))
+        others = [c for c in scores if c.startswith(("experts_", "check/"))]
+        return tuple(mean_of(column) for column in (*layers, *others))
 
     def checks(self, scores: pd.DataFrame) -> list[dict]:
         """The hygiene report: one row per attack and check."""

@@ -8,7 +8,7 @@ from math import comb
 
 import torch
 
-from stages.models.routes import selected
+from stages.models.routes import DROPPED, selected
 from stages.models.routing import Routing
 
 
@@ -52,6 +52,44 @@ def routing_changes(
         for changes, value in zip(found, (1 - same).tolist(), strict=True):
             changes[one.layer] = value
     return found
+
+
+def choice_changes(
+    before: Sequence[Routing],
+    after: Sequence[Routing],
+    inputs: int = 1,
+    pairs: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> list[dict[str, float]]:
+    """Beside the change of routes, of each input, means over tokens and blocks:
+
+    ``experts_first_changed``, the share of tokens whose expert of the largest weight is another;
+    ``experts_kept``, the share |A ∩ B| / K of the K experts that are chosen both times (1 - IoU
+    counts one of two exchanged as 2/3); ``experts_none``, the share of tokens that no expert took
+    either time, which all other changes leave out. Empty without blocks.
+    """
+    found: dict[str, list[torch.Tensor]] = {}
+    for one, other in zip(before, after, strict=True):
+        if pairs is not None:
+            one, other = one.only(pairs[0]), other.only(pairs[1])
+        first, second = selected(one), selected(other)
+        either = (first | second).any(-1)
+        kept = (first & second).sum(-1) / one.experts.shape[1]
+        moved = (_largest(one) != _largest(other)).to(kept)
+        for name, values in (
+            ("experts_first_changed", torch.where(either, moved, torch.nan)),
+            ("experts_kept", torch.where(either, kept, torch.nan)),
+            ("experts_none", 1 - either.to(kept)),
+        ):
+            found.setdefault(name, []).append(values.view(inputs, -1).nanmean(1))
+    means = {name: torch.stack(values).nanmean(0).tolist() for name, values in found.items()}
+    return [{name: values[i] for name, values in means.items()} for i in range(inputs)]
+
+
+def _largest(routing: Routing) -> torch.Tensor:
+    """The expert of the largest weight of each token, (T,)."""
+    largest = routing.weights.argmax(-1, keepdim=True)
+    there = routing.weights.gather(-1, largest) > 0
+    return torch.where(there, routing.experts.gather(-1, largest), DROPPED)[:, 0]
 
 
 def chance(experts: int, chosen: int) -> float:

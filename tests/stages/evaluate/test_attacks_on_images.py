@@ -91,6 +91,10 @@ def test_what_the_scores_say_is_what_the_model_does(both, data, scores):
             for layer, values in by_layer.items():
                 assert np.allclose(scores[f"{column}/{layer}"], values, atol=1e-6)
             assert np.allclose(scores[column], sum(by_layer.values()) / 2, atol=1e-6)
+        # One expert per token: it is kept, or another is the first.
+        for column, values in (("first_changed", scores[f"routing_change/{at}"]),
+                               ("kept", 1 - scores[f"routing_change/{at}"]), ("none", 0)):
+            assert np.allclose(scores[f"experts_{column}/{at}"], values, atol=1e-6)
         robust = [c for c in scores if c.startswith("robust/") and c.endswith(shown_budget)]
         assert len(robust) == 5
         kept = [c for c in robust if "paper" not in c]

@@ -100,13 +100,20 @@ def test_what_is_compared_of_the_routes_by_hand(engines, data, scores):
         assert replaced.sum() == found["edits/gcg"]
         (_, before), (_, after) = attacker._asked(clean), attacker._asked(made)
         assert len(before[0].experts) > length
-        changes, untouched = [], []
+        changes, untouched, kept, firsts = [], [], [], []
         for one, other in zip(before, after, strict=True):
             pairs = zip(one.experts[:length].tolist(), other.experts[:length].tolist(), strict=True)
             chosen = torch.tensor([1 - len({*a} & {*b}) / len({*a} | {*b}) for a, b in pairs])
             changes.append(chosen.mean().item())
+            pairs = zip(one.experts[:length].tolist(), other.experts[:length].tolist(), strict=True)
+            kept.append(np.mean([len({*a} & {*b}) / 2 for a, b in pairs]))
+            largest = [each.experts.gather(1, each.weights.argmax(1, keepdim=True))[:length, 0]
+                       for each in (one, other)]  # fmt: skip
+            firsts.append((largest[0] != largest[1]).float().mean().item())
             untouched.append(chosen[~replaced].mean().item())
         assert found["routing_change/gcg"] == pytest.approx(np.mean(changes), abs=1e-6)
+        assert found["experts_kept/gcg"] == pytest.approx(np.mean(kept), abs=1e-6)
+        assert found["experts_first_changed/gcg"] == pytest.approx(np.mean(firsts), abs=1e-6)
         assert found["routing_change_untouched/gcg"] == pytest.approx(
             np.mean(untouched), abs=1e-6)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

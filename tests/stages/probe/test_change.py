@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from stages.models.routing import Routing
-from stages.probe.change import chance, overlap, routing_change, routing_changes
+from stages.probe.change import (
+    chance,
+    choice_changes,
+    overlap,
+    routing_change,
+    routing_changes,
+)
 
 
 def sets(*members, experts=4):
@@ -59,6 +65,29 @@ def test_each_input_of_a_batch_has_its_own_change():
     assert first == pytest.approx({"a": (0 + 2 / 3) / 2, "b": (0 + 1) / 2})
     assert second == pytest.approx({"a": 1, "b": (1 / 2 + 0) / 2})
     assert routing_changes([], [], 2) == [{}, {}]
+
+
+def test_what_else_is_told_of_a_choice():
+    before = [routing([[0, 1]] * 4, [[0.6, 0.4]] * 4)]
+    after = [routing([[1, 0], [0, 2], [2, 3], [2, 3]],
+                     [[0.6, 0.4], [0.6, 0.4], [0.6, 0.4], [0.0, 0.0]])]  # fmt: skip
+    (found,) = choice_changes(before, after)
+    # The same two in the other order; one of two; none; none at all.
+    assert found == pytest.approx(
+        {"experts_first_changed": 3 / 4, "experts_kept": (1 + 1 / 2) / 4, "experts_none": 0}
+    )
+    half = {"experts_first_changed": 1 / 2, "experts_kept": 3 / 4, "experts_none": 0}
+    # A token that no expert takes either time is left out and counted.
+    none = [routing([[0, 1]] * 4, [[0.6, 0.4]] * 3 + [[0.0, 0.0]])]
+    first, second = choice_changes(none, after, 2)
+    assert first == pytest.approx(half)
+    assert second == pytest.approx(
+        {"experts_first_changed": 1, "experts_kept": 0, "experts_none": 1 / 2}
+    )
+    places = torch.tensor([0, 2]), torch.tensor([0, 1])
+    (moved,) = choice_changes(before, after, pairs=places)
+    assert moved == pytest.approx(half)
+    assert choice_changes([], [], 2) == [{}, {}]
 
 
 @pytest.mark.parametrize(
