@@ -148,15 +148,15 @@ class EvaluationChecks:
     def surrogates(self, name: str, field: str) -> Iterator[str]:
         """Problems of the other models that an evaluation holds: each needs a checkpoint of every
         recipe that is scored on it."""
-        for named in self.sweep.evaluations[name].surrogates():
-            if named is not None and named not in self.sweep.models:
-                yield f"{field}: from: {self.unknown('model', named)}"
+        for asked in self.sweep.evaluations[name].surrogates():
+            if asked.model is not None and asked.model not in self.sweep.models:
+                yield f"{field}: from: {self.unknown('model', asked.model)}"
                 continue
             for recipe in sweep_recipes(self.sweep):
                 trained = recipe_models(self.sweep, recipe)
                 if recipe == UNTUNED or name not in recipe_evaluations(self.sweep, recipe):
                     continue
-                for other in sorted({surrogate(self.sweep, recipe, m, named) for m in trained}):
+                for other in sorted({surrogate(self.sweep, recipe, m, asked) for m in trained}):
                     if other not in trained:
                         yield (f"{field}: transfer from {other}, which recipe {recipe} does not "
                                "train; name a model of the pairs that it trains")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.sweep import UNTUNED, Resources, Sweep, model_spec
+from stages.attack.image_spec import Surrogate
 from stages.compare.spec import CompareSpec, Pair
 from stages.data.spec import DataSpec
 from stages.errors import BadInput
@@ -203,14 +204,17 @@ def recipe_evaluations(sweep: Sweep, name: str) -> tuple[str, ...]:
     return tuple(e for e, each in sweep.evaluations.items() if each.asks_head == headed)
 
 
-def surrogate(sweep: Sweep, recipe: str, model: str, named: str | None) -> str | None:
+def surrogate(sweep: Sweep, recipe: str, model: str, asked: Surrogate) -> str | None:
     """The model that a transfer attack on a model after a recipe is made on.
 
-    The named one; where there is none or it is the model itself, its partner in the first pair
-    whose models the recipe both has; without such a pair the partner in the first one, if any.
+    The named one; of another seed, where none is named, the model itself. Else, where none is named
+    or it is the model itself, its partner in the first pair whose models the recipe both has;
+    without such a pair the partner in the first one, if any.
     """
-    if named not in (None, model):
-        return named
+    if asked.other_seed:
+        return asked.model or model
+    if asked.model not in (None, model):
+        return asked.model
     partners = [pair.dense if model == pair.moe else pair.moe for pair in sweep.pairs
                 if model in (pair.moe, pair.dense)]
     there = [name for name in partners if name in recipe_models(sweep, recipe)]
@@ -349,7 +353,7 @@ class Builder:
             raise BadInput(
                 f"search: {evaluation_name} attacks another checkpoint than a trial's own; "
                 "name an evaluation without transfer")
-        others = {named: surrogate(self.sweep, recipe, model, named) for named in asked}
+        others = {each: surrogate(self.sweep, recipe, model, each) for each in asked}
         if others:
             if None in others.values():
                 raise BadInput(
@@ -373,8 +377,19 @@ class Builder:
             self.datasets_used.append(name)
         if isinstance(technique, Contrastive):
             inputs[f"{AMATEUR}{technique.amateur}"] = self.model(technique.amateur)
-        for name in others.values():
-            inputs[f"{SURROGATE}{name}"] = self.checkpoint(name, recipe, seed)
+        for each, name in others.items():
+            role = each._replace(model=name).role
+            of = self.other_seed(evaluation_name, recipe, seed) if each.other_seed else seed
+            inputs[f"{SURROGATE}{role}"] = self.checkpoint(name, recipe, of)
         for name, judge in evaluation.judge_models().items():
             inputs[f"{JUDGE}{name}"] = self.judge(judge)
         return self.plan.add("evaluate", f"{label}-{evaluation_name}", spec, inputs, resources)
+
+    def other_seed(self, evaluation: str, recipe: str, seed: int) -> int:
+        """The seed after one, the first after the last. Raises BadInput where there is no other."""
+        seeds = () if recipe == UNTUNED else self.sweep.seeds
+        if len(seeds) < 2:
+            raise BadInput(
+                f"evaluations.{evaluation}: transfer from another seed needs two trainings: give "
+                "two seeds and set untuned to false, or name another model with from")
+        return seeds[(seeds.index(seed) + 1) % len(seeds)]

@@ -3,7 +3,7 @@
 Budgets are in units of images whose pixels lie in [0, 1]: 8/255 is eight steps of an 8-bit image.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -115,6 +115,19 @@ class Noise(ImageAttack):
     queries: Annotated[int, Field(ge=1)] = 100
 
 
+class Surrogate(NamedTuple):
+    """The other model that a transfer attacks, of the same sweep and recipe."""
+
+    model: str | None
+    """None stands for the partner or, of another seed, for the attacked model itself."""
+    other_seed: bool = False
+
+    @property
+    def role(self) -> str:
+        """Its name among the inputs of an evaluation."""
+        return f"{self.model}/other-seed" if self.other_seed else f"{self.model}"
+
+
 class Transfer(GradientAttack):
     """Auto-PGD on another model, whose adversarial images are shown to this one."""
 
@@ -125,7 +138,15 @@ class Transfer(GradientAttack):
     """The other model, of the same sweep, recipe and seed; the partner of the attacked one in the
     first pair whose models both have the recipe, where nothing or the attacked model itself is
     given."""
+    seed: Literal["same", "other"] = "same"
+    """``other``: that model, or where none is given the attacked one, as trained with the next of
+    the sweep's seeds (with the first, for the last)."""
     steps: Annotated[int, Field(ge=2)] = 100
+
+    @property
+    def surrogate(self) -> Surrogate:
+        """The model that is attacked."""
+        return Surrogate(self.model, self.seed == "other")
 
 
 AnyImageAttack = Annotated[

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from pydantic import model_validator
 
+from stages.attack.image_spec import Surrogate
 from stages.evaluate.techniques import AnyTechnique, SelfConsistency
 from stages.spec import Spec
 
@@ -248,9 +249,9 @@ class Evaluation(Spec):
         """
         raise NotImplementedError
 
-    def surrogates(self) -> tuple[str | None, ...]:
-        """Other models of the sweep that ``procedure`` is handed as well, by name: checkpoints of
-        the same recipe and seed. None stands for the partner of the checkpoint."""
+    def surrogates(self) -> tuple[Surrogate, ...]:
+        """Other models of the sweep that ``procedure`` is handed as well, by their role:
+        checkpoints of the same recipe."""
         return ()
 
     def judge_models(self) -> "dict[str, ModelJudge]":

@@ -112,7 +112,7 @@ class Engine:
         evaluation = json.loads(procedure)
         evaluation = KINDS[evaluation["kind"]].model_validate(evaluation)
         rows = [json.loads(request.row) for request in requests]
-        others = {name: self._surrogate(name) for name in evaluation.surrogates()}
+        others = {s.role: self._surrogate(s.role) for s in evaluation.surrogates()}
         extra = {"surrogates": others} if others else {}
         results = evaluation.procedure(self.model, self.tokenizer, rows, **extra)
         return [

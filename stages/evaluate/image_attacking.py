@@ -111,7 +111,7 @@ class Attacker(Shown):
         """One attack on all images, or on those that the mask (B,) names."""
         partner = None
         if isinstance(attack, Transfer):
-            partner = self.surrogates[attack.model]
+            partner = self.surrogates[attack.surrogate.role]
         if not family((partner or self.classifier).model).is_moe:
             given = {f: v for f, v in _PLAIN.items() if f in type(attack).model_fields}
             attack = attack.model_copy(update=given)

@@ -22,6 +22,7 @@ from stages.attack.image_spec import (
     Norm,
     PaperPGD,
     Square,
+    Surrogate,
     Transfer,
 )
 from stages.evaluate import hygiene
@@ -119,15 +120,15 @@ class ImageAttacks(LabelledImages):
         """That of all attacks."""
         return next(iter(self.attacks.values())).norm
 
-    def surrogates(self) -> tuple[str | None, ...]:
+    def surrogates(self) -> tuple[Surrogate, ...]:
         """The models that ``transfer`` attacks, as the sweep has them."""
-        found = [a.model for a in self.attacks.values() if isinstance(a, Transfer)]
+        found = [a.surrogate for a in self.attacks.values() if isinstance(a, Transfer)]
         return tuple(dict.fromkeys(found))
 
-    def with_surrogates(self, chosen: Mapping[str | None, str]) -> "ImageAttacks":
+    def with_surrogates(self, chosen: Mapping[Surrogate, str]) -> "ImageAttacks":
         """The same with other names of those models."""
         attacks = {
-            name: attack.model_copy(update={"model": chosen[attack.model]})
+            name: attack.model_copy(update={"model": chosen[attack.surrogate]})
             if isinstance(attack, Transfer)
             else attack
             for name, attack in self.attacks.items()
@@ -159,7 +160,8 @@ class ImageAttacks(LabelledImages):
         ``correct``; of each attack at each budget ``robust/A/B``, ``prediction_change/A/B``,
         ``loss_rise/A/B`` (nats), ``zero_gradient/A/B`` and ``routing_change/A/B`` (1 - IoU of the
         chosen experts, mean over tokens and layers; by layer ``routing_change/A/B/LAYER``) with
-        ``experts_first_changed/A/B``, ``experts_kept/A/B`` and ``experts_none/A/B`` (``probe/change.py``);
+        ``experts_first_changed/A/B``, ``experts_kept/A/B`` and ``experts_none/A/B``
+        (``probe/change.py``);
         ``worst/B``, the least of ``robust`` over the attacks, and ``robust``, the mean of those.
 
         What ``routing_change`` is to be read beside, each also by layer: ``routing_change_noise``,

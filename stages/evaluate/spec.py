@@ -31,7 +31,7 @@ class JudgeSpec(Spec):
 
 class EvaluateSpec(Spec):
     """Input roles: ``checkpoint`` (a Hugging Face folder), ``data/<dataset>`` for each data set of
-    the evaluation, ``amateur/<model>`` for contrastive decoding, ``surrogate/<model>`` for each
+    the evaluation, ``amateur/<model>`` for contrastive decoding, ``surrogate/<role>`` for each
     other model of an attack, ``judge/<name>`` for each judge that is a model."""
 
     VERSION: ClassVar[int] = 2

@@ -64,26 +64,40 @@ def test_transfer_is_from_the_checkpoint_of_the_same_recipe_and_seed(named, surr
         for seed in (0, 2):
             node = plan.nodes[f"evaluate/{model}-scratch-seed{seed}-attacks"]
             upstream = f"finetune/{other}-scratch-seed{seed}"
+            # The last seed's other one is the first.
+            again = f"finetune/{model}-scratch-seed{(seed + 1) % 3}"
             assert {role: key for role, key in node.inputs.items() if "surrogate" in role} == {
-                f"surrogate/{other}": upstream}
+                f"surrogate/{other}": upstream, f"surrogate/{model}/other-seed": again}
             assert node.spec.evaluation.attacks["transfer"].model == other
-            assert keys.index(upstream) < keys.index(node.key)
+            assert node.spec.evaluation.attacks["transfer_seed"].surrogate == (model, True)
+            assert max(map(keys.index, (upstream, again))) < keys.index(node.key)
     # Another partner is another result; the other evaluations do not know of it.
     fine = "evaluate/vit-scratch-seed0-attacks"
     assert (plan.nodes[fine].fingerprint == planned().nodes[fine].fingerprint) == (not named)
 
 
+def test_another_seed_needs_two_trainings():
+    told = "evaluations.attacks: transfer from another seed needs two trainings: give two seeds"
+    for override in ("seeds=[1]", "untuned=true"):
+        with pytest.raises(BadInput, match=told):
+            planned(override)
+    other = "evaluations.attacks.attacks.transfer_seed.from=vit"
+    node = planned(other).nodes["evaluate/vmoe-4-scratch-seed1-attacks"]
+    assert node.inputs["surrogate/vit/other-seed"] == "finetune/vit-scratch-seed2"
+
+
 def test_one_model_alone_is_attacked_from_a_model_of_the_sweep():
     def alone(override):
-        options = Namespace(sweep=FILE, set=[override] if override else [], evaluations="attacks",
-                            model="tiny:vit")
+        other = "evaluations.attacks.attacks.transfer_seed="
+        options = Namespace(sweep=FILE, set=[override, other + "{kind: transfer, from: vmoe-4}"],
+                            evaluations="attacks", model="tiny:vit")
         sweep, name = single_model(options)
         return build_evaluations(sweep, name, {})
 
     nodes = alone("evaluations.attacks.attacks.transfer.from=vmoe-4").nodes
     assert nodes["evaluate/tiny-vit-none-attacks"].inputs["surrogate/vmoe-4"] == "model/vmoe-4"
     with pytest.raises(BadInput, match="transfer to tiny-vit has no other model to attack"):
-        alone(None)
+        alone("name=again")
 
 
 def test_a_trial_of_a_search_has_no_partner():

@@ -294,10 +294,13 @@ def test_a_surrogate_must_read_the_same_images(both, data):
 def test_transfer_names_the_other_model():
     read = TypeAdapter(AnyImageAttack).validate_python
     assert read({"kind": "transfer", "from": "vit"}).model == "vit"
-    evaluation = spec(attacks={"a": Transfer(), "b": Transfer(model="vit"), "c": PGD()})
-    assert evaluation.surrogates() == (None, "vit")
-    told = evaluation.with_surrogates({None: "moe", "vit": "vit"})
-    assert told.surrogates() == ("moe", "vit") and told.attacks["c"] == PGD()
+    evaluation = spec(attacks={"a": Transfer(), "b": Transfer(model="vit"), "c": PGD(),
+                               "d": Transfer(seed="other")})  # fmt: skip
+    asked = evaluation.surrogates()
+    assert asked == ((None, False), ("vit", False), (None, True))
+    told = evaluation.with_surrogates(dict(zip(asked, ("moe", "vit", "vit"), strict=True)))
+    assert [each.role for each in told.surrogates()] == ["moe", "vit", "vit/other-seed"]
+    assert told.attacks["c"] == PGD()
     # As it travels with a request.
     assert ImageAttacks.model_validate_json(told.model_dump_json()) == told
     with pytest.raises(ValidationError, match="technique has no effect on a classifier of images"):
