@@ -180,10 +180,18 @@ def _interventions(evaluation: Evaluation, columns: list[str]) -> Iterator[Quant
 
 def _lipschitz(evaluation: Evaluation, columns: list[str]) -> Iterator[Quantity]:
     group = "Local Lipschitz constant (lower bound)"
-    yield Quantity("lipschitz", group, "routes free", "lipschitz", ("lipschitz",))
-    yield Quantity(
-        "lipschitz_frozen", group, "experts frozen", "lipschitz", ("lipschitz_frozen",), True
-    )
+    sizes = evaluation.sizes
+    for suffix, radius in sorted(sizes.items(), key=lambda size: size[1]):
+        within = f", radius {radius:g}" if len(sizes) > 1 else ""
+        for column, label, experts in (
+            ("lipschitz", "routes free", False), ("lipschitz_frozen", "experts frozen", True)
+        ):  # fmt: skip
+            yield Quantity(
+                column + suffix, group, label + within, "lipschitz", (column + suffix,), experts
+            )
+    group = "Lipschitz constant of a feed-forward block, mean (lower bound)"
+    yield Quantity("block", group, "routes free", "lipschitz", ("block",))
+    yield Quantity("block_frozen", group, "experts frozen", "lipschitz", ("block_frozen",), True)
 
 
 def _geometry(evaluation: Evaluation, columns: list[str]) -> Iterator[Quantity]:

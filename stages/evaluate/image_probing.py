@@ -11,6 +11,7 @@ from stages.evaluate.intervening import Intervening, refuse_dense
 from stages.evaluate.showing import Shown
 from stages.models.routes import Policy, Weigh, hash_of, imposed, per_input, routed
 from stages.models.routing import Routing, weighing
+from stages.probe.block_slopes import block_slopes
 from stages.probe.geometry import measured, watched
 from stages.probe.slopes import jacobian_norms, random_slopes, steepest_slopes
 from stages.probe.usage import usage
@@ -94,34 +95,63 @@ class ImageClimber(Shown):
         logits, routing = self.seen(self.pixels)
         unknown = torch.full((len(self.ids),), torch.nan)
         free = self.classifier
-        columns = {
-            "lipschitz": self._steepest(free),
-            "lipschitz_random": random_slopes(
-                free, self.pixels, self.spec.radius, self.spec.samples, self._draws("random")
-            ),
-            "jacobian": jacobian_norms(free, self.pixels, self._draws("jacobian")),
-            "lipschitz_frozen": unknown,
-            "jacobian_frozen": unknown,
-        }
+        weigh = weighing(self.model) if routing else None
+        held = self._held(routing, weigh)
+        columns = {"jacobian": jacobian_norms(free, self.pixels, self._draws("jacobian")),
+                   "jacobian_frozen": unknown}  # fmt: skip
+        for suffix, radius in self.spec.sizes.items():
+            columns[f"lipschitz{suffix}"] = self._steepest(free, radius)
+            columns[f"lipschitz_random{suffix}"] = random_slopes(
+                free, self.pixels, radius, self.spec.samples, self._draws("random")
+            )
+            columns[f"lipschitz_frozen{suffix}"] = (
+                self._steepest(held, radius) if routing else unknown
+            )
         if routing:
-            held = self._held(routing, weighing(self.model))
             fixed = self._held(routing, None)
-            columns["lipschitz_frozen"] = self._steepest(held)
             columns["jacobian_frozen"] = jacobian_norms(
                 fixed, self.pixels, self._draws("jacobian")
             )
         values = {name: column.tolist() for name, column in columns.items()}
+        blocks = self._blocks(weigh)
         return [
-            {"prediction": prediction} | {name: column[i] for name, column in values.items()}
+            {"prediction": prediction, "blocks": blocks[i]}
+            | {name: column[i] for name, column in values.items()}
             for i, prediction in enumerate(self.predictions(logits))
         ]
+
+    def _blocks(self, weigh: Weigh | None) -> list[dict[str, dict[str, float]]]:
+        """Of each image, by feed-forward block the mean over its tokens of the steepest slopes."""
+        count = len(self.ids)
+
+        def draw(start: int, shape: torch.Size) -> torch.Tensor:
+            # The tokens of an image follow each other.
+            tokens = shape[:-1].numel() // count
+            return self._draws(f"blocks/{start}").normal((tokens, shape[-1])).view(shape)
+
+        found = block_slopes(
+            self.model, lambda: self.classifier(self.pixels), draw,
+            radius=self.spec.block_radius, steps=self.spec.steps, restarts=self.spec.restarts,
+            inputs=count, weigh=weigh,
+        )  # fmt: skip
+        means = {
+            path: {name: slopes.view(count, -1).mean(1).tolist() for name, slopes in each.items()}
+            for path, each in found.items()
+        }
+        return [
+            {path: {name: values[i] for name, values in each.items()}
+             for path, each in means.items()}
+            for i in range(count)
+        ]  # fmt: skip
 
     def _draws(self, purpose: str) -> Draws:
         return Draws(self.seeds(purpose))
 
-    def _steepest(self, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def _steepest(
+        self, function: Callable[[torch.Tensor], torch.Tensor], radius: float
+    ) -> torch.Tensor:
         return steepest_slopes(
-            function, self.pixels, self.spec.radius, steps=self.spec.steps,
+            function, self.pixels, radius, steps=self.spec.steps,
             restarts=self.spec.restarts, draws=self._draws("ascent"),
         )  # fmt: skip
 

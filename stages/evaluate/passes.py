@@ -1,9 +1,9 @@
 """How many passes through a model procedures take, for estimates of what a plan's nodes take.
 
 A pass is one example's way forward; a gradient with respect to the input is two more. Attacks that
-stop where they succeed count as if they never did. What one expert computes for a probe, and what a
-gradient through experts that were not chosen takes beyond a plain one, are left out. Light to
-import: no torch.
+stop where they succeed count as if they never did. What one expert or one block computes for a
+probe, and what a gradient through experts that were not chosen takes beyond a plain one, are left
+out. Light to import: no torch.
 
 ``layers`` is the number of a model's sparse blocks, 0 for a dense model.
 """
@@ -197,4 +197,6 @@ def _interventions(evaluation: Interventions, layers: int) -> int:
 
 def _slopes(evaluation: ImageLipschitz | LocalLipschitz, jacobian: int, moe: bool) -> int:
     steepest = 1 + evaluation.restarts * (evaluation.steps * GRADIENT + 1)
-    return 1 + (1 + moe) * (steepest + jacobian) + 1 + evaluation.samples
+    at_radius = (1 + moe) * steepest + 1 + evaluation.samples
+    # The inputs of the blocks are seen once more.
+    return 1 + (1 + len(evaluation.radii)) * at_radius + (1 + moe) * jacobian + 1

@@ -252,11 +252,17 @@ class RouterGeometry(Geometry, LabelledTexts):
 
 
 class Lipschitz(Evaluation):
-    """How steeply the outputs change with the inputs, with routes free and frozen.
+    """How steeply the outputs change with the inputs, with routes free and frozen, and those of
+    each feed-forward block with its own inputs.
 
     Lower bounds of the Lipschitz constant around each example; l2 norms.
     """
 
+    radii: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Other radii than ``radius``, in its unit, within which slopes are looked for as well. Where
+    routes may change, a smaller one finds a jump steeper."""
+    block_radius: Annotated[float, Field(gt=0)] = 0.1
+    """Of each token's ball around what a feed-forward block is given, in median norms of that."""
     steps: Annotated[int, Field(ge=1)] = 10
     restarts: Annotated[int, Field(ge=1)] = 2
     samples: Annotated[int, Field(ge=1)] = 16
@@ -265,13 +271,29 @@ class Lipschitz(Evaluation):
     axis: ClassVar[str] = "adversarial"
     primary: ClassVar[str] = "lipschitz"
 
+    @property
+    def sizes(self) -> dict[str, float]:
+        """All radii by the end that they give the names of their columns."""
+        return {"": self.radius} | {f"/{radius:g}": radius for radius in self.radii}
+
     def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
         """One row per example: ``lipschitz`` found by ascent, ``lipschitz_random``, ``jacobian``;
         of a model with experts also with each token kept at its experts (``lipschitz_frozen``), the
         ratio to that (``routing_share``) and with the weights kept as well (``jacobian_frozen``).
+        The ones found within another radius R are ``lipschitz/R``, ``lipschitz_random/R`` and
+        ``lipschitz_frozen/R``.
+
+        ``block/LAYER`` and ``block_frozen/LAYER`` are those found of a feed-forward block, means
+        over the tokens; ``block`` and ``block_frozen`` the means over all blocks, and over those
+        with experts. NaN for an architecture whose blocks are not known.
         """
         about = self.about(data)
-        found = pd.DataFrame(results(about["example_id"], responses)).assign(answer="")
+        rows = [
+            {name: value for name, value in found.items() if name != "blocks"}
+            | _blocks(found["blocks"])
+            for found in results(about["example_id"], responses)
+        ]
+        found = pd.DataFrame(rows).assign(answer="")
         found["routing_share"] = found["lipschitz"] / found["lipschitz_frozen"]
         return pd.concat([about, found], axis=1)
 
@@ -286,11 +308,38 @@ class Lipschitz(Evaluation):
             mean_of("lipschitz_frozen", label="found with experts frozen", **experts),
             mean_of("routing_share", label="found, free over frozen", **experts),
             mean_of("jacobian_frozen", label="norm of the Jacobian, routes frozen", **experts),
+            *(
+                mean_of(f"{name}/{radius:g}", label=f"{label}, radius {radius:g}", **fields)
+                for radius in self.radii
+                for name, label, fields in (
+                    ("lipschitz", "local Lipschitz constant, found", lower),
+                    ("lipschitz_random", "the same, random directions", lower),
+                    ("lipschitz_frozen", "found with experts frozen", experts),
+                )
+            ),
+            mean_of("block", label="feed-forward block on its own input, found", **lower),
+            mean_of("block_frozen", label="block with its experts frozen, found", **experts),
         )
+
+    def curves(self, scores: pd.DataFrame) -> tuple[Metric, ...]:
+        """Blocks by layer."""
+        return tuple(mean_of(c) for c in scores if c.startswith(("block/", "block_frozen/")))
+
+
+def _blocks(by_layer: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The columns of slopes of feed-forward blocks."""
+    row = {}
+    for column, routing in (("block", "free"), ("block_frozen", "frozen")):
+        layers = {path: found[routing] for path, found in by_layer.items() if routing in found}
+        row[column] = float(np.mean(list(layers.values()))) if layers else np.nan
+        row |= {f"{column}/{path}": value for path, value in layers.items()}
+    return row
 
 
 class LocalLipschitz(Lipschitz, LabelledTexts):
     """Slopes of the log-probabilities of the answers over the embeddings of a text's tokens."""
+
+    VERSION: ClassVar[int] = 2
 
     kind: Literal["local_lipschitz"] = "local_lipschitz"
     radius: Annotated[float, Field(gt=0)] = 0.1

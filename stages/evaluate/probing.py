@@ -11,10 +11,12 @@ from stages.attack.text_spec import EmbeddingPGD
 from stages.evaluate.asking import Asker
 from stages.evaluate.intervening import Intervening, refuse_dense
 from stages.models import routes
+from stages.models.families import family
 from stages.models.routes import Policy, hash_of, imposed
 from stages.models.routing import Routing, weighing
+from stages.probe.block_slopes import block_slopes
 from stages.probe.geometry import Watched, measured, watched
-from stages.probe.lipschitz import jacobian_norm, random_slope, steepest
+from stages.probe.lipschitz import Function, jacobian_norm, random_slope, steepest
 from stages.probe.usage import usage
 
 
@@ -134,8 +136,7 @@ class Climber(Asker):
 
     def run(self, rows: Sequence[dict]) -> Iterator[dict]:
         """Slopes with routes free and frozen."""
-        spec = self.spec
-        radius = spec.radius * scale(self.victim.table, "l2")
+        weigh = weighing(self.model) if family(self.model).is_moe else None
         for row in rows:
             question = self.question(row, row["text"])
             clean, editable = self.victim.table[question.tokens], question.editable
@@ -143,32 +144,63 @@ class Climber(Asker):
             def free(embedded: torch.Tensor, question=question) -> torch.Tensor:
                 return self.victim.logprobs(embedded, question)
 
-            def slope(function, clean=clean, editable=editable, row=row) -> float:
-                seed = hash_of(f"{spec.seed}/{row['id']}")
-                return steepest(
-                    function, clean, editable, radius, steps=spec.steps, restarts=spec.restarts,
-                    generator=torch.Generator().manual_seed(seed),
-                )  # fmt: skip
-
-            generator = torch.Generator().manual_seed(hash_of(f"{spec.seed}/{row['id']}/random"))
             with torch.no_grad():
                 logprobs, routing = self.victim.routes(clean[None], question)
-            found = {
-                "prediction": self.labels[int(logprobs.argmax())],
-                "lipschitz": slope(free),
-                "lipschitz_random": random_slope(
-                    free, clean, editable, radius, spec.samples, generator
-                ),
-                "jacobian": jacobian_norm(free, clean, editable),
-                "lipschitz_frozen": float("nan"),
-                "jacobian_frozen": float("nan"),
-            }
-            if routing:
-                held = self._held(question, routing, weighing(self.model))
-                fixed = self._held(question, routing, None)
-                found["lipschitz_frozen"] = slope(held)
-                found["jacobian_frozen"] = jacobian_norm(fixed, clean, editable)
-            yield found
+            held = self._held(question, routing, weigh) if routing else None
+            found = {"prediction": self.labels[int(logprobs.argmax())]}
+            for suffix, radius in self.spec.sizes.items():
+                for name, value in self._slopes(row, question, radius, free, held).items():
+                    found[name + suffix] = value
+            found["jacobian"] = jacobian_norm(free, clean, editable)
+            fixed = self._held(question, routing, None)
+            found["jacobian_frozen"] = (
+                jacobian_norm(fixed, clean, editable) if routing else float("nan")
+            )
+            yield found | {"blocks": self._blocks(row, question, weigh)}
+
+    def _slopes(
+        self, row: dict, question: Question, radius: float, free: Function, held: Function | None
+    ) -> dict[str, float]:
+        """The steepest slopes found within one radius."""
+        spec, clean = self.spec, self.victim.table[question.tokens]
+        radius = radius * scale(self.victim.table, "l2")
+
+        def slope(function: Function) -> float:
+            seed = hash_of(f"{spec.seed}/{row['id']}")
+            return steepest(
+                function, clean, question.editable, radius, steps=spec.steps,
+                restarts=spec.restarts, generator=torch.Generator().manual_seed(seed),
+            )  # fmt: skip
+
+        generator = torch.Generator().manual_seed(hash_of(f"{spec.seed}/{row['id']}/random"))
+        return {
+            "lipschitz": slope(free),
+            "lipschitz_random": random_slope(
+                free, clean, question.editable, radius, spec.samples, generator
+            ),
+            "lipschitz_frozen": slope(held) if held else float("nan"),
+        }
+
+    def _blocks(
+        self, row: dict, question: Question, weigh: routes.Weigh | None
+    ) -> dict[str, dict[str, float]]:
+        """By feed-forward block, the mean over the prompt's tokens of the steepest slopes."""
+        length = len(question.tokens)
+
+        def draw(start: int, shape: torch.Size) -> torch.Tensor:
+            seed = hash_of(f"{self.spec.seed}/{row['id']}/blocks/{start}")
+            return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+        clean = self.victim.table[question.tokens][None]
+        found = block_slopes(
+            self.model, lambda: self.victim.logprobs(clean, question), draw,
+            radius=self.spec.block_radius, steps=self.spec.steps, restarts=self.spec.restarts,
+            weigh=weigh,
+        )  # fmt: skip
+        return {
+            path: {name: slopes.flatten()[:length].mean().item() for name, slopes in each.items()}
+            for path, each in found.items()
+        }
 
     def _held(
         self, question: Question, routing: list[Routing], weigh: routes.Weigh | None

@@ -189,8 +189,23 @@ def test_fixed_routing_on_a_trained_router_against_the_root_of_the_experts(both,
 
 
 def test_slopes_around_an_image(both, data):
-    evaluation = ImageLipschitz(dataset="digits", steps=8, samples=4, radius=0.2)
+    evaluation = ImageLipschitz(dataset="digits", steps=8, samples=4, radius=0.2, radii=(0.5,))
     scores = scores_of(both[0]["sparse"], evaluation, data)
+    # What is found within another radius is what is found where that is the radius.
+    wider = ImageLipschitz(dataset="digits", steps=8, samples=4, radius=0.5)
+    wider = scores_of(both[0]["sparse"], wider, data)
+    for column in ("lipschitz", "lipschitz_random", "lipschitz_frozen"):
+        assert np.allclose(scores[f"{column}/0.5"], wider[column])
+        assert not np.allclose(scores[column], wider[column], rtol=1e-2)
+    # Blocks, whichever images share the batch.
+    layers = [f"block/vit.layers.{i}.mlp" for i in range(2)]
+    assert [c for c in scores if c.startswith("block/")] == layers
+    assert np.allclose(scores["block"], scores[layers].mean(axis=1))
+    frozen = [f"block_frozen/{layer}" for layer in LAYERS]
+    assert np.allclose(scores["block_frozen"], scores[frozen].mean(axis=1))
+    assert scores[layers].gt(0).all(axis=None)
+    few = scores_of(both[0]["sparse"], evaluation, data, size=5)
+    assert np.allclose(few["block"], scores["block"], rtol=1e-3)
     assert (scores["lipschitz"] > scores["lipschitz_random"]).all()
     this = shown(both, evaluation)
     _, routing = this.seen(this.pixels[:1])
@@ -212,7 +227,8 @@ def test_slopes_around_an_image(both, data):
     alone = scores_of(both[0]["sparse"], evaluation, data, size=16)
     assert np.allclose(alone["jacobian"], scores["jacobian"], rtol=1e-2)
     dense = scores_of(both[0]["dense"], evaluation, data)
-    assert dense[["lipschitz", "jacobian"]].gt(0).all(axis=None)
+    assert dense[["lipschitz", "jacobian", "block", *layers]].gt(0).all(axis=None)
+    assert dense["block_frozen"].isna().all() and dense["lipschitz_frozen/0.5"].isna().all()
     assert dense[["lipschitz_frozen", "jacobian_frozen", "routing_share"]].isna().all(axis=None)
     assert not evaluation.of_experts
 

@@ -75,6 +75,9 @@ def made(monkeypatch):
     monkeypatch.setattr(Victim, "logprobs", counting(Victim.logprobs, 1, 1))
     monkeypatch.setattr(Classifier, "__call__", counting(Classifier.__call__, 1, 1))
     monkeypatch.setattr(torch.autograd, "grad", counting(torch.autograd.grad, 2, 1))
+    # What one block computes is no pass.
+    monkeypatch.setattr("stages.probe.block_slopes.steepest_tokens",
+                        lambda function, clean, *_, **__: clean[..., 0])
     return count
 
 
@@ -99,7 +102,7 @@ OF_IMAGES = {
         **DIGITS, shares=(0.5, 1.0), top_k=(1, 3), prune=(1,), calibration_rows=4, random_masks=3),
     "attacked": ImageInterventions(**DIGITS, budget=0.1, steps=4),
     "geometry": ImageGeometry(**DIGITS, steps=3),
-    "lipschitz": ImageLipschitz(**DIGITS, steps=3, restarts=2, samples=5),
+    "lipschitz": ImageLipschitz(**DIGITS, steps=3, restarts=2, samples=5, radii=(0.1, 1)),
     "specialisation": ImageSpecialisation(**DIGITS),
 }
 
@@ -152,7 +155,7 @@ OF_TEXTS = {
     "attacked": ExpertInterventions(
         **SHOP, epsilon=0.1, steps=3, prune=(1,), calibration_rows=2),
     "geometry": RouterGeometry(**SHOP, steps=3),
-    "lipschitz": LocalLipschitz(**SHOP, steps=3, restarts=2, samples=5),
+    "lipschitz": LocalLipschitz(**SHOP, steps=3, restarts=2, samples=5, radii=(0.2,)),
     "specialisation": ExpertSpecialisation(**SHOP),
 }
 

@@ -150,8 +150,16 @@ def test_geometry_is_averaged_over_layers(engines, data):
 
 
 def test_slopes_around_a_text(engines, data):
-    evaluation = LocalLipschitz(**SHOP, steps=4, samples=4)
+    evaluation = LocalLipschitz(**SHOP, steps=4, samples=4, radii=(0.3,))
     scores = scores_of(engines["mixtral"], evaluation, data)
+    wider = LocalLipschitz(**SHOP, steps=4, samples=4, radius=0.3)
+    wider = scores_of(engines["mixtral"], wider, data)
+    for column in ("lipschitz", "lipschitz_random", "lipschitz_frozen"):
+        assert np.allclose(scores[f"{column}/0.3"], wider[column])
+    layers = [f"model.layers.{i}.mlp" for i in range(4)]
+    for column in ("block", "block_frozen"):
+        of = scores[[f"{column}/{layer}" for layer in layers]]
+        assert of.gt(0).all(axis=None) and np.allclose(scores[column], of.mean(axis=1))
     assert (scores["lipschitz"] > scores["lipschitz_random"]).all()
     engine = engines["mixtral"]
     asker = Asker(evaluation, engine.model, engine.tokenizer)

@@ -147,6 +147,45 @@ def test_next_ranks_are_those_that_topk_leaves(mixtral):
         routes.next_ranked()(clean.change(experts=torch.zeros(30, 3, dtype=torch.long)))
 
 
+def output_of(mixtral, policy):
+    """What the first block makes of some hidden states, its inputs and its experts."""
+    path, (router, experts) = next(iter(blocks(mixtral).items()))
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(1, 6, mixtral.config.hidden_size, generator=generator)
+    with torch.no_grad(), routed(mixtral, policy):
+        return mixtral.get_submodule(path)(hidden)[0], hidden[0], router, experts
+
+
+def of_each(experts, hidden):
+    """The outputs (T, E, D) of all experts."""
+    count = experts.down_proj.shape[0]
+    numbers = [torch.full((len(hidden), 1), e) for e in range(count)]
+    with torch.no_grad():
+        return torch.stack([experts(hidden, n, torch.ones(len(hidden), 1)) for n in numbers], dim=1)
+
+
+def test_fixed_experts_take_the_weights_by_rank(mixtral):
+    clean, forced = one(mixtral, routes.fixed([3, 0]))
+    assert forced.experts.tolist() == [[3, 0]] * 30
+    assert torch.equal(forced.weights, clean.weights.sort(-1, descending=True).values)
+    output, hidden, router, experts = output_of(mixtral, routes.fixed([3, 0]))
+    # Mixtral's two largest probabilities, made to sum to 1.
+    two = (hidden @ router.weight.T).softmax(-1).topk(2).values
+    first, second = (two / two.sum(-1, keepdim=True))[..., None].unbind(1)
+    each = of_each(experts, hidden)
+    torch.testing.assert_close(output, first * each[:, 3] + second * each[:, 0])
+
+
+def test_soft_routing_is_the_sum_over_all_experts(mixtral):
+    output, hidden, router, experts = output_of(mixtral, routes.soft(weighing(mixtral)))
+    weights = (hidden @ router.weight.T).softmax(-1)
+    expected = (weights[..., None] * of_each(experts, hidden)).sum(1)
+    torch.testing.assert_close(output, expected)
+    _, forced = one(mixtral, routes.soft(weighing(mixtral)))
+    assert forced.experts.tolist() == [[0, 1, 2, 3]] * 30
+    torch.testing.assert_close(forced.weights, forced.logits.softmax(-1))
+
+
 def test_random_experts_differ_and_are_the_same_next_time(mixtral):
     clean, forced = one(mixtral, routes.at_random(5))
     assert (forced.experts[:, 0] != forced.experts[:, 1]).all()
