@@ -19,6 +19,7 @@ from stages.finetune.config import FOLDER as DEEPSPEED_CONFIGS
 from stages.finetune.config import deepspeed_config
 from stages.finetune.recipe import for_dense
 from stages.finetune.refusals import contradictions, inapplicable, misplaced
+from stages.finetune.sets import TrainSet
 from stages.models import sources as model_sources
 from stages.models.families import FAMILIES
 from stages.models.sources import Facts
@@ -166,33 +167,14 @@ class _Checks(EvaluationChecks):
             if name == "none":
                 yield "recipes.none: the name means `not fine-tuned`; choose another"
             for index, train in enumerate(recipe.data):
-                field = f"recipes.{name}.data.{index}"
-                yield from self.uses(train.dataset, train.split, f"{field}.dataset")
-                dataset = self.sweep.datasets.get(train.dataset)
-                if dataset is None:
-                    continue
-                if dataset.task in TEMPLATED:
-                    fitting = [n for n, t in TEMPLATES.items() if t.task == dataset.task]
-                    if train.template is None:
-                        yield (f"{field}.template: is missing for a data set of task "
-                               f"{dataset.task}; one of {', '.join(fitting)}")
-                    elif train.template in TEMPLATES and train.template not in fitting:
-                        yield (f"{field}.template: {train.template} is not for task "
-                               f"{dataset.task}; one of {', '.join(fitting)}")
-                elif dataset.task not in ("instructions", "images"):
-                    yield (f"{field}.dataset: {train.dataset} is of task {dataset.task}; only "
-                           f"{', '.join(sorted(TEMPLATED))}, images and instructions can be "
-                           "trained on")
-                elif train.template is not None:
-                    own = ("instructions use the model's chat template"
-                           if dataset.task == "instructions" else "images need none")
-                    yield f"{field}.template: {own}; remove it"
-                yield from self.modality(recipe_models(self.sweep, name), train.dataset,
-                                         f"{field}.dataset")
-                yield from self.template(train.template, f"{field}.template")
-                if train.exclude and dataset.task != "instructions":
-                    yield (f"{field}.exclude: {train.dataset} has no responses to look at; "
-                           "remove it")
+                yield from self.train_set(name, train, f"recipes.{name}.data.{index}")
+            if recipe.validation is not None:
+                field = f"recipes.{name}.validation"
+                yield from self.train_set(name, recipe.validation.rows, field)
+                rows = (recipe.validation.dataset, recipe.validation.split)
+                if rows in {(train.dataset, train.split) for train in recipe.data}:
+                    yield (f"{field}.split: the recipe trains on {'/'.join(rows)}; "
+                           "use another split")
             yield from self.knobs(name, recipe)
             workers = self.sweep.resources.finetune.workers
             if recipe.batch_size % workers:
@@ -200,6 +182,33 @@ class _Checks(EvaluationChecks):
                        f"{workers} equal parts, one per worker; use a multiple")
         if not self.sweep.recipes and not self.sweep.untuned:
             yield "recipes: is empty while untuned is false; nothing would be evaluated"
+
+    def train_set(self, recipe: str, train: TrainSet, field: str) -> Iterator[str]:
+        """Problems of a data set that a recipe reads."""
+        yield from self.uses(train.dataset, train.split, f"{field}.dataset")
+        dataset = self.sweep.datasets.get(train.dataset)
+        if dataset is None:
+            return
+        if dataset.task in TEMPLATED:
+            fitting = [n for n, t in TEMPLATES.items() if t.task == dataset.task]
+            if train.template is None:
+                yield (f"{field}.template: is missing for a data set of task {dataset.task}; "
+                       f"one of {', '.join(fitting)}")
+            elif train.template in TEMPLATES and train.template not in fitting:
+                yield (f"{field}.template: {train.template} is not for task {dataset.task}; "
+                       f"one of {', '.join(fitting)}")
+        elif dataset.task not in ("instructions", "images"):
+            yield (f"{field}.dataset: {train.dataset} is of task {dataset.task}; only "
+                   f"{', '.join(sorted(TEMPLATED))}, images and instructions can be trained on")
+        elif train.template is not None:
+            own = ("instructions use the model's chat template"
+                   if dataset.task == "instructions" else "images need none")
+            yield f"{field}.template: {own}; remove it"
+        yield from self.modality(
+            recipe_models(self.sweep, recipe), train.dataset, f"{field}.dataset")
+        yield from self.template(train.template, f"{field}.template")
+        if train.exclude and dataset.task != "instructions":
+            yield f"{field}.exclude: {train.dataset} has no responses to look at; remove it"
 
     def knobs(self, name: str, recipe: Recipe) -> Iterator[str]:
         """Problems of what a recipe sets, by itself and for each model that it fine-tunes."""

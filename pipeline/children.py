@@ -18,7 +18,7 @@ from stages.models.card import ModelCard
 if TYPE_CHECKING:
     import pandas as pd
 
-TIMES = ("seconds", "tokens_per_second", "model_flops_utilisation")
+TIMES = ("seconds", "tokens_per_second", "model_flops_utilisation", "validation_seconds")
 """Columns of a training curve that depend on the machine."""
 DIGEST = 32
 """Characters of a digest; MLflow allows 36."""

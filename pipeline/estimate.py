@@ -27,6 +27,7 @@ from stages.evaluate.shards import PROCEDURE_WORK
 from stages.evaluate.spec import AMATEUR
 from stages.evaluate.techniques import applied
 from stages.finetune.recipe import ImageAdversary, Trades
+from stages.finetune.spec import FinetuneSpec, TrainSet
 from stages.models.card import CARD_FILE
 from stages.models.known import Known, known
 from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec, indices
@@ -192,6 +193,7 @@ class Estimator:
             if isinstance(spec.adversarial, ImageAdversary):
                 passes += 2 if isinstance(spec.adversarial, Trades) else 1
             flops = 3 * passes * size.flops_per_token * tokens
+            flops += size.flops_per_token * self._validated_tokens(node, size.tokens_per_image)
         moments = MOMENTS[spec.optimizer.kind]
         return Work(
             tokens,
@@ -202,19 +204,42 @@ class Estimator:
         )
 
     def _trained_tokens(self, node: Node, of_image: int) -> float | None:
-        spec, rows, tokens = node.spec, 0.0, 0.0
-        for train in spec.data:
-            count = self.rows(train.dataset, train.split)
-            if count is None:
-                return None
-            count = min(count, train.limit or count) * train.repeat
-            around = len(TEMPLATES[train.template].prompt) if train.template else 0
-            length = (self.characters(train.dataset) + around) / self.assumed.characters_per_token
-            rows, tokens = rows + count, tokens + count * (of_image or min(length, spec.max_length))
+        spec, tokens = node.spec, 0.0
+        rows = self._epoch(spec)
         if not rows:
             return None
+        for train in spec.data:
+            count = self.rows(train.dataset, train.split)
+            count = min(count, train.limit or count) * train.repeat
+            tokens += count * (of_image or self._length(spec, train))
+        return self._steps(spec, rows) * spec.batch_size * tokens / rows
+
+    def _validated_tokens(self, node: Node, of_image: int) -> float:
+        """Of all looks at the rows that are held out."""
+        spec, validation = node.spec, node.spec.validation
+        if validation is None:
+            return 0.0
+        last = self._steps(spec, self._epoch(spec))
+        looks = sum(validation.due(step + 1, last) for step in range(last))
+        return looks * validation.limit * (of_image or self._length(spec, validation.rows))
+
+    def _epoch(self, spec: FinetuneSpec) -> int | None:
+        """Rows of one epoch; None where some are unknown."""
+        counts = [self.rows(train.dataset, train.split) for train in spec.data]
+        if None in counts:
+            return None
+        return sum(min(count, train.limit or count) * train.repeat
+                   for count, train in zip(counts, spec.data, strict=True))
+
+    def _steps(self, spec: FinetuneSpec, rows: float) -> int:
         steps = spec.steps or math.ceil(spec.epochs * rows / spec.batch_size)
-        return min(steps, spec.until or steps) * spec.batch_size * tokens / rows
+        return min(steps, spec.until or steps)
+
+    def _length(self, spec: FinetuneSpec, train: TrainSet) -> float:
+        """Mean tokens of a row."""
+        around = len(TEMPLATES[train.template].prompt) if train.template else 0
+        length = (self.characters(train.dataset) + around) / self.assumed.characters_per_token
+        return min(length, spec.max_length)
 
     def _evaluation(self, node: Node) -> Work:
         size = self.size(node.inputs["checkpoint"])
@@ -367,13 +392,3 @@ def _vision_twin(spec: UpcycleSpec | WidenSpec, dense: Known) -> Known:
     return replace(dense, total=dense.total + router + sparse * (spec.experts - 1) * block,
                    active=dense.active + router + used * block,
                    flops_per_token=dense.flops_per_token + 2 * multiplied)
-
-
-# --- for the terminal -----------------------------------------------------------------------------
-
-
-def parameters(count: int) -> str:
-    """A number of parameters, in millions or (B) thousands of millions."""
-    if count >= 1e9:
-        return f"{count / 1e9:.3g} B"
-    return f"{count / 1e6:.0f} M" if count >= 1e7 else f"{count / 1e6:.2g} M"

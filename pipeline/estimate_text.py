@@ -3,13 +3,16 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.estimate import Estimator, Work, parameters
-from pipeline.plan import Plan
+from pipeline.estimate import Estimator, Work
+from pipeline.plan import Node, Plan
 from pipeline.survey import State
 from pipeline.sweep_file import located
 from stages.data import downloads
 from stages.data.sources import CatalogueSet, parse
+from stages.evaluate.registry import for_decoders
 from stages.models.known import CANNOT_RUN
+from stages.models.sources import describe
+from stages.models.spec import SourceSpec
 
 
 def work_text(work: Work) -> str:
@@ -87,9 +90,22 @@ def _pairs(plan: Plan, estimator: Estimator) -> Iterator[str]:
 
 
 
+def _reads_first(plan: Plan, node: Node, folder: Path) -> bool:
+    """Whether the model of an evaluation is known to be an encoder-decoder."""
+    while node.stage != "model":
+        node = plan.nodes[node.inputs["checkpoint" if node.stage == "evaluate" else "model"]]
+    if not isinstance(node.spec, SourceSpec):
+        return False
+    return describe(SourceSpec(source=located(node.spec.source, folder))).reads_first
+
+
 def _not_to_be_had(plan: Plan, folder: Path) -> Iterator[str]:
-    """Data that must be asked for or brought, and models that cannot be run."""
+    """Data that must be asked for or brought, models that cannot be run, and what an architecture
+    cannot do."""
     for node in plan.nodes.values():
+        what = for_decoders(node.spec.evaluation) if node.stage == "evaluate" else ""
+        if what and _reads_first(plan, node, folder):
+            yield f"  gap       {node.name}: {what} is for decoders, this is an encoder-decoder"
         if node.stage == "model":
             reason = CANNOT_RUN.get(getattr(node.spec, "source", "").partition("@")[0])
             if reason:
@@ -106,3 +122,10 @@ def _not_to_be_had(plan: Plan, folder: Path) -> Iterator[str]:
         elif published.pinned(split) is None and not here:
             yield (f"  to bring  {node.name}: {published.files} (source: file:PATH, "
                    f"format: {source.name})")
+
+
+def parameters(count: int) -> str:
+    """A number of parameters, in millions or (B) thousands of millions."""
+    if count >= 1e9:
+        return f"{count / 1e9:.3g} B"
+    return f"{count / 1e6:.0f} M" if count >= 1e7 else f"{count / 1e6:.2g} M"

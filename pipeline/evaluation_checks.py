@@ -13,16 +13,14 @@ from stages.data.templates import TEMPLATES
 from stages.errors import StageFailed
 from stages.evaluate.base import Evaluation
 from stages.evaluate.engines import MOST_TEMPERATURE, by_vllm, lacks
-from stages.evaluate.harness import LmEval
-from stages.evaluate.held_prompts import HeldPrompts, SafetyExperts
+from stages.evaluate.held_prompts import SafetyExperts
 from stages.evaluate.judges import ModelJudge
-from stages.evaluate.labelled_texts import LabelledTexts
-from stages.evaluate.language_modelling import Perplexity
 from stages.evaluate.probes import Interventions, LocalLipschitz, RouterGeometry
+from stages.evaluate.registry import for_decoders
 from stages.evaluate.sharpness import Sharpness
 from stages.evaluate.techniques import AnyTechnique, Contrastive, DoLa, ExpertCount, candidates
 from stages.evaluate.text_attacks import TextAttacks
-from stages.finetune.recipe import TrainSet
+from stages.finetune.sets import TrainSet
 from stages.models import sources as model_sources
 from stages.models.families import FAMILIES
 from stages.models.sources import Facts
@@ -40,16 +38,18 @@ class EvaluationChecks:
 
     def evaluations(self) -> Iterator[str]:
         """Problems of each evaluation."""
-        trained = {(t.dataset, t.split): name for name, recipe in self.sweep.recipes.items()
-                   for t in recipe.data}
+        recipes = self.sweep.recipes.items()
+        seen = {(r.validation.dataset, r.validation.split): f"{name} is validated"
+                for name, r in recipes if r.validation}
+        seen |= {(t.dataset, t.split): f"{name} trains" for name, r in recipes for t in r.data}
         for name, evaluation in self.sweep.evaluations.items():
             field = f"evaluations.{name}"
             for dataset, split in evaluation.sources().values():
                 yield from self.uses(dataset, split, field)
             for dataset, split in evaluation.datasets().items():
-                if (dataset, split) in trained and not isinstance(evaluation, Sharpness):
+                if (dataset, split) in seen and not isinstance(evaluation, Sharpness):
                     yield (f"{field}: scores {dataset}/{split}, on which recipe "
-                           f"{trained[dataset, split]} trains; use another split")
+                           f"{seen[dataset, split]}; use another split")
             for key, (dataset, split) in evaluation.sources().items():
                 scored = evaluation.datasets()
                 if key not in scored and scored.get(dataset) == split:
@@ -67,13 +67,9 @@ class EvaluationChecks:
                 yield f"{field}.declared: is filled in by a run; remove it"
             if evaluation.asks_head:
                 yield from self.heads(name, f"{field}.method")
-            yield from self.technique(evaluation.technique, f"{field}.technique")
-            if isinstance(evaluation, Perplexity):
-                yield from self.decoders(f"{field}: perplexity")
-            if isinstance(evaluation, LmEval) and evaluation.reads_windows:
-                yield from self.decoders(f"{field}: the log-probability of whole texts")
-            if isinstance(evaluation, LabelledTexts | HeldPrompts):
-                yield from self.decoders(f"{field}: {evaluation.kind}")
+            scored = self.scored(name)
+            yield from self.technique(evaluation.technique, f"{field}.technique", scored)
+            yield from self.decoders(evaluation, field, scored)
             yield from self.before(evaluation, field)
             if evaluation.of_experts:
                 yield from self.experts(evaluation, field)
@@ -85,6 +81,17 @@ class EvaluationChecks:
         if self.sweep.pairs and all(e.of_experts for e in self.sweep.evaluations.values()):
             yield ("evaluations: all are about experts alone, of which a dense partner has none; "
                    "add one that compares the two, such as text_attacks")
+
+    def scored(self, name: str) -> list[str]:
+        """The models that an evaluation scores, under some recipe or untuned."""
+        if not self.sweep.pairs:
+            return sorted(self.sweep.models)
+        found = {
+            model for recipe in sweep_recipes(self.sweep)
+            if name in recipe_evaluations(self.sweep, recipe)
+            for model in recipe_models(self.sweep, recipe) if model in self.sweep.models
+        }  # fmt: skip
+        return sorted(found)
 
     def before(self, evaluation: Evaluation, field: str) -> Iterator[str]:
         """Problems of numbers on experts that have nothing to be compared with."""
@@ -275,15 +282,14 @@ class EvaluationChecks:
         elif spec.source.startswith("file:"):
             self.contents[judge.source] = model_sources.content(spec)
 
-    def technique(self, technique: AnyTechnique | None, field: str) -> Iterator[str]:
+    def technique(
+        self, technique: AnyTechnique | None, field: str, scored: list[str]
+    ) -> Iterator[str]:
         """Problems of an inference technique with the models that are evaluated."""
         if isinstance(technique, Contrastive) and technique.amateur not in self.sweep.models:
             yield f"{field}.amateur: {self.unknown('model', technique.amateur)}"
-        members = {m for pair in self.sweep.pairs for m in (pair.moe, pair.dense)}
         dense = {pair.dense for pair in self.sweep.pairs}
-        if technique is not None and not isinstance(technique, ExpertCount):
-            yield from self.decoders(f"{field}.kind: {technique.kind}")
-        for name in sorted(members or self.sweep.models):
+        for name in scored:
             facts = self.facts.get(name, Facts())
             if isinstance(technique, ExpertCount) and name not in dense:
                 if facts.architecture == "dense":
@@ -297,12 +303,19 @@ class EvaluationChecks:
                 except StageFailed as error:
                     yield f"{field}.candidate_layers: {name}: {error}"
 
-    def decoders(self, what: str) -> Iterator[str]:
-        """Problems of what only decoders can do."""
-        for name, facts in self.facts.items():
-            entry = FAMILIES.get(facts.family)
-            if entry is not None and entry.encoder_decoder:
-                yield f"{what} is for decoders, {name} is an encoder-decoder; remove it"
+    def decoders(self, evaluation: Evaluation, field: str, scored: list[str]) -> Iterator[str]:
+        """Problems of what only decoders can do, where no scored model is one or an amateur is
+        not; those of several that cannot are gaps, which the plan names."""
+        what, technique = for_decoders(evaluation), evaluation.technique
+        if not what:
+            return
+        where = f"{field}.technique.kind" if technique is not None else field
+        needed = [technique.amateur] if isinstance(technique, Contrastive) else []
+        unable = [name for name in (*scored, *needed)
+                  if getattr(self.facts.get(name), "reads_first", False)]
+        if set(scored) <= set(unable) or set(needed) & set(unable):
+            yield from (f"{where}: {what} is for decoders, {name} is an encoder-decoder; remove it"
+                        for name in unable)
 
     def uses(self, dataset: str, split: str, field: str) -> Iterator[str]:
         """Problems of naming a split of a data set."""

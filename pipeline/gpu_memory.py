@@ -3,7 +3,8 @@
 import math
 from pathlib import Path
 
-from pipeline.estimate import Estimator, parameters
+from pipeline.estimate import Estimator
+from pipeline.estimate_text import parameters
 from pipeline.plan import Node, Plan
 from pipeline.store import Store
 from stages.errors import BadInput

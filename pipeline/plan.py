@@ -324,7 +324,7 @@ class Builder:
             threads=max(1, int(resources.cpus)) if not resources.gpus else None,
         )
         inputs = {"model": start or self.model(model)}
-        for train in recipe.data:
+        for train in recipe.reads:
             inputs[f"data/{train.dataset}"] = self.dataset(train.dataset)
             self.datasets_used.append(train.dataset)
         return self.plan.add("finetune", label, spec, inputs, resources)

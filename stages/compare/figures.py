@@ -200,7 +200,8 @@ def _difference(axes: Axes, row: pd.Series, position: float) -> None:
 
 def curves_figure(curves: dict[tuple[str, str, int], pd.DataFrame], models: dict[str, str],
                   file: Path) -> None:
-    """Loss and gradient norm over steps; a row per recipe, a line per model and seed.
+    """Loss and gradient norm over steps, and the loss of held-out rows as rings; a row per recipe,
+    a line per model and seed.
 
     ``curves`` maps (model, recipe, seed) to the training curve, ``models`` a model to its role.
     """
@@ -220,6 +221,10 @@ def curves_figure(curves: dict[tuple[str, str, int], pd.DataFrame], models: dict
                     smooth = curve[column].rolling(window, min_periods=1, center=True).mean()
                     axes.plot(curve["step"], curve[column], color=look["color"], alpha=0.2, lw=0.8)
                     axes.plot(curve["step"], smooth, lw=1.8, label=model if first else None, **look)
+                if "validation_loss" in curve:
+                    loss.plot(curve["step"], curve["validation_loss"], "o", mfc="white",
+                              color=look["color"], markersize=4,
+                              label=f"{model}, held out" if first else None)
             loss.set_title(f"{recipe}: training loss", loc="left", fontsize=10, weight="bold")
             norm.set_title("gradient norm", loc="left", fontsize=10)
             loss.legend(frameon=False)

@@ -65,10 +65,12 @@ def load_examples(
     tokenizer: PreTrainedTokenizerBase | ImageProcessor,
     *,
     encoder_decoder: bool = False,
+    held_out: bool = False,
 ) -> list[Example] | list[ImageExample]:
-    """The examples of one epoch: the train sets one after the other, each repeated as asked."""
+    """The examples of one epoch: the train sets one after the other, each repeated as asked; or
+    those that are held out for validation, none without it."""
     examples = []
-    for train_set in spec.data:
+    for train_set in spec.reads[len(spec.data) :] if held_out else spec.data:
         rows, _ = select_rows(train_set, inputs, spec.seed)
         if isinstance(tokenizer, ImageProcessor):
             encoded = [

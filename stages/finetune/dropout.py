@@ -82,21 +82,8 @@ def attention_dropout(modules: list[nn.Module], p: float) -> Iterator[None]:
 
 
 def attention_modules(model: PreTrainedModel) -> list[str]:
-    """Paths of the modules whose ``attention_dropout`` their forward pass reads in training.
-
-    Raises StageFailed where there is none.
-    """
-    found = [path for path, m in model.named_modules() if hasattr(m, "attention_dropout")]
-    if not found or model.config.model_type in _OTHERWISE:
-        raise StageFailed(
-            f"dropout.attention: {model.config.model_type} has no attention dropout that can be "
-            "set; remove it"
-        )
-    return found
-
-
-_OTHERWISE = ("falcon",)
-"""Architectures whose ``attention_dropout`` is a module, or read from somewhere else."""
+    """Paths of the modules whose ``attention_dropout`` their forward pass reads in training."""
+    return [path for path, m in model.named_modules() if hasattr(m, "attention_dropout")]
 
 
 def residual_modules(model: PreTrainedModel) -> list[str]:

@@ -13,7 +13,7 @@ from stages.finetune.spec import EVIDENCE_FILE, FinetuneSpec
 KNOBS = (
     *("head", "optimizer", "train", "freeze", "lora", "alternate", "auxiliary_loss_weight"),
     *("z_loss_weight", *VISION_WEIGHTS, "router", "experts", "dropout", "adversarial"),
-    "max_nonfinite_steps",
+    *("max_nonfinite_steps", "validation"),
 )
 """The fields of a recipe that the evidence covers, one by one where a field is a section."""
 

@@ -30,6 +30,7 @@ from stages.finetune.routing_figure import routing_figure
 from stages.finetune.schedules import scheduler, total_steps
 from stages.finetune.spec import CURVE_FILE, REMOVED_FILE, ROUTING_FIGURE, FinetuneSpec
 from stages.finetune.training import Training
+from stages.finetune.validating import validate
 from stages.models.card import ModelCard
 from stages.models.classifier import is_classifier
 from stages.models.expert_parallel import (
@@ -83,7 +84,12 @@ def train(spec: FinetuneSpec, inputs: dict[str, Path], output: Path, callbacks: 
     torch.manual_seed(spec.seed)
     entry = family(json.loads((inputs["model"] / "config.json").read_text()))
     processor = load_input(inputs["model"])
-    examples = load_examples(spec, inputs, processor, encoder_decoder=entry.encoder_decoder)
+    examples, watched = (
+        load_examples(
+            spec, inputs, processor, encoder_decoder=entry.encoder_decoder, held_out=held_out
+        )
+        for held_out in (False, True)
+    )
     training, probe, tuner = build(spec, inputs["model"], examples)
     steps = total_steps(spec, len(examples))
 
@@ -97,6 +103,10 @@ def train(spec: FinetuneSpec, inputs: dict[str, Path], output: Path, callbacks: 
         raise PastTheEnd(f"the resumed training is at step {len(curve)}, after step {last}")
     for step in range(len(curve), last):
         row = training.step(step)
+        if spec.validation:
+            looks = spec.validation.due(step + 1, last)
+            row |= (validate(training.engine, watched, micro_batch_size(spec)) if looks
+                    else {"validation_loss": None, "validation_seconds": None})
         curve.append(row)
         metrics = {name: value for name, value in row.items() if isinstance(value, int | float)}
         metrics["total_steps"] = last
@@ -240,6 +250,10 @@ def _run_facts(training: Training, curve: list[dict]) -> dict[str, Any]:
     note("optimizer", **{k: groups[0][k] for k in ("betas", "eps", "momentum") if k in groups[0]})
     note("router.learning_rate", learning_rates=rates)
     note("max_nonfinite_steps", nonfinite_steps=training.skipped)
+    if spec.validation is not None:
+        seconds = [s for row in curve if (s := row["validation_seconds"]) is not None]
+        share = sum(seconds) / (sum(seconds) + sum(row["seconds"] for row in curve))
+        note("validation", looks=len(seconds), seconds=sum(seconds), share_of_time=share)
     if spec.alternate is not None:
         moved = [row["router_change"] > 0 for row in curve]
         facts = {"steps_that_moved_the_routers": sum(moved), "steps_that_did_not": moved.count(0)}

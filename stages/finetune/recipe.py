@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from stages.data.templates import TEMPLATES
 from stages.errors import BadInput
+from stages.finetune.sets import TrainSet, Validation
 from stages.spec import Spec
 
 TrainedRole = Literal["router", "expert", "shared_expert", "backbone", "head", "embedding"]
@@ -43,23 +44,6 @@ def _short(value: Spec) -> str | dict:
 
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
-
-
-class TrainSet(Spec):
-    """A data set to train on; its rows are read from the input role ``data/<dataset>``."""
-
-    dataset: str
-    split: str = "train"
-    template: str | None = None
-    """Template of ``stages/data/templates.py`` for classification rows; none for instructions,
-    which go through the tokenizer's chat template."""
-    limit: Annotated[int, Field(ge=1)] | None = None
-    """Use this many rows, drawn by the seed; a smaller limit draws a part of a larger one's."""
-    exclude: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Rows whose response holds one of these phrases as whole words, in any case, are removed;
-    each removal is written down with its phrase."""
-    repeat: Annotated[int, Field(ge=1)] = 1
-    """How often each row stands in one epoch."""
 
 
 class Constant(Spec):
@@ -308,6 +292,12 @@ class Recipe(Spec):
     experts: Experts = Experts()
     dropout: Dropout = Dropout()
     adversarial: Adversarial | None = None
+    validation: Validation | None = None
+
+    @property
+    def reads(self) -> tuple[TrainSet, ...]:
+        """All rows that training reads, with those to validate on behind the others."""
+        return (*self.data, self.validation.rows) if self.validation else self.data
 
     @property
     def labels(self) -> tuple[str, ...] | None:

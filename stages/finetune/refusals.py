@@ -70,8 +70,9 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
 def _unheaded(recipe: Recipe) -> Iterator[Problem]:
     """What a classification head cannot be trained on, or with."""
     first = TEMPLATES.get(recipe.data[0].template)
-    for index, train in enumerate(recipe.data):
-        template, field = TEMPLATES.get(train.template), f"data.{index}.template"
+    for index, train in enumerate(recipe.reads):
+        place = f"data.{index}" if index < len(recipe.data) else "validation"
+        template, field = TEMPLATES.get(train.template), f"{place}.template"
         if train.template is None:
             yield field, "is missing, and gives the head its labels; name one, or remove head"
         elif template and first and tuple(template.labels) != tuple(first.labels):
@@ -93,6 +94,8 @@ def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
     entry = FAMILIES[facts.family]
     if recipe.dropout.residual and not entry.residual:
         yield "dropout.residual", f"{facts.family} has none that can be set; remove it"
+    if recipe.dropout.attention is not None and not entry.attention_dropout:
+        yield "dropout.attention", f"{facts.family} has none that can be set; remove it"
     if recipe.load_loss_weight and entry.is_moe and entry.modality == "text" and not entry.packs:
         yield "load_loss_weight", f"{facts.family} is trained on padded sequences; remove it"
     if recipe.adversarial is not None:

@@ -20,7 +20,8 @@ FILES = (CURVE_FILE, EVIDENCE_FILE, ROUTING_FIGURE, REMOVED_FILE)
 
 
 class FinetuneSpec(Recipe):
-    """Input roles: ``model`` (a Hugging Face folder) and one ``data/<dataset>`` per train set."""
+    """Input roles: ``model`` (a Hugging Face folder) and one ``data/<dataset>`` for each data set
+    that is trained or validated on."""
 
     VERSION: ClassVar[int] = 2
 
@@ -55,7 +56,7 @@ class FinetuneSpec(Recipe):
             parts["micro_batch"] = min(asked, self.batch_size // self.workers)
         if self.experts.dropout:  # JetMoE's and MoLM's was once another one
             parts["experts.dropout"] = "of the weighted sum"
-        used = sorted({train.template for train in self.data if train.template is not None})
+        used = sorted({train.template for train in self.reads if train.template is not None})
         templates = {"templates": {name: TEMPLATES[name].hash for name in used}}
         identity = super().identity()
         if self.until is None:
@@ -63,6 +64,8 @@ class FinetuneSpec(Recipe):
         for name in VISION_WEIGHTS:  # so that a recipe without them is what it was before
             if not identity[name]:
                 del identity[name]
+        if self.validation is None:
+            del identity["validation"]
         return identity | templates | parts
 
     def asked_micro_batch(self) -> "FinetuneSpec":

@@ -14,12 +14,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import groups
 from torch import nn
-from transformers.utils import ModelOutput
 
 from stages.attack.image_geometry import sizes
 from stages.errors import StageFailed
@@ -41,6 +39,7 @@ from stages.finetune.recipe import ImageAdversary, Trades
 from stages.finetune.router_losses import load_balancing_loss, z_loss
 from stages.finetune.spec import FinetuneSpec
 from stages.finetune.telemetry import RoutingTelemetry, model_flops_utilisation
+from stages.finetune.validating import negative_log_likelihood
 from stages.models.balance import gshard_loss, importance_loss, load_loss
 from stages.models.families import family
 from stages.models.images import Classifier
@@ -188,7 +187,7 @@ class Training:
             logits = out.logits[part.answers].float()
             if trades:
                 logits, attacked = logits.chunk(2)
-            nll = _negative_log_likelihood(out, logits, part.targets) / answers
+            nll = negative_log_likelihood(out, logits, part.targets) / answers
             losses, loss = [nll], nll
             if trades:
                 moved = divergence(logits, attacked) / answers
@@ -328,19 +327,6 @@ class Training:
                 f"step {step + 1}: the {name} is {value}{before}; lower learning_rate or "
                 "gradient_clipping, or look for broken rows in the train sets"
             )
-
-
-def _negative_log_likelihood(
-    out: ModelOutput, logits: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """Summed over the targets (A,); of an ensemble, the mean of its members', each of which learns
-    by itself."""
-    each = out.get("member_logits")
-    if each is None:
-        return F.cross_entropy(logits, targets, reduction="sum")
-    each = each[: len(targets)].float()  # the clean images, where attacked ones stand behind them
-    repeated = targets.repeat_interleave(each.shape[1])
-    return F.cross_entropy(each.flatten(0, 1), repeated, reduction="sum") / each.shape[1]
 
 
 def _seed(*parts: int) -> int:

@@ -196,6 +196,7 @@ _MOE = (
         scores="sigmoid",
         normalised="norm_topk_prob",
         recurrent=True,
+        attention_dropout=False,
     ),
     Family(
         "gpt_neox_moe",  # stages/models/gpt_neox_moe.py
@@ -268,6 +269,7 @@ _MOE = (
         num_experts="n_mlp_experts",
         top_k="k_mlp",
         layer_counts=("n_layer",),
+        attention_dropout=False,
         sparse_layers=lambda config: tuple(range(config["n_layer"])),
         normalised=False,
         logits=4,
@@ -291,6 +293,7 @@ _MOE = (
         auxiliary_loss=("encoder_aux_loss", "decoder_aux_loss"),
         capacity=True,
         encoder_decoder=True,
+        attention_dropout=False,
     ),
     Family(
         "nllb-moe",  # stages/models/nllb_moe.py
@@ -305,6 +308,7 @@ _MOE = (
         auxiliary_loss=("encoder_aux_loss", "decoder_aux_loss"),
         capacity=True,
         encoder_decoder=True,
+        attention_dropout=False,
         no_export="other programs send its tokens to experts 0 and 1, as transformers does",
     ),
 )
@@ -314,8 +318,9 @@ _DENSE = (
 )
 _NORM_AFTER_BLOCK = ("gemma2", "gemma3_text", "olmo2", "olmo3")
 # Neither takes positions that start again for the beginning of another sequence.
-_PADDED = (Family("falcon", masks_by_position=False), Family("opt", masks_by_position=False))
-_T5 = Family("t5", layer_counts=SWITCH_LAYERS, encoder_decoder=True)
+_GPT2 = "transformer.h.*.attn transformer.h.*.mlp"
+_PADDED = {"masks_by_position": False, "attention_dropout": False}
+_T5 = Family("t5", layer_counts=SWITCH_LAYERS, encoder_decoder=True, attention_dropout=False)
 FAMILIES: dict[str, Family] = {
     entry.model_type: entry
     for entry in (
@@ -323,8 +328,8 @@ FAMILIES: dict[str, Family] = {
         *(Family(name, residual="model.layers.*.self_attn model.layers.*.mlp") for name in _DENSE),
         *map(Family, _NORM_AFTER_BLOCK),
         Family("gpt_neox", residual=_GPT_NEOX),
-        Family("gpt2", residual="transformer.h.*.attn transformer.h.*.mlp"),
-        *_PADDED,
+        Family("gpt2", residual=_GPT2, attention_dropout=False),
+        *(Family(name, **_PADDED) for name in ("falcon", "opt")),
         _T5,
         *(Family(name, **_VISION) for name in ("vit", "vit_head")),
         Family("vit_ensemble", **_MEMBERS),

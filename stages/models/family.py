@@ -83,6 +83,8 @@ class Family:
     recurrent: bool = False
     """Some layers carry a state from token to token that no attention mask cuts: sequences must not
     be packed together."""
+    attention_dropout: bool = True
+    """The probability of the attention modules' own dropout can be set."""
     masks_by_position: bool = True
     """Attention keeps sequences of one row apart by positions that start again at 0."""
     modality: Literal["text", "image"] = "text"

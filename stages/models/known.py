@@ -356,6 +356,13 @@ KNOWN: dict[str, Known] = {
 }
 """Source without its revision to size."""
 
+ARCHITECTURES: dict[str, str] = {
+    **{source: "llama_moe" for source in KNOWN if source.startswith("hub:llama-moe/")},
+    "hub:ibm/MoLM-350M-4B": "moduleformer",
+    "hub:ibm/MoLM-700M-4B": "moduleformer",
+}
+"""Source without its revision to ``model_type``, of those whose configuration is not here."""
+
 CANNOT_RUN: dict[str, str] = {
     "hub:deepseek-ai/deepseek-moe-16b-base": (
         "transformers has no 'deepseek', and a model's own code is never run"

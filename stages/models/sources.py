@@ -11,7 +11,8 @@ from pathlib import Path
 from stages.data.packs import PACKS
 from stages.errors import BadInput
 from stages.models.dense import becomes, refusal
-from stages.models.families import family
+from stages.models.families import FAMILIES, family
+from stages.models.known import ARCHITECTURES, known
 from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec, indices
 from stages.models.tiny_shapes import TINY
 from stages.models.vision_spec import VisionSpec
@@ -40,6 +41,11 @@ class Facts:
     moe_layers: tuple[int, ...] | None = None
     config: Mapping = field(default_factory=dict, compare=False, repr=False)
     """What is known of the ``config.json`` of a dense model."""
+
+    @property
+    def reads_first(self) -> bool:
+        """Whether it is known to be an encoder-decoder."""
+        return self.family in FAMILIES and FAMILIES[self.family].encoder_decoder
 
 
 def describe(
@@ -79,8 +85,14 @@ def describe(
         return Facts("dense", name, layers, 0, 0, (), config)
     scheme, _, name = spec.source.partition(":")
     if scheme == "hub":
-        return Facts()
-    if scheme == "tiny":
+        # No plan needs a network: what is not known here is found out when the model is there.
+        found, architecture = known(spec.source), ARCHITECTURES.get(spec.source.partition("@")[0])
+        if architecture:
+            return Facts("moe" if FAMILIES[architecture].is_moe else "dense", architecture)
+        if found is None or not found.config:
+            return Facts()
+        config = found.config
+    elif scheme == "tiny":
         config = {"model_type": name} | TINY[name]
     elif scheme == "pack":
         config = PACK_CONFIGS[name]

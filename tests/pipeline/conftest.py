@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -47,14 +49,20 @@ def _free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="session")
 def job(cluster, tmp_path_factory):
-    """The smoke sweep, submitted as a job to the cluster; its store and what was printed."""
+    """The smoke sweep, submitted to the cluster as the README says; its store and what was
+    printed."""
     store = tmp_path_factory.mktemp("smoke") / "store"
+    block = re.search(r"^ray job submit (?:.*\\\n)*.*\n", (ROOT / "README.md").read_text(), re.M)
+    told = block[0].replace("\\\n", " ")
+    for words, here in (
+        ("http://HEAD:8265", cluster.dashboard), ("…", SECRET), ("quickstart", "smoke"),
+        ("s3://BUCKET/moe", str(store)), ("http://MLFLOW:5000", f"sqlite:///{store}/mlflow.db"),
+    ):  # fmt: skip
+        assert words in told
+        told = told.replace(words, here)
     for _ in range(20):
-        done = subprocess.run(
-            ["ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", ".",
-             "--runtime-env-json", f'{{"env_vars": {{"HF_TOKEN": "{SECRET}"}}}}',
-             "--", "python", "-m", "pipeline", "run", "sweeps/smoke.yaml", "--store", str(store)],
-            cwd=ROOT, text=True, capture_output=True, check=False, timeout=900)
+        done = subprocess.run(shlex.split(told), cwd=ROOT, text=True, capture_output=True,
+                              check=False, timeout=900)
         # Ray's job agents come up some seconds after the machines.
         if "No available agent" not in done.stderr:
             break

@@ -14,6 +14,7 @@ import yaml
 from wrong_sweeps import GONE, WRONG
 
 from pipeline.checks import check
+from pipeline.cli import main
 from pipeline.sweep_file import load
 from stages.errors import BadInput
 
@@ -57,6 +58,79 @@ def test_wrong_sweep_is_refused_with_field_reason_and_remedy(sweep, case):
     line = next((line for line in message.splitlines() if reason in line), "")
     assert line.startswith(f"{path}: "), message
     assert remedy in line, message
+
+
+OLMOE = {"models.tiny-moe": {"source": "hub:allenai/OLMoE-1B-7B-0924@main"},
+         "models.tiny-wide": {"source": "pack:smollm2"}}
+SWITCH = {"models.tiny": {"source": "hub:google-t5/t5-base@main"},
+          "models.tiny-moe": {"source": "hub:google/switch-base-32@main"},
+          "models.tiny-wide": {"source": "pack:smollm2"}}
+RELEASED = {
+    "more experts than there are": (
+        OLMOE | {"evaluations.questions.technique": {"kind": "expert_count", "top_k": 65}},
+        "evaluations.questions.technique.top_k: 65 is more than the 64 experts of tiny-moe"),
+    "workers that do not divide the experts": (
+        OLMOE | {"resources.finetune.workers": 3, "resources.finetune.expert_parallel": 3},
+        "resources.finetune.expert_parallel: 3 does not divide the 64 experts of tiny-moe"),
+    "dropout that cannot be set": (
+        SWITCH | {"recipes.sft.dropout": {"attention": 0.1}},
+        "recipes.sft.dropout.attention: tiny-moe: switch_transformers has none that can be set"),
+    "what neither of a pair can do": (
+        SWITCH | {"evaluations.questions.technique": {"kind": "dola"}},
+        "evaluations.questions.technique.kind: dola is for decoders, tiny is an encoder-decoder"),
+    "a partner of the wrong kind": (
+        {"models.tiny-wide": {"source": "hub:allenai/OLMo-1B-hf@main"}, "pairs.0.moe": "tiny-wide"},
+        "pairs.0.moe: tiny-wide is a dense model"),
+}
+
+
+@pytest.mark.parametrize("case", RELEASED)
+def test_what_a_released_model_cannot_do_is_refused_without_a_network(sweep, case):
+    changes, reason = RELEASED[case]
+    path = sweep(changes)
+    assert f"{path}: {reason}" in refusal(path)
+
+
+HELD_OUT = {
+    "rows that are trained on": (
+        {"split": "train"}, "recipes.sft.validation.split: the recipe trains on reviews/train"),
+    "rows that are scored": (
+        {"split": "test"},
+        "evaluations.edits: scores reviews/test, on which recipe sft is validated"),
+    "no such split": (
+        {"split": "held"}, "recipes.sft.validation.dataset: reviews has no split 'held'"),
+    "no template": (
+        {"split": "test", "template": None},
+        "recipes.sft.validation.template: is missing for a data set of task classification"),
+    "never": ({"every": 0}, "recipes.sft.validation.every"),
+}
+
+
+@pytest.mark.parametrize("case", HELD_OUT)
+def test_rows_to_validate_on_are_neither_trained_on_nor_scored(sweep, case):
+    changes, reason = HELD_OUT[case]
+    validation = {"dataset": "reviews", "template": "sentiment"} | changes
+    path = sweep({"recipes.sft.validation": validation})
+    if case == "never":
+        with pytest.raises(BadInput, match=reason):
+            load(path)
+    else:
+        assert f"{path}: {reason}" in refusal(path)
+
+
+def test_what_one_model_of_several_cannot_do_is_a_gap_that_the_plan_names(sweep, tmp_path, capsys):
+    path = sweep({"models.wide": {"source": "tiny:switch_transformers"},
+                  "models.short": {"source": "tiny:t5"},
+                  "pairs": [{"moe": "tiny-moe", "dense": "tiny"},
+                            {"moe": "wide", "dense": "short"}],
+                  "evaluations": {"choices": {"kind": "multiple_choice", "dataset": "questions",
+                                              "technique": {"kind": "dola"}}}})
+    assert main(["plan", str(path), "--store", str(tmp_path / "store")]) == 0
+    gaps = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  gap ")]
+    assert gaps[0] == ("  gap       wide-none-choices: dola is for decoders, this is an "
+                       "encoder-decoder")
+    models = {line.split()[1].split("-")[0] for line in gaps}
+    assert models == {"wide", "short"}
 
 
 def test_deepspeed_file_that_contradicts_the_recipe_is_refused(sweep):

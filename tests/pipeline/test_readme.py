@@ -105,3 +105,23 @@ def test_the_table_of_all_axes_has_the_rows_of_its_sweep():
         expected[name] = (evaluation.axis.replace("_", " "), metric.label,
                           "↑" if metric.higher_is_better else "↓")
     assert found == expected
+
+
+WORK = re.compile(r"\bthe papers?\b|\bpaper's\b|moe-rbench|2210\.10253", re.I)
+VALUE = re.compile(r"\d+(?:\.\d+)? ?%|(?<![\d.])0?\.\d{2,}|\d+(?:\.\d+)? points")
+IDENTIFIER = re.compile(r"\d{4}\.\d{4,5}")  # of arXiv
+
+
+def results_told_of_a_paper(text: str) -> list[str]:
+    sentences = re.split(r"(?<=[.!?:;|])\s+|\n\s*\n|\n- ", text)
+    return [s for s in sentences if WORK.search(s) and VALUE.search(IDENTIFIER.sub("", s))]
+
+
+def test_no_document_and_no_report_tells_a_number_as_a_papers():
+    assert len(results_told_of_a_paper(
+        "As in the paper, 71.3 % were right. Ours: 0.52.\n\nMoE-RBench has 0.713. See 2210.10253."
+    )) == 2
+    for pattern in ("*.md", "sweeps/**/*.md", "sweeps/**/*.yaml", "benchmarks/*.md",
+                    "deepspeed_configs/*.md", "stages/compare/*.jinja"):
+        for file in ROOT.glob(pattern):
+            assert results_told_of_a_paper(file.read_text()) == [], file

@@ -165,6 +165,9 @@ def test_what_must_be_asked_for_or_cannot_run_is_told(tmp_path, capsys):
     assert [line for line in told.splitlines() if "cannot run" in line] == [
         "  cannot run molm-700m-8b: at commit 34d691a its weights are pickle files, which are "
         "never read; its nodes will be gaps"]
+    assert re.findall(r"  gap       (.+)", told) == [
+        f"{model}-none-truthfulqa_dola: dola is for decoders, this is an encoder-decoder"
+        for model in ("switch-base-32", "t5-base")]
     assert "molm-350m-4b vs pythia-410m: size of molm-350m-4b unknown until it is here" in told
     assert "  judge     1 node; not all is known of 1\n" in told
     assert re.search(

@@ -2,6 +2,8 @@
 
 GONE = object()
 """Stands for a field that is taken out."""
+ENCODER_DECODERS = {"models.tiny.source": "tiny:t5",
+                    "models.tiny-moe": {"source": "tiny:switch_transformers"}}
 
 WRONG = {
     "unknown field": (
@@ -168,7 +170,7 @@ WRONG = {
         {"evaluations.refusal.judges": [{"kind": "keyword"}]},
         "evaluations.refusal.judges.0.kind: unknown judges 'keyword'", "did you mean 'keywords'?"),
     "layers of an encoder-decoder": (
-        {"models.tiny.source": "tiny:t5", "evaluations.questions.technique": {"kind": "dola"}},
+        {**ENCODER_DECODERS, "evaluations.questions.technique": {"kind": "dola"}},
         "evaluations.questions.technique.kind: dola is for decoders", "remove it"),
     "shots from what is scored": (
         {"evaluations.domains.shots": {"dataset": "reviews", "split": "test", "count": 2}},
@@ -324,10 +326,10 @@ WRONG = {
         {"evaluations.more": {"kind": "lm_eval", "task": "a", "harness": {}}},
         "evaluations.more.harness: is filled in", "remove it"),
     "a text of the harness read by an encoder-decoder": (
-        {"models.tiny.source": "tiny:t5", "evaluations.more": "lm_eval:wikitext"},
+        {**ENCODER_DECODERS, "evaluations.more": "lm_eval:wikitext"},
         "evaluations.more: the log-probability of whole texts is for decoders", "remove it"),
     "an attack on an encoder-decoder": (
-        {"models.tiny.source": "tiny:t5", "evaluations.more": {
+        {**ENCODER_DECODERS, "evaluations.more": {
             "kind": "text_attacks", "dataset": "reviews", "template": "sentiment",
             "attacks": [{"kind": "gcg"}]}},
         "evaluations.more: text_attacks is for decoders", "remove it"),

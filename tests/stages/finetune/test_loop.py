@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.finetune.batches import load_examples
 from stages.finetune.export import padded_logits
+from stages.finetune.recipe import Experts
+from stages.finetune.sets import Validation
 from stages.finetune.spec import FinetuneSpec, TrainSet
 from stages.finetune.stage import run as run_stage
 from stages.models.card import ModelCard
@@ -63,6 +65,8 @@ def copy(spec, **changes):
     return spec.model_copy(update=changes)
 
 
+VALIDATION = Validation(dataset="reviews", split="train", template="sentiment", limit=5, every=2)
+DROPPED = copy(MOE, expert_parallel=2, experts=Experts(dropout=0.3), steps=5)
 ZERO2 = copy(SPEC, steps=3, deepspeed_config="cpu_dense_zero2.json")
 
 
@@ -102,6 +106,8 @@ def runs(models, partners, data, tmp_path_factory):
         plan(f"resumed_{name}", "mixtral", spec, checkpoints=checkpoints)
     plan("other_layout", "mixtral", MOE, checkpoints=checkpoints)
     plan("qwen", "qwen2_moe", copy(MOE, expert_parallel=2))
+    plan("dropped", "mixtral", DROPPED)
+    plan("validated", "mixtral", copy(DROPPED, validation=VALIDATION))
     plan("dense", "llama", SPEC)
     plan("head", "mixtral", HEAD)
     rung = tmp_path_factory.mktemp("rung")
@@ -122,6 +128,35 @@ def runs(models, partners, data, tmp_path_factory):
 @pytest.mark.parametrize("name", ["ep2", "ep1", "zero2"])
 def test_mixtral_trains_as_a_plain_loop_does(name, runs, models, data):
     assert_same_training(runs / name, MOE, models["mixtral"], data)
+
+
+def test_held_out_rows_are_looked_at_as_the_model_is_and_leave_no_trace(runs, models, data):
+    """Five rows for two workers of two rows a pass; the last look is at what is exported."""
+    plain, watched = curve(runs / "dropped"), curve(runs / "validated")
+    looks = watched["validation_loss"].notna()
+    assert watched.loc[looks, "step"].tolist() == [2, 4, 5]
+    for column in ("loss", "gradient_norm", "auxiliary_loss"):
+        assert watched[column].tolist() == plain[column].tolist()
+    left, right = weights(runs / "dropped"), weights(runs / "validated")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    spec = copy(DROPPED, validation=VALIDATION)
+    tokenizer = AutoTokenizer.from_pretrained(models["mixtral"])
+    examples = load_examples(spec, data, tokenizer, held_out=True)
+    model = AutoModelForCausalLM.from_pretrained(runs / "validated", dtype=torch.float32).eval()
+    losses = []
+    for example in examples:
+        ids = torch.tensor([example.input_ids])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0].log_softmax(-1)
+        answer = range(len(example.input_ids) - example.answer, len(example.input_ids))
+        losses += [-logprobs[place - 1, ids[0, place]].item() for place in answer]
+    assert len(examples) == 5
+    last = watched["validation_loss"].iloc[-1]
+    assert last == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    told = json.loads((runs / "validated/recipe_evidence.json").read_text())
+    told = told["knobs"]["validation"]["measured"]
+    assert told["looks"] == 3 and 0 < told["share_of_time"] < 1
+    assert told["seconds"] == pytest.approx(watched["validation_seconds"].sum())
 
 
 def test_four_workers_with_two_copies_of_each_expert(models, data, tmp_path):

@@ -142,6 +142,17 @@ def test_facts_without_weights(tmp_path):
     assert facts("tiny:mixtral") == Facts("moe", "mixtral", 4, 4, 2, (0, 1, 2, 3))
     assert facts("tiny:qwen2_moe") == Facts("moe", "qwen2_moe", 4, 4, 2, (1, 3))
     assert facts("hub:a/b@main") == Facts()
+    # Of released models, without a network, what is entered in known.py.
+    assert facts("hub:mistralai/Mixtral-8x7B-v0.1@main") == Facts(
+        "moe", "mixtral", 32, 8, 2, tuple(range(32)))
+    switch = facts("hub:google/switch-base-32@main")
+    assert (switch.family, switch.layers, switch.experts, switch.top_k) == (
+        "switch_transformers", 24, 32, 1)
+    assert switch.reads_first and facts("hub:google-t5/t5-base@main").reads_first
+    assert facts("hub:EleutherAI/pythia-1.4b@main") == Facts("dense", "gpt_neox", 24, 0, 0, ())
+    assert facts("hub:ibm/MoLM-700M-4B@main") == Facts("moe", "moduleformer")
+    assert facts("hub:llama-moe/LLaMA-MoE-v1-3_5B-2_8@main") == Facts("moe", "llama_moe")
+    assert facts("hub:ibm/MoLM-700M-8B@main") == Facts()
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe", "num_experts": 8}))
     assert facts(f"file:{tmp_path}") == Facts("moe", "olmoe", None, 8, None, None)
     some = describe(UpcycleSpec(layers=(4, 9), experts=8), DENSE)
