@@ -17,7 +17,8 @@ test: .venv/installed
 	.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-families: .venv/installed
-	.venv/bin/python -m pytest -m '' tests/families tests/stages/models/test_families.py
+	.venv/bin/python -m pytest -m '' tests/families tests/stages/models/test_families.py \
+	    tests/pipeline/test_whole_search.py
 
 lint: .venv/installed
 	.venv/bin/python -m ruff check .
