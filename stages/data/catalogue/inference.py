@@ -138,7 +138,10 @@ SETS: dict[str, Published] = {
         title="WANLI: written by workers and a model together",
         citation="Liu et al. 2022, Findings of EMNLP",
         licence="CC BY 4.0",
-        splits={"test": Split(("test.jsonl",)), "train": Split(("train.jsonl",))},
+        splits={
+            "test": Split(("test.jsonl",), rows=5_000),
+            "train": Split(("train.jsonl",), rows=102_885),
+        },
         forms=(
             Form(HUB.columns | {"label": "gold"}, labels=_NAMED, unlabelled=_UNLABELLED),
             _BOSS,

@@ -51,20 +51,24 @@ def _style(name: str, category: str) -> Published:
     )
 
 
+_DYNASENT = {
+    1: {"test": 3_600, "validation": 3_600, "train": 80_488},
+    2: {"test": 720, "validation": 720, "train": 13_065},
+}
+"""Rows by round."""
+
+
 def _dynasent(rounds: tuple[int, ...], title: str) -> Published:
-    def files(split: str) -> tuple[str, ...]:
-        return tuple(f"dynabench.dynasent.r{n}.all/{split}/*.parquet" for n in rounds)
+    def split(name: str) -> Split:
+        files = tuple(f"dynabench.dynasent.r{n}.all/{name}/*.parquet" for n in rounds)
+        return Split(files, rows=sum(_DYNASENT[n][name] for n in rounds))
 
     return Published(
         task="classification",
         title=title,
         citation="Potts et al. 2021, DynaSent, ACL",
         licence="CC BY 4.0",
-        splits={
-            "test": Split(files("test")),
-            "validation": Split(files("validation")),
-            "train": Split(files("train")),
-        },
+        splits={name: split(name) for name in ("test", "validation", "train")},
         forms=(
             Form(
                 {"text": "sentence", "label": "gold_label"},
@@ -143,8 +147,8 @@ SETS: dict[str, Published] = {
         citation="Socher et al. 2013, EMNLP",
         licence="not stated in its card",
         splits={
-            "test": Split(("test.jsonl",)),
-            "validation": Split(("dev.jsonl",)),
+            "test": Split(("test.jsonl",), rows=2_210),
+            "validation": Split(("dev.jsonl",), rows=1_101),
             "train": Split(("train.jsonl",), rows=8_544),
         },
         forms=(

@@ -85,7 +85,7 @@ SETS: dict[str, Published] = {
         citation="Welbl et al. 2017, W-NUT",
         licence="CC BY-NC 3.0",
         splits={
-            "test": Split(files=("data/test-*.parquet",)),
+            "test": Split(files=("data/test-*.parquet",), rows=1000),
             "validation": Split(files=("data/validation-*.parquet",), rows=1000),
             "train": Split(files=("data/train-*.parquet",), rows=11_679),
         },

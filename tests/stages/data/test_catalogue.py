@@ -87,7 +87,8 @@ def test_published_counts_are_compared_and_a_difference_is_told():
     loaded = sources.load(spec("anli_r1#test", ORIGINALS / "anli_test.jsonl"))
     assert loaded.note == "2 rows, published are 1,000"
     assert loaded.citation.startswith("Nie et al. 2020")
-    assert sources.load(spec("wanli", ORIGINALS / "wanli.jsonl")).note == ""
+    hard = ORIGINALS / "snli_1.0_test_hard.jsonl"
+    assert "published are" not in sources.load(spec("snli_hard", hard)).note
 
 
 def test_parquet_of_the_hub_is_read_with_its_numbered_labels(tmp_path):
