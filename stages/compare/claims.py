@@ -1,11 +1,11 @@
 """The claims of H1 to H5, from the score tables of attacks and probes (``hypotheses.py``)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
+from stages.compare.claim import ALIKE, FISHER, LOG, MATTER, Claim
 from stages.compare.contrast import Contrast, contrast
 from stages.compare.headline import missing
 from stages.compare.measured import VALUE, Measured, frame, row_mean
@@ -26,11 +26,8 @@ from stages.compare.selection import (
 from stages.compare.spec import UNTUNED, Hypotheses
 from stages.compare.table import number
 from stages.evaluate.base import Evaluation, Metric
-from stages.evaluate.probes import correlation
 from stages.models.card import ModelCard
 
-_LOG = Metric("log", VALUE.statistics, lambda sums: np.log(VALUE.value(sums)))
-_PEARSON = correlation("routing_term", "loss_rise", "")
 _GIVES = {
     "attacks": "attacks the models; add image_attacks or text_attacks",
     "interventions": "puts other experts in; add image_interventions or expert_interventions",
@@ -39,54 +36,6 @@ _GIVES = {
 }
 Value = Callable[[pd.DataFrame], pd.Series]
 """What is measured on each example of a score table."""
-
-
-def _standardised(scores: pd.DataFrame) -> np.ndarray:
-    """Sums of squares of columns far from 0 would drown the correlation in rounding."""
-    both = scores[["routing_term", "loss_rise"]].astype(float)
-    return _PEARSON.statistics((both - both.mean()) / both.std())
-
-
-def _fisher(sums: np.ndarray) -> np.ndarray:
-    """Fisher's transform of the correlation, whose spread does not depend on its size. Resamples of
-    two distinct examples correlate perfectly; they count as finite."""
-    most = 1 - 1e-6
-    return np.arctanh(np.clip(_PEARSON.value(sums), -most, most))
-
-
-_FISHER = Metric("fisher", _standardised, _fisher)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A statistic that is claimed to lie above (or below) ``found.null``."""
-
-    label: str
-    found: Contrast
-    above: bool
-    told: Callable[[float], float] = float
-    """From the scale of the test to that in which it is told: ``np.exp`` for the logarithm of a
-    ratio, ``np.tanh`` for a correlation."""
-    premise: bool = False
-    """Without it the others hold trivially: it has to be shown for support, and refutes nothing."""
-
-    @property
-    def holds(self) -> bool:
-        """The statistic lies on the side claimed."""
-        return (self.found.value > self.found.null) == self.above
-
-    def row(self) -> dict:
-        """Its columns of the table of verdicts, in the unit in which it is told."""
-        found = {key: getattr(self.found, key) for key in ("n", "documents", "seeds")}
-        for key in ("null", "value", "ci_low", "ci_high"):
-            found[key] = float(self.told(getattr(self.found, key)))
-        return found | {
-            "claim": self.label,
-            "side": ">" if self.above else "<",
-            "ratio": self.told is np.exp,
-            "p_claim": self.found.p_value,
-            "detectable": float(self.told(self.found.minimum_detectable)),
-        }
 
 
 class Claims:
@@ -128,7 +77,7 @@ class Claims:
             weights[pair.moe] = weights.get(pair.moe, 0) + 1 / len(pairs)
             weights[pair.dense] = weights.get(pair.dense, 0) - 1 / len(pairs)
         robust = self._contrast("attacks", weights, self._robust)
-        slope = self._contrast("lipschitz", weights, "lipschitz", metric=_LOG)
+        slope = self._contrast("lipschitz", weights, "lipschitz", metric=LOG)
         level = dict(zip(weights, robust.levels, strict=True))
         moe, dense = (np.mean([level[getattr(pair, side)] for pair in pairs])
                       for side in ("moe", "dense"))  # fmt: skip
@@ -160,7 +109,6 @@ class Claims:
     def h3(self) -> tuple[list[Claim], str]:
         """Change of routes against its baselines, and harm by the attacked routes."""
         asked, models = self.asked, self._experts("attacks")
-        change = self._change("attacks", models)
         evaluation, there = self._part("attacks")
         columns = routing_change(evaluation, there)
         self._there("attacks", {name: columns[name] for name in ("attack", "random", "noise")})
@@ -177,21 +125,17 @@ class Claims:
             return clean - row_mean(table, swap)
 
         matter = self._matter(models, of_predictions=of_images(evaluation))
-        claims = [
-            Claim(
-                f"change of routes minus {asked.far:g} × that {words}{change}",
-                self._contrast("attacks", models, excess(baseline), learned=True),
-                above=True,
-            )
-            for baseline, words in (
-                ("random", "under a random perturbation"), ("noise", "of the same input again")
-            )
-        ]  # fmt: skip
+        claims = []
+        for baseline, words in (
+            ("random", "under a random perturbation"), ("noise", "of the same input again")
+        ):  # fmt: skip
+            label = f"change of routes minus {asked.far:g} × that {words}"
+            claims += self._learned("attacks", models, label, excess(baseline), above=True)
         lost = "clean predictions changed" if of_images(evaluation) else "clean accuracy lost"
-        harmed = self._contrast(
-            "attacks", models, harm, null=asked.margin, share=True, learned=True
-        )
-        claims.append(Claim(f"{lost} under the attacked routes{change}", harmed, above=False))
+        claims += self._learned(
+            "attacks", models, f"{lost} under the attacked routes", harm, above=False,
+            null=asked.margin, share=True,
+        )  # fmt: skip
         level = {name: self._level("attacks", models, columns[name]) for name in columns}
         return [*claims, matter], (
             f"{', '.join(models)}; change of routes under attack {level['attack']}, random "
@@ -202,26 +146,20 @@ class Claims:
     def h4(self) -> tuple[list[Claim], str]:
         """Correlation of loss rise and routing term over examples."""
         models = self._experts("geometry")
-        change = self._change("geometry", models)
         self._there("geometry", {name: (name,) for name in ("routing_term", "loss_rise")})
-        found = self._contrast("geometry", models, None, metric=_FISHER, learned=True)
-        # The untuned twins come last.
-        names = [*models, *(f"{m} untuned" for m in models if m in self.spec.upcycled)]
+        claims = self._learned(
+            "geometry", models, "correlation of loss rise and routing term", None, above=True,
+            metric=FISHER, told=np.tanh,
+        )  # fmt: skip
         each = ", ".join(
-            f"{name} {number(np.tanh(level), signed=True)}"
-            for name, level in zip(names, found.levels, strict=True)
+            f"{model} {number(np.tanh(level), signed=True)}"
+            for model, level in zip(models, claims[0].found.levels, strict=True)
         )
-        claim = Claim(
-            f"correlation of loss rise and routing term{change}", found, above=True, told=np.tanh
-        )
-        if change:  # A difference on Fisher's scale is that of no two correlations.
-            claim = replace(claim, label=f"{claim.label} (Fisher's z)", told=float)
-        return [claim], f"Pearson's correlation over examples: {each}"
+        return claims, f"Pearson's correlation over examples: {each}"
 
     def h5(self) -> tuple[list[Claim], str]:
         """Accuracy lost with ranks K + 1 to 2K and with random experts."""
         models = self._experts("interventions")
-        change = self._change("interventions", models)
         _, there = self._part("interventions")
         both = [s for s in shares(there, "next_ranked") if s in shares(there, "random")]
         if not both:
@@ -230,20 +168,18 @@ class Claims:
                 "and random experts were tried; name both in substitutions"
             )
         second, drawn = (f"correct/{name}_{both[-1]}" for name in ("next_ranked", "random"))
-        cost = self._contrast(
-            "interventions", models, lambda table: table["correct"] - table[second],
-            null=self.asked.margin, share=True, learned=True,
+        cost = self._learned(
+            "interventions", models, "accuracy lost with second-best experts",
+            lambda table: table["correct"] - table[second], above=False,
+            null=self.asked.margin, share=True,
         )  # fmt: skip
-        saved = self._contrast(
-            "interventions", models, lambda table: table[drawn] - table[second], learned=True
-        )
+        saved = self._learned(
+            "interventions", models, "that minus the accuracy lost with random ones",
+            lambda table: table[drawn] - table[second], above=False,
+        )  # fmt: skip
         own, *others = (self._level("interventions", models, (c,))
                         for c in ("correct", second, drawn))  # fmt: skip
-        return [
-            Claim(f"accuracy lost with second-best experts{change}", cost, above=False),
-            Claim(f"that minus the accuracy lost with random ones{change}", saved, above=False),
-            self._matter(models, of_predictions=False),
-        ], (
+        return [*cost, *saved, self._matter(models, of_predictions=False)], (
             f"{', '.join(models)}; accuracy as routed {own}, second-best experts {others[0]}, "
             f"random experts {others[1]}"
         )
@@ -268,7 +204,40 @@ class Claims:
         found = self._contrast(
             "interventions", models, lost, null=self.asked.margin, share=True
         )
-        return Claim(f"{what} with no expert's output", found, above=True, premise=True)
+        return Claim(f"{what} with no expert's output", found, above=True, premise=MATTER)
+
+    def _learned(
+        self,
+        part: str,
+        models: dict[str, float],
+        label: str,
+        value: Value | None,
+        *,
+        above: bool,
+        told: Callable[[float], float] = float,
+        **options,
+    ) -> list[Claim]:
+        """A claim about routes or experts of some models; and, as a premise, the same of the change
+        from the untuned models, of those whose experts started alike.
+
+        Raises NotTested where an untuned one has no scores.
+        """
+        claims = [Claim(label, self._contrast(part, models, value, **options), above, told)]
+        alike = [model for model in models if model in self.spec.upcycled]
+        if lacking := [m for m in alike if not self.measured.twin(part, m, self.recipe)]:
+            raise NotTested(
+                f"the experts of {', '.join(lacking)} started alike, and there are no scores of "
+                "them trained and untuned to tell a change from; set untuned: true"
+            )
+        if alike:
+            equal = dict.fromkeys(alike, 1 / len(alike))
+            change = self._contrast(part, equal, value, **options, from_untuned=True)
+            of = "" if len(alike) == len(models) else f" of {', '.join(alike)}"
+            # A difference on Fisher's scale is that of no two correlations.
+            scale = " (Fisher's z)" if told is np.tanh else ""
+            name = f"{label}, change from untuned{of}{scale}"
+            claims.append(Claim(name, change, above, premise=ALIKE))
+        return claims
 
     def _contrast(
         self,
@@ -279,13 +248,10 @@ class Claims:
         metric: Metric = VALUE,
         null: float = 0.0,
         share: bool = False,
-        learned: bool = False,
+        from_untuned: bool = False,
     ) -> Contrast:
         """The weighted sum over models of a metric of a column (or of what ``value`` makes of the
-        scores), over the seeds that all of them have.
-
-        ``learned``: of models whose experts started alike, it is the change from the untuned.
-        """
+        scores), over the seeds that all of them have; or of its change from the untuned models."""
         seeds = self._seeds(part, weights)
 
         def made(table: pd.DataFrame) -> pd.DataFrame:
@@ -298,12 +264,11 @@ class Claims:
             for model in weights
         ]
         factors = list(weights.values())
-        if learned:
+        if from_untuned:
             for model, weight in weights.items():
-                if model in self.spec.upcycled:
-                    before = made(self.measured.table(part, model, UNTUNED, 0))
-                    runs.append([before] * len(seeds))
-                    factors.append(-weight)
+                before = made(self.measured.table(part, model, UNTUNED, 0))
+                runs.append([before] * len(seeds))
+                factors.append(-weight)
         return contrast(
             runs, factors, metric, null=null, share=share,
             resamples=self.spec.resamples, seed=self.spec.seed,
@@ -339,23 +304,6 @@ class Claims:
         told = mean(self.recipe, models, self._seeds(part, models))
         alike = [model for model in models if model in self.spec.upcycled]
         return f"{told} (untuned {mean(UNTUNED, alike, (0,))})" if alike else told
-
-    def _change(self, part: str, models: Iterable[str]) -> str:
-        """What is added to the label of a claim that is a change from the untuned model, since the
-        experts started alike.
-
-        Raises NotTested where that model has no scores.
-        """
-        alike = [model for model in models if model in self.spec.upcycled]
-        if not alike:
-            return ""
-        if lacking := [m for m in alike if not self.measured.twin(part, m, self.recipe)]:
-            raise NotTested(
-                f"the experts of {', '.join(lacking)} started alike, and there are no scores of "
-                "them trained and untuned to tell a change from; set untuned: true"
-            )
-        few = "" if len(alike) == len(list(models)) else f" of {', '.join(alike)}"
-        return f", change from untuned{few}"
 
     def _part(self, part: str) -> tuple[Evaluation, list[str]]:
         """The evaluation that plays a part, and its score columns."""

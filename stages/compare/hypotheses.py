@@ -36,10 +36,10 @@ The claims, each a mean over the models named, seeds and examples:
   output, above ``margin``.
 
 Experts that were made of one dense block start alike, so that what H3 to H5 say of routes and
-experts may be so before any training. Of upcycled models these claims, but for the premise, are
-therefore about the change: the statistic of the trained model minus that of the same model untuned,
-on the same examples (a difference on Fisher's scale in H4). Without untuned scores they are not
-tested.
+experts may be so before any training. Of upcycled models each of their claims stands twice: about
+the trained model, and, as another premise, about its change from the same model untuned on the same
+examples (on Fisher's scale in H4). Nothing is supported unless both are shown; the change refutes
+nothing. Without untuned scores they are not tested.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from stages.compare.claims import Claim, Claims
+from stages.compare.claim import MATTER, Claim
+from stages.compare.claims import Claims
 from stages.compare.measured import Measured
 from stages.compare.selection import NotTested
 from stages.compare.spec import UNTUNED
@@ -78,16 +79,23 @@ def decide(claims: Sequence[Claim]) -> tuple[float, str]:
 
 
 def trivial(claims: Sequence[Claim]) -> str:
-    """Why nothing follows from claims that hold: the experts are not shown to matter."""
+    """Why little follows from claims that hold: a premise that is not shown."""
     for claim in claims:
         shown = claim.holds and claim.found.p_value < 1 - CONFIDENCE
-        if claim.premise and not shown:
+        if not claim.premise or shown:
+            continue
+        if claim.premise == MATTER:
             beside = "not shown to be more" if claim.holds else "no more"
             return (
-                "experts matter too little here: dropping them all costs "
-                f"{number(claim.found.value)} ({claim.label}), {beside} than the margin of "
-                f"{claim.found.null:g}, so that little harm by other experts or routes says nothing"
+                f"{MATTER}: dropping them all costs {number(claim.found.value)} ({claim.label}), "
+                f"{beside} than the margin of {claim.found.null:g}, so that little harm by other "
+                "experts or routes says nothing"
             )
+        side = "above" if claim.above else "below"
+        return (
+            f"{claim.premise}: {claim.label} {number(claim.row()['value'], signed=True)}, not "
+            f"shown to be {side} {claim.found.null:g}, so that it may be no work of the training"
+        )
     return ""
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from stages.compare.claims import Claim
+from stages.compare.claim import Claim
 from stages.compare.contrast import Contrast
 from stages.compare.hypotheses import judge
 from stages.compare.measured import Measured

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from stages.compare.claim import MATTER
 from stages.compare.hypotheses import decide, trivial
 from tests.stages.compare.attacked import (
     MANY,
@@ -17,13 +18,13 @@ from tests.stages.compare.attacked import (
 
 
 def test_a_premise_is_needed_for_support_and_refutes_nothing():
-    holds, fails = claim(0.03, 1, premise=True), claim(0.001, -1, premise=True)
+    holds, fails = claim(0.03, 1, premise=MATTER), claim(0.001, -1, premise=MATTER)
     assert decide([claim(0.001, 1), holds]) == (0.03, "supported")
     assert decide([claim(0.001, 1), fails]) == (1.0, "undecided")
     # It is no claim that could have been refuted: one claim, not two.
     assert decide([claim(0.001, -1), fails]) == (0.001, "refuted")
     assert trivial([claim(0.001, 1), holds]) == ""
-    unsure = trivial([claim(0.001, 1), claim(0.2, 1, premise=True)])
+    unsure = trivial([claim(0.001, 1), claim(0.2, 1, premise=MATTER)])
     assert "not shown to be more than the margin" in unsure
 
 
