@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from pipeline.asked import recipe_models
 from pipeline.evaluation_checks import EvaluationChecks
-from pipeline.plan import Plan, recipe_models
+from pipeline.plan import Plan
 from pipeline.sweep import Dataset, Model, Recipe, Sweep, model_spec
 from pipeline.sweep_file import located, nearest
 from stages.data import sources as data_sources

@@ -77,7 +77,12 @@ def summary_lines(
 
 def _pairs(plan: Plan, estimator: Estimator) -> Iterator[str]:
     for pair in plan.sweep.pairs:
-        moe, dense = (estimator.size(f"model/{name}") for name in (pair.moe, pair.dense))
+        moe, dense = (
+            # Of models whose weights are drawn anew for each seed, any.
+            estimator.size(next(key for key in plan.nodes
+                                if key == f"model/{name}" or key.startswith(f"model/{name}-seed")))
+            for name in (pair.moe, pair.dense)
+        )
         if moe is None or dense is None:
             unknown = [name for name, size in ((pair.moe, moe), (pair.dense, dense)) if not size]
             yield (f"  pair      {pair.name}: size of {' and '.join(unknown)} unknown until it is "

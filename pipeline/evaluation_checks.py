@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pipeline.plan import recipe_evaluations, recipe_models, surrogate, sweep_recipes
+from pipeline.asked import recipe_evaluations, recipe_models, surrogate, sweep_recipes
 from pipeline.sweep import UNTUNED, Sweep
 from pipeline.sweep_file import located, nearest
 from stages.attack.text_spec import GradientAttack

@@ -9,7 +9,8 @@ import json
 import shutil
 from pathlib import Path
 
-from pipeline.plan import Plan, sweep_recipes
+from pipeline.asked import sweep_recipes
+from pipeline.plan import Plan
 from pipeline.store import Store
 from pipeline.survey import adopt, survey
 from pipeline.sweep import Sweep

@@ -9,8 +9,14 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from pipeline.asked import (
+    drawn,
+    recipe_evaluations,
+    recipe_models,
+    surrogate,
+    sweep_recipes,
+)
 from pipeline.sweep import UNTUNED, Resources, Sweep, model_spec
-from stages.attack.image_spec import Surrogate
 from stages.compare.spec import CompareSpec, Pair
 from stages.data.spec import DataSpec
 from stages.errors import BadInput
@@ -22,6 +28,7 @@ from stages.evaluate.techniques import Contrastive, ExpertCount
 from stages.finetune.recipe import Recipe, for_dense
 from stages.finetune.spec import FinetuneSpec
 from stages.models.spec import SourceSpec
+from stages.models.vision_spec import VisionSpec
 from stages.spec import Spec
 
 Searched = dict[tuple[str, str], tuple[Recipe, ...]]
@@ -168,16 +175,6 @@ def build_evaluations(sweep: Sweep, model: str, contents: dict[str, str]) -> Pla
     return builder.plan
 
 
-def sweep_recipes(sweep: Sweep) -> dict[str, tuple[int, ...]]:
-    """Recipe names with the seeds that each is run for; an untuned model has one, 0.
-
-    One that nothing is scored on is left out: others may come after it.
-    """
-    untuned = {UNTUNED: (0,)} if sweep.untuned else {}
-    seeds = untuned | {name: sweep.seeds for name in sweep.recipes}
-    return {name: of for name, of in seeds.items() if recipe_evaluations(sweep, name)}
-
-
 def segment_seed(seed: int, index: int) -> int:
     """The seed of a segment of a chain of fine-tunes; the first has the chain's own.
 
@@ -186,39 +183,6 @@ def segment_seed(seed: int, index: int) -> int:
     if index == 0:
         return seed
     return int(hashlib.sha256(f"{seed}/segment/{index}".encode()).hexdigest()[:8], 16)
-
-
-def recipe_models(sweep: Sweep, name: str) -> tuple[str, ...]:
-    """The models that a recipe fine-tunes (or, untuned, leaves as they are), in their order."""
-    members = dict.fromkeys(m for pair in sweep.pairs for m in (pair.moe, pair.dense))
-    chosen = None if name == UNTUNED else sweep.recipes[name].models
-    return tuple(m for m in members if chosen is None or m in chosen)
-
-
-def recipe_evaluations(sweep: Sweep, name: str) -> tuple[str, ...]:
-    """The evaluations that a recipe's checkpoints (or the untuned models) are scored on."""
-    recipe = sweep.recipes.get(name)
-    if recipe is not None and recipe.evaluations is not None:
-        return recipe.evaluations
-    headed = recipe is not None and recipe.head == "classification"
-    return tuple(e for e, each in sweep.evaluations.items() if each.asks_head == headed)
-
-
-def surrogate(sweep: Sweep, recipe: str, model: str, asked: Surrogate) -> str | None:
-    """The model that a transfer attack on a model after a recipe is made on.
-
-    The named one; of another seed, where none is named, the model itself. Else, where none is named
-    or it is the model itself, its partner in the first pair whose models the recipe both has;
-    without such a pair the partner in the first one, if any.
-    """
-    if asked.other_seed:
-        return asked.model or model
-    if asked.model not in (None, model):
-        return asked.model
-    partners = [pair.dense if model == pair.moe else pair.moe for pair in sweep.pairs
-                if model in (pair.moe, pair.dense)]
-    there = [name for name in partners if name in recipe_models(sweep, recipe)]
-    return next(iter([*there, *partners]), None)
 
 
 class Builder:
@@ -245,16 +209,23 @@ class Builder:
                         content=self.contents.get(entry.source))
         return self.plan.add("data", name, spec, inputs, self.sweep.resources.data)
 
-    def model(self, name: str) -> str:
-        """A model, after the one that it is made of."""
-        key = f"model/{name}"
+    def model(self, name: str, seed: int = 0) -> str:
+        """A model, after the one that it is made of.
+
+        Weights that are drawn, and no others, are drawn anew for each ``seed`` of a training: what
+        seeds are to tell is how another training from scratch would have ended.
+        """
+        spec, dense = model_spec(self.sweep, name)
+        label = f"{name}-seed{seed}" if seed and drawn(self.sweep, name) else name
+        key = f"model/{label}"
         if key in self.plan.nodes:
             return key
-        spec, dense = model_spec(self.sweep, name)
         if isinstance(spec, SourceSpec):
             spec = spec.model_copy(update={"content": self.contents.get(spec.source)})
-        inputs = {"dense": self.model(dense)} if dense else {}
-        return self.plan.add("model", name, spec, inputs, self.sweep.resources.model)
+        elif isinstance(spec, VisionSpec):
+            spec = spec.model_copy(update={"seed": spec.seed + seed})
+        inputs = {"dense": self.model(dense, seed)} if dense else {}
+        return self.plan.add("model", label, spec, inputs, self.sweep.resources.model)
 
     def judge(self, judge: ModelJudge) -> str:
         """A judge's model, once for all evaluations."""
@@ -278,7 +249,7 @@ class Builder:
     def checkpoint(self, model: str, recipe: str, seed: int) -> str:
         """The model itself, or a fine-tune of it after those that its recipe comes after."""
         if recipe == UNTUNED:
-            return self.model(model)
+            return self.model(model, seed)
         segments, after = self.searched.get((model, recipe)), None
         if segments is None:
             own = self.sweep.recipes[recipe]
@@ -297,7 +268,7 @@ class Builder:
         start: str | None = None,
     ) -> str:
         """Fine-tunes that each start from the one before, the first from ``start``; the last."""
-        checkpoint = start or self.model(model)
+        checkpoint = start or self.model(model, seed)
         for index, (label, recipe) in enumerate(zip(labels, segments, strict=True)):
             checkpoint = self.finetune(
                 label, model, recipe, segment_seed(seed, index), start=checkpoint)
@@ -378,18 +349,19 @@ class Builder:
         if isinstance(technique, Contrastive):
             inputs[f"{AMATEUR}{technique.amateur}"] = self.model(technique.amateur)
         for each, name in others.items():
-            role = each._replace(model=name).role
-            of = self.other_seed(evaluation_name, recipe, seed) if each.other_seed else seed
+            role, of = each._replace(model=name).role, seed
+            if each.other_seed and recipe != UNTUNED:
+                of = self.other_seed(evaluation_name, seed)
             inputs[f"{SURROGATE}{role}"] = self.checkpoint(name, recipe, of)
         for name, judge in evaluation.judge_models().items():
             inputs[f"{JUDGE}{name}"] = self.judge(judge)
         return self.plan.add("evaluate", f"{label}-{evaluation_name}", spec, inputs, resources)
 
-    def other_seed(self, evaluation: str, recipe: str, seed: int) -> int:
+    def other_seed(self, evaluation: str, seed: int) -> int:
         """The seed after one, the first after the last. Raises BadInput where there is no other."""
-        seeds = () if recipe == UNTUNED else self.sweep.seeds
+        seeds = self.sweep.seeds
         if len(seeds) < 2:
             raise BadInput(
-                f"evaluations.{evaluation}: transfer from another seed needs two trainings: give "
-                "two seeds and set untuned to false, or name another model with from")
+                f"evaluations.{evaluation}: transfer from another seed needs two trainings; give "
+                "two seeds, or set seed of the attack to same")
         return seeds[(seeds.index(seed) + 1) % len(seeds)]

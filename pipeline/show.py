@@ -4,7 +4,8 @@ import argparse
 
 import pandas as pd
 
-from pipeline.plan import Plan, sweep_recipes
+from pipeline.asked import sweep_recipes
+from pipeline.plan import Plan
 from pipeline.store import Store
 from pipeline.survey import survey
 from pipeline.sweep import Sweep

@@ -140,7 +140,8 @@ class Transfer(GradientAttack):
     given."""
     seed: Literal["same", "other"] = "same"
     """``other``: that model, or where none is given the attacked one, as trained with the next of
-    the sweep's seeds (with the first, for the last)."""
+    the sweep's seeds (with the first, for the last). An untuned model has no other seed: there it
+    is the same as ``same``."""
     steps: Annotated[int, Field(ge=2)] = 100
 
     @property

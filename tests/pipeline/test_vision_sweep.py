@@ -77,13 +77,29 @@ def test_transfer_is_from_the_checkpoint_of_the_same_recipe_and_seed(named, surr
 
 
 def test_another_seed_needs_two_trainings():
-    told = "evaluations.attacks: transfer from another seed needs two trainings: give two seeds"
-    for override in ("seeds=[1]", "untuned=true"):
-        with pytest.raises(BadInput, match=told):
-            planned(override)
+    told = "evaluations.attacks: transfer from another seed needs two trainings; give two seeds"
+    with pytest.raises(BadInput, match=told):
+        planned("seeds=[1]")
+    # Untuned models have one checkpoint: it is the partner's then.
+    node = planned("untuned=true").nodes["evaluate/vmoe-4-none-attacks"]
+    assert node.inputs["surrogate/vit/other-seed"] == node.inputs["surrogate/vit"] == "model/vit"
     other = "evaluations.attacks.attacks.transfer_seed.from=vit"
     node = planned(other).nodes["evaluate/vmoe-4-scratch-seed1-attacks"]
     assert node.inputs["surrogate/vit/other-seed"] == "finetune/vit-scratch-seed2"
+
+
+def test_each_seed_draws_its_weights_anew():
+    plan = planned()
+    for seed, key in ((0, "model/vmoe-4"), (1, "model/vmoe-4-seed1"), (2, "model/vmoe-4-seed2")):
+        assert plan.nodes[f"finetune/vmoe-4-scratch-seed{seed}"].inputs["model"] == key
+        assert plan.nodes[key].spec.seed == seed
+    # Those of a model that is made of one with drawn weights as well; published ones stay.
+    text = load(FILE, ["models.up={upcycle: {from: vit, experts: 4, layers: [1, 3]}}"])
+    builder = Builder(text, {})
+    assert builder.plan.nodes[builder.model("up", 2)].inputs["dense"] == "model/vit-seed2"
+    smoke = Builder(load(FILE.parents[1] / "smoke.yaml", []), {})
+    assert smoke.checkpoint("tiny-moe", "sft", 2) == "finetune/tiny-moe-sft-seed2"
+    assert smoke.plan.nodes["finetune/tiny-moe-sft-seed2"].inputs["model"] == "model/tiny-moe"
 
 
 def test_one_model_alone_is_attacked_from_a_model_of_the_sweep():
