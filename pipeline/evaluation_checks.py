@@ -15,6 +15,7 @@ from stages.evaluate.base import Evaluation
 from stages.evaluate.engines import MOST_TEMPERATURE, by_vllm, lacks
 from stages.evaluate.held_prompts import SafetyExperts
 from stages.evaluate.judges import ModelJudge
+from stages.evaluate.labelled_images import LabelledImages
 from stages.evaluate.probes import Interventions, LocalLipschitz, RouterGeometry
 from stages.evaluate.registry import for_decoders
 from stages.evaluate.sharpness import Sharpness
@@ -70,6 +71,8 @@ class EvaluationChecks:
             scored = self.scored(name)
             yield from self.technique(evaluation.technique, f"{field}.technique", scored)
             yield from self.decoders(evaluation, field, scored)
+            if isinstance(evaluation, LabelledImages):
+                yield from self.coupled(scored, f"{field}: {evaluation.kind}")
             yield from self.before(evaluation, field)
             if evaluation.of_experts:
                 yield from self.experts(evaluation, field)
@@ -97,7 +100,7 @@ class EvaluationChecks:
         """Problems of numbers on experts that have nothing to be compared with."""
         moes = [self.sweep.models[pair.moe] for pair in self.sweep.pairs
                 if pair.moe in self.sweep.models]
-        # Experts that were trained from scratch do not start alike: their numbers stand alone.
+        # Experts trained from scratch start with nothing learned: their numbers stand alone.
         alike = any(moe.upcycle for moe in moes) or (
             evaluation.of_experts and not all(moe.vision for moe in moes))
         if not self.sweep.recipes or self.sweep.untuned or not alike:
@@ -302,6 +305,14 @@ class EvaluationChecks:
                     candidates(technique, facts.layers, tied=True)
                 except StageFailed as error:
                     yield f"{field}.candidate_layers: {name}: {error}"
+
+    def coupled(self, scored: list[str], what: str) -> Iterator[str]:
+        """Models whose answer to an image depends on the others of its batch."""
+        for name in scored:
+            vision = self.sweep.models[name].vision
+            if vision and vision.eval_capacity_factor and vision.group_size != 1:
+                yield (f"{what}: the images of a batch share the capacity of {name}'s experts; "
+                       "leave eval_capacity_factor out, or set group_size to 1")
 
     def decoders(self, evaluation: Evaluation, field: str, scored: list[str]) -> Iterator[str]:
         """Problems of what only decoders can do, where no scored model is one or an amateur is

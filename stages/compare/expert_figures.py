@@ -18,6 +18,7 @@ from stages.compare.figures import NEUTRAL, WIDTH_INCHES, save
 from stages.compare.measured import Measured
 from stages.compare.panels import PANELS, band, grid, legend, name_axes, with_experts
 from stages.compare.quantities import SUBSTITUTIONS, routing_change, shares
+from stages.compare.spec import UNTUNED
 from stages.compare.table import number
 
 _KINDS = dict(
@@ -121,7 +122,12 @@ def loss_figure(measured: Measured, recipe: str, file: Path) -> bool:
                         points[name], points["loss_rise"], s=9, alpha=0.55, lw=0, color=colour
                     )
                 found = np.mean([table[name].corr(table["loss_rise"]) for table in tables])
-                panel.set_title(f"r = {number(found, signed=True)}", loc="right", fontsize=9)
+                told = f"r = {number(found, signed=True)}"
+                if measured.twin("geometry", model, recipe):
+                    before = measured.table("geometry", model, UNTUNED, 0)
+                    untuned = before[name].corr(before["loss_rise"])
+                    told += f", untuned {number(untuned, signed=True)}"
+                panel.set_title(told, loc="right", fontsize=9)
                 panel.set_xlabel(label)
             row[0].set_title(model, loc="left", fontsize=9, weight="bold")
             row[0].set_ylabel("loss added by the attack (nats)")

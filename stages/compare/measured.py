@@ -73,7 +73,7 @@ class Measured:
         among: str = "",
     ) -> list[pd.DataFrame]:
         """Per seed the mean of some columns, as ``value`` of each example; ``among`` leaves the
-        examples out for which that column is not 1 in every model."""
+        examples out for which that column is not 1 in every model, and seeds without any."""
         found = []
         for seed in seeds:
             table = self.table(part, model, recipe, seed)
@@ -81,6 +81,8 @@ class Measured:
             if among:
                 common = self._common(part, among, recipe, seed)
                 values = values.where(table["example_id"].map(common))
+                if values.isna().all():
+                    continue
             found.append(frame(table, values))
         return found
 
@@ -112,6 +114,8 @@ class Measured:
         if not seeds:
             return None
         frames = self.frames(part, columns, model, recipe, seeds, among)
+        if not frames:
+            return None
         options = {"resamples": self.spec.resamples, "seed": self.spec.seed}
         if learned and self.twin(part, model, recipe):
             before = self.frames(part, columns, model, UNTUNED, (0,)) * len(seeds)

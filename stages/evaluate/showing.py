@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from stages.errors import StageFailed
 from stages.evaluate.labelled_images import LabelledImages
 from stages.models.families import family
 from stages.models.images import Classifier, ImageProcessor
@@ -15,7 +16,10 @@ from stages.models.routing import Routing
 
 
 class Shown:
-    """The images of some rows, B of them, and a classifier that looks at them."""
+    """The images of some rows, B of them, and a classifier that looks at them.
+
+    Raises StageFailed for a classifier whose answer to one depends on the others.
+    """
 
     def __init__(
         self,
@@ -24,6 +28,13 @@ class Shown:
         processor: ImageProcessor,
         rows: Sequence[dict],
     ):
+        config = model.config
+        if getattr(config, "eval_capacity_factor", None) and config.group_size != 1:
+            raise StageFailed(
+                f"{spec.kind}: experts drop tokens beyond a capacity that images share, so that "
+                "what is found of one depends on the others; leave eval_capacity_factor out, or "
+                "set group_size to 1"
+            )
         self.spec, self.model, self.rows = spec, model, rows
         self.classifier = Classifier(model, processor)
         self.moe = family(model).is_moe

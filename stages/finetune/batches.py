@@ -71,7 +71,7 @@ def load_examples(
     those that are held out for validation, none without it."""
     examples = []
     for train_set in spec.reads[len(spec.data) :] if held_out else spec.data:
-        rows, _ = select_rows(train_set, inputs, spec.seed)
+        rows, _ = select_rows(train_set, inputs, spec.seed, at_most=held_out)
         if isinstance(tokenizer, ImageProcessor):
             encoded = [
                 ImageExample(row["image"], tokenizer.label(row["label"]), tokenizer) for row in rows
@@ -90,9 +90,13 @@ def load_examples(
 
 
 def select_rows(
-    train_set: TrainSet, inputs: dict[str, Path], seed: int
+    train_set: TrainSet, inputs: dict[str, Path], seed: int, *, at_most: bool = False
 ) -> tuple[list[dict], list[dict[str, str]]]:
-    """The rows of a train set that are used, and those removed: data set, id, matched phrase."""
+    """The rows of a train set that are used, and those removed: data set, id, matched phrase.
+
+    Raises StageFailed where there are fewer than its limit, unless that many are wanted
+    ``at_most``.
+    """
     path = inputs[f"data/{train_set.dataset}"] / f"{train_set.split}.parquet"
     rows, removed = parquet.read_table(path).to_pylist(), []
     if not rows:
@@ -111,7 +115,7 @@ def select_rows(
         ]
         rows = [row for row, match in found if not match]
     if train_set.limit is not None:
-        if train_set.limit > len(rows):
+        if train_set.limit > len(rows) and not at_most:
             raise StageFailed(
                 f"{path}: limit {train_set.limit} is more than the {len(rows)} rows of "
                 f"{train_set.dataset} that are there; lower it"

@@ -32,7 +32,7 @@ class Validation(Spec):
     template: str | None = None
     """As of a train set."""
     limit: Annotated[int, Field(ge=1)] = 64
-    """Use this many rows, drawn by the seed."""
+    """Use at most this many rows, drawn by the seed."""
     every: Annotated[int, Field(ge=1)] = 50
     """Optimiser steps from one look to the next; the last step is followed by one as well."""
 

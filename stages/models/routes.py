@@ -150,14 +150,16 @@ def next_ranked(weigh: Weigh | None = None) -> Policy:
     """Ranks K + 1 to 2K: the best K of the experts that were not chosen, by their logits.
 
     A bias that a family adds for the choice alone is not counted. Raises StageFailed with fewer
-    than 2K experts.
+    than 2K experts that a token may be given to.
     """
 
     def policy(routing: Routing) -> Routing:
         count, others = routing.experts.shape[1], routing.logits.detach().clone()
-        if 2 * count > others.shape[1]:
+        # A member of an ensemble can choose among its own alone.
+        allowed = int(others.isfinite().sum(-1).min())
+        if 2 * count > allowed:
             raise StageFailed(
-                f"{routing.layer}: chooses {count} of {others.shape[1]} experts, so there are no "
+                f"{routing.layer}: chooses {count} of {allowed} experts, so there are no "
                 f"ranks {count + 1} to {2 * count}"
             )
         others.masked_fill_(selected(routing), -torch.inf)

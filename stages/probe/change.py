@@ -65,7 +65,11 @@ def choice_changes(
     ``experts_first_changed``, the share of tokens whose expert of the largest weight is another;
     ``experts_kept``, the share |A ∩ B| / K of the K experts that are chosen both times (1 - IoU
     counts one of two exchanged as 2/3); ``experts_none``, the share of tokens that no expert took
-    either time, which all other changes leave out. Empty without blocks.
+    either time, which these and 1 - IoU leave out; ``experts_dropped``, the share of the K choices
+    that found no room afterwards; ``experts_kl``, the divergence of the softmax of the logits
+    afterwards from that before, in nats; ``experts_usage_tv``, the total variation distance of how
+    often each expert is used; ``experts_load_cv2``, by how much the squared coefficient of
+    variation of that has risen. Empty without blocks.
     """
     found: dict[str, list[torch.Tensor]] = {}
     for one, other in zip(before, after, strict=True):
@@ -79,10 +83,23 @@ def choice_changes(
             ("experts_first_changed", torch.where(either, moved, torch.nan)),
             ("experts_kept", torch.where(either, kept, torch.nan)),
             ("experts_none", 1 - either.to(kept)),
+            ("experts_dropped", 1 - second.sum(-1) / one.experts.shape[1]),
+            ("experts_kl", _divergence(one.logits.float(), other.logits.float())),
         ):
             found.setdefault(name, []).append(values.view(inputs, -1).nanmean(1))
+        used = [each.view(inputs, -1, each.shape[-1]).sum(1).to(kept) for each in (first, second)]
+        shares = [each / each.sum(-1, keepdim=True) for each in used]
+        spread = [each.var(-1, correction=0) / each.mean(-1).square() for each in used]
+        found.setdefault("experts_usage_tv", []).append((shares[1] - shares[0]).abs().sum(-1) / 2)
+        found.setdefault("experts_load_cv2", []).append(spread[1] - spread[0])
     means = {name: torch.stack(values).nanmean(0).tolist() for name, values in found.items()}
     return [{name: values[i] for name, values in means.items()} for i in range(inputs)]
+
+
+def _divergence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """KL divergence (T,) of two softmaxes of logits (T, E), in nats."""
+    first, second = before.log_softmax(-1), after.log_softmax(-1)
+    return torch.where(first > -torch.inf, first.exp() * (first - second), 0.0).sum(-1)
 
 
 def _largest(routing: Routing) -> torch.Tensor:

@@ -79,12 +79,16 @@ def _one(experts: nn.Module) -> Expert:
 
 
 def _scorers(router: nn.Module, hidden: torch.Tensor, routing: Routing) -> torch.Tensor | None:
-    """The router's matrix, checked: logits minus products must be the same for every token."""
-    experts = routing.logits.shape[-1]
+    """The router's matrix, checked: logits minus products must be the same for every token that may
+    be given to an expert."""
+    logits = routing.logits.float()
+    allowed = logits.isfinite()
     for parameter in router.parameters():
-        if parameter.shape == (experts, hidden.shape[-1]):
-            rest = routing.logits.float() - hidden.float() @ parameter.float().T
-            if (rest - rest[:1]).abs().max() <= 1e-3 * routing.logits.abs().max():
+        if parameter.shape == (logits.shape[-1], hidden.shape[-1]):
+            rest = logits - hidden.float() @ parameter.float().T
+            most = torch.where(allowed, rest, -torch.inf).amax(0)
+            least = torch.where(allowed, rest, torch.inf).amin(0)
+            if (most - least).max() <= 1e-3 * logits[allowed].abs().max():
                 return parameter.detach().float()
     return None
 
@@ -141,7 +145,8 @@ def groups(block: Watched, generator: torch.Generator) -> dict[str, float]:
 
 def margins(routing: Routing) -> dict[str, torch.Tensor]:
     """Per token (T,): ``router_margin``, the first minus the second probability; ``logit_margin``,
-    the smallest logit chosen minus the largest not chosen; ``entropy`` of the probabilities, nats.
+    the smallest logit chosen minus the largest not chosen, NaN where none was left; ``entropy`` of
+    the probabilities, nats.
     """
     probabilities = routing.logits.float().softmax(-1)
     first, second = probabilities.topk(2, -1).values.unbind(-1)
@@ -150,7 +155,7 @@ def margins(routing: Routing) -> dict[str, torch.Tensor]:
     outside = routing.logits.masked_fill(chosen, -torch.inf).amax(-1)
     return {
         "router_margin": first - second,
-        "logit_margin": inside - outside,
+        "logit_margin": torch.where(outside.isfinite(), inside - outside, torch.nan),
         "entropy": torch.special.entr(probabilities).sum(-1),
     }
 

@@ -27,7 +27,7 @@ def planned(*overrides, file=FILE):
 def test_the_study_as_it_is_written():
     nodes = planned().nodes.values()
     stages = [node.stage for node in nodes]
-    assert (stages.count("finetune"), stages.count("evaluate"), stages.count("data")) == (15, 72, 8)
+    assert (stages.count("finetune"), stages.count("evaluate"), stages.count("data")) == (15, 81, 8)
     models = {node.name: node.spec for node in nodes if node.stage == "model"}
     assert [models[f"vmoe-{e}"].experts for e in (4, 8, 16)] == [4, 8, 16]
     # One expert, as wide as the dense block: only the routers are computed in addition.
@@ -46,7 +46,8 @@ def test_the_study_as_it_is_written():
               and n.name.startswith("vit-scratch-seed0")}
     assert probed == {"images", "attacks", "slopes"}
     compare = planned().compare.spec
-    assert compare.hypotheses == Hypotheses() and compare.upcycled == ()
+    asked = Hypotheses(interventions="interventions")
+    assert compare.hypotheses == asked and compare.upcycled == ()
 
 
 @pytest.mark.parametrize(
@@ -184,6 +185,8 @@ def test_heads_are_of_equal_size_and_ensembles_of_equal_operations():
         ("models.vit={source: 'tiny:llama'}", "mnist is of task images, vit reads texts"),
         ("recipes.scratch.router.noise=0", "scratch.load_loss_weight: is a probability"),
         ("recipes.scratch.head=classification", "head"),
+        ("models.vmoe-4.vision.eval_capacity_factor=1.5", "evaluations.slopes: image_lipschitz: "
+         "the images of a batch share the capacity of vmoe-4's experts; leave"),
         ("hypotheses={attacks: images}", "hypotheses.attacks: no evaluation 'images' of kind "
          "image_attacks or text_attacks; known: attacks"),
         ("evaluations.more={kind: image_attacks, dataset: mnist, budgets: [0.1], "

@@ -162,6 +162,16 @@ def test_examples_that_another_model_gets_wrong_are_not_common(tmp_path):
     assert cell(table, "robust_common", "vmoe-4")["value"] == pytest.approx(expected)
 
 
+def test_a_seed_without_common_examples_is_left_out(tmp_path):
+    spec = spec_of(pairs=(("vmoe-4", "vit"),), seeds=(0, 1))
+    wrong = attacks(0.4, moe=False)
+    wrong["correct"] = 0.0
+    inputs = study(tmp_path, spec, **{"vit/scratch/1/attacks": wrong})
+    table = headline(Measured(spec, inputs, {}))
+    found = cell(table, "robust_common", "vmoe-4")
+    assert (found["value"], found["n"]) == (pytest.approx((24 + 12) / 2 / 38), 38)
+
+
 def test_numbers_of_experts_that_started_alike_say_that_the_twin_is_missing(tmp_path):
     spec = spec_of(**ALIKE | {"recipes": ("sft",)})
     table = headline(Measured(spec, study(tmp_path, spec, attacks=texts), {}))

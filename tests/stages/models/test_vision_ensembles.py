@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from stages.attack.image_objective import Objective
 from stages.attack.image_spec import APGD, PGD
+from stages.errors import StageFailed
 from stages.evaluate.image_attacks import ImageAttacks
 from stages.finetune.assignment import balanced_experts, random_experts
 from stages.finetune.telemetry import RoutingTelemetry
@@ -27,6 +28,7 @@ from stages.models.stage import run
 from stages.models.vision import from_scratch
 from stages.models.vision_spec import VisionSpec
 from stages.probe.change import chance
+from stages.probe.geometry import margins, radii, watched
 
 DENSE = VisionSpec(
     size="tiny", hidden=32, neurons=48, depth=4, patch=7, image_size=28, channels=1, labels=10,
@@ -129,6 +131,32 @@ def test_no_member_uses_the_experts_of_another(shared):
         shared(IMAGES[1:2])
     middle = slice(2 * TOKENS, 4 * TOKENS)
     assert torch.equal(alone[1].experts, routes[1].experts[middle])
+
+
+def test_a_member_with_two_experts_has_no_ranks_three_and_four():
+    model, _ = from_scratch(SHARED.model_copy(update={"top_k": 2}))
+    with pytest.raises(StageFailed, match="chooses 2 of 2 experts, so there are no ranks 3 to 4"):
+        with routed(model, next_ranked()):
+            model(IMAGES)
+    # And none is left whose logit would be the next one.
+    with torch.no_grad(), watched(model.eval()) as found:
+        model(IMAGES)
+    assert margins(found[0].routing)["logit_margin"].isnan().all()
+
+
+@torch.no_grad()
+def test_radii_of_a_member_are_over_its_own_experts(shared):
+    with watched(shared) as found:
+        shared(IMAGES)
+    for block in found:
+        logits = block.routing.logits
+        rows = block.scorers
+        two = logits.isfinite().nonzero()[:, 1].view(-1, 2)  # a member's experts, token by token
+        gap = (logits.gather(1, two)[:, 0] - logits.gather(1, two)[:, 1]).abs()
+        norm = (rows[two[:, 0]] - rows[two[:, 1]]).norm(dim=1)
+        expected = (gap / norm).double()
+        torch.testing.assert_close(radii(block.routing, rows)["radius_l2"], expected, rtol=1e-4,
+                                   atol=1e-7)
 
 
 def test_noise_and_auxiliary_losses_see_what_a_token_can_choose(shared):

@@ -1,6 +1,8 @@
 """Routing change by hand: the cases of the published code, and chance."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,22 +74,33 @@ def test_what_else_is_told_of_a_choice():
     after = [routing([[1, 0], [0, 2], [2, 3], [2, 3]],
                      [[0.6, 0.4], [0.6, 0.4], [0.6, 0.4], [0.0, 0.0]])]  # fmt: skip
     (found,) = choice_changes(before, after)
-    # The same two in the other order; one of two; none; none at all.
-    assert found == pytest.approx(
-        {"experts_first_changed": 3 / 4, "experts_kept": (1 + 1 / 2) / 4, "experts_none": 0}
-    )
-    half = {"experts_first_changed": 1 / 2, "experts_kept": 3 / 4, "experts_none": 0}
+    # The same two in the other order; one of two; none; none at all. Used 4, 4, 0 and 0 times, and
+    # afterwards 2, 1, 2 and 1 times.
+    assert found == pytest.approx({
+        "experts_first_changed": 3 / 4, "experts_kept": (1 + 1 / 2) / 4, "experts_none": 0,
+        "experts_dropped": 2 / 8, "experts_kl": 0,
+        "experts_usage_tv": (1 / 6 + 1 / 3 + 1 / 3 + 1 / 6) / 2,
+        "experts_load_cv2": 0.25 / 1.5**2 - 1,
+    })  # fmt: skip
+    half = (1 / 2, 3 / 4, 0)
     # A token that no expert takes either time is left out and counted.
     none = [routing([[0, 1]] * 4, [[0.6, 0.4]] * 3 + [[0.0, 0.0]])]
-    first, second = choice_changes(none, after, 2)
-    assert first == pytest.approx(half)
-    assert second == pytest.approx(
-        {"experts_first_changed": 1, "experts_kept": 0, "experts_none": 1 / 2}
-    )
+    first, second = (tuple(each.values())[:3] for each in choice_changes(none, after, 2))
+    assert first == pytest.approx(half) and second == pytest.approx((1, 0, 1 / 2))
     places = torch.tensor([0, 2]), torch.tensor([0, 1])
     (moved,) = choice_changes(before, after, pairs=places)
-    assert moved == pytest.approx(half)
+    assert tuple(moved.values())[:3] == pytest.approx(half)
     assert choice_changes([], [], 2) == [{}, {}]
+
+
+def test_divergence_of_the_routers_probabilities():
+    """(1/2, 1/2) and (1/4, 3/4) over the experts that a token may be given to."""
+    one, other = routing([[0, 1]]), routing([[0, 1]])
+    inf = -torch.inf
+    one = replace(one, logits=torch.tensor([[0.0, 0.0, inf, inf]]))
+    other = replace(other, logits=torch.tensor([[0.0, math.log(3), inf, inf]]))
+    (found,) = choice_changes([one], [other])
+    assert found["experts_kl"] == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
 
 
 @pytest.mark.parametrize(
