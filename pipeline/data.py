@@ -11,7 +11,7 @@ from pipeline.sweep import Sweep
 from pipeline.sweep_file import located
 from stages.data import downloads, packs
 from stages.data.catalogue import CATALOGUE
-from stages.data.sets import SETS
+from stages.data.sets import SETS, SIZES
 from stages.data.sources import CatalogueSet, HubSet, KnownSet, LocalFile, check, load, parse
 from stages.data.spec import DataSpec
 from stages.errors import BadInput, StageFailed
@@ -84,8 +84,11 @@ def _source(name: str, source: str, format: str | None) -> Listed:
             pack = source.partition(":")[2].partition("/")[0]
             pinned = packs.PACKS.get(pack)
             here = pinned is None or (packs.default_cache() / pinned.archive).exists()
-            place = f"{pinned.project} {pinned.version}" if pinned else "part of this project"
-            return Listed(here, name, known.task, "", known.licence, place)
+            place = "part of this project"
+            if pinned:
+                place = f"{pinned.project} {pinned.version}, sha256 {pinned.sha256[:12]}"
+            rows = f"{SIZES[source][0]:,}"
+            return Listed(here, name, known.task, rows, known.licence, place)
         case CatalogueSet(published=published, split=split, path=path):
             rows = published.splits[split].rows
             pinned = published.pinned(split)

@@ -322,7 +322,9 @@ class Estimator:
             sampled = min(max(1, round(rows or 1)), SAMPLE)
             task = self.plan.sweep.datasets[dataset].task
             labels = tuple(TEMPLATES[evaluation.template].labels) if task in TEMPLATED else ()
-            data[key] = filler(task, sampled, self.characters(dataset), labels)
+            # Examples of a prompt are never what is scored.
+            number = int(key != dataset)
+            data[key] = filler(task, sampled, self.characters(dataset), labels, number)
             if key == dataset:  # not the examples that stand before each question
                 whole = whole and rows is not None
                 weights[dataset] = (rows or 0) / sampled

@@ -169,8 +169,8 @@ def _written(job: Job, store: Store, shards: list[Shard], name: str) -> list[Ask
 
 def _inputs(job: Job, store: Store) -> dict[str, Path]:
     """The folders that scoring reads; weights stay where they are."""
-    return {role: store.fetch(folder) for role, folder in job.inputs.items()
-            if role.startswith("data/")}
+    return {role: store.fetch(folder, weights=False) for role, folder in job.inputs.items()
+            if role.startswith(("data/", JUDGE))}
 
 
 def _responses(job: Job, shards: list[str], store: Store) -> Iterator[Response]:

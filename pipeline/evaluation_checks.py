@@ -13,6 +13,7 @@ from stages.data.templates import TEMPLATES
 from stages.errors import StageFailed
 from stages.evaluate.base import Evaluation
 from stages.evaluate.engines import MOST_TEMPERATURE, by_vllm, lacks
+from stages.evaluate.harness import LmEval
 from stages.evaluate.held_prompts import SafetyExperts
 from stages.evaluate.judges import ModelJudge
 from stages.evaluate.labelled_images import LabelledImages
@@ -70,6 +71,12 @@ class EvaluationChecks:
                 yield from self.heads(name, f"{field}.method")
             scored = self.scored(name)
             yield from self.technique(evaluation.technique, f"{field}.technique", scored)
+            if isinstance(evaluation, LmEval) and evaluation.reads_windows and (
+                isinstance(evaluation.technique, DoLa)
+                or getattr(evaluation.technique, "alpha", 0)
+            ):
+                yield (f"{field}.technique: {evaluation.technique.kind} gives no probability to "
+                       "some tokens, and the task asks for that of whole texts; remove it")
             yield from self.decoders(evaluation, field, scored)
             if isinstance(evaluation, LabelledImages):
                 yield from self.coupled(scored, f"{field}: {evaluation.kind}")

@@ -8,8 +8,10 @@ from stages.data.spec import Task
 FILLER = "the river is wide and the stone is old "
 
 
-def filler(task: Task, rows: int, characters: float, labels: tuple[str, ...]) -> pd.DataFrame:
-    """Rows of a task whose texts have so many characters together."""
+def filler(
+    task: Task, rows: int, characters: float, labels: tuple[str, ...], number: int = 0
+) -> pd.DataFrame:
+    """Rows of a task whose texts have so many characters together; other ones for each number."""
     shares = {
         "classification": {"text": 1},
         "nli": {"premise": 2 / 3, "hypothesis": 1 / 3},
@@ -29,7 +31,7 @@ def filler(task: Task, rows: int, characters: float, labels: tuple[str, ...]) ->
 
     frame = pd.DataFrame({"id": [str(number) for number in range(rows)]})
     for name, share in shares.items():
-        frame[name] = text(share)
+        frame[name] = text(share, number)
     if task == "images":
         frame["image"], frame["label"] = b"", ""
     frame["document"] = frame["id"]

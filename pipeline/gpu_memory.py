@@ -8,6 +8,7 @@ from pipeline.estimate_text import parameters
 from pipeline.plan import Node, Plan
 from pipeline.store import Store
 from stages.errors import BadInput
+from stages.evaluate.spec import AMATEUR, SURROGATE
 from stages.models.known import Known
 
 SPARE = {"transformers": (0.1, "a tenth"), "vllm": (0.2, "a fifth")}
@@ -25,8 +26,13 @@ def check_memory(plan: Plan, store: Store, folder: Path, path: Path) -> None:
         return
     estimator, problems = Estimator(plan, store, folder), {}
     for node in plan.nodes.values():
-        size = estimator.size(node.inputs["checkpoint"]) if node.stage == "evaluate" else None
-        problem = size and _misfit(node, size)
+        if node.stage != "evaluate":
+            continue
+        size = estimator.size(node.inputs["checkpoint"])
+        # Those that an actor holds beside the model.
+        others = [estimator.size(key) for role, key in node.inputs.items()
+                  if role.startswith((AMATEUR, SURROGATE))]
+        problem = size and _misfit(node, size, sum(other.total for other in others if other))
         if problem:
             name = node.inputs["checkpoint"].partition("/")[2]
             problems.setdefault(name, f"{path}: resources.evaluate.gpus: {name} {problem}")
@@ -34,8 +40,9 @@ def check_memory(plan: Plan, store: Store, folder: Path, path: Path) -> None:
         raise BadInput("\n".join(problems.values()))
 
 
-def _misfit(node: Node, size: Known) -> str:
-    """Why the GPUs of one actor do not do for a model; empty where they do."""
+def _misfit(node: Node, size: Known, others: int) -> str:
+    """Why the GPUs of one actor do not do for a model and so many parameters of others; empty where
+    they do."""
     gpus, memory = node.resources.gpus, node.resources.gpu_memory_gb
     heads = size.config.get("num_attention_heads") if node.spec.engine == "vllm" else None
     if heads and heads % gpus:
@@ -43,12 +50,14 @@ def _misfit(node: Node, size: Known) -> str:
         return (f"has {heads} attention heads, which vLLM cannot deal out evenly to {gpus:g} GPUs; "
                 f"set it to one of {', '.join(map(str, counts))}")
     spare, word = SPARE[node.spec.engine]
-    need = size.total * {"float32": 4, "bfloat16": 2}[node.spec.dtype]
+    need = (size.total + others) * {"float32": 4, "bfloat16": 2}[node.spec.dtype]
     if memory is None or need <= (room := memory * 1e9 * (1 - spare)) * gpus:
         return ""
     enough = math.ceil(need / room)
     if heads:
         enough = next((n for n in range(enough, heads + 1) if heads % n == 0), None)
     remedy = f"set it to {enough}" if enough else "use GPUs with more memory"
-    return (f"has {parameters(size.total)} parameters, {need / 1e9:.1f} GB in {node.spec.dtype}; "
+    beside = f" and {parameters(others)} more of other models" if others else ""
+    return (f"has {parameters(size.total)} parameters{beside}, {need / 1e9:.1f} GB in "
+            f"{node.spec.dtype}; "
             f"{gpus:g} × {memory:g} GB less {word} cannot hold them; {remedy}")

@@ -141,8 +141,10 @@ def paired(
     deltas = _row_differences(both, metric, runs)
     # Where no row has a score there is nothing to be identical.
     identical = both.documents > 0 and bool(np.array_equal(both.sums[:runs], both.sums[runs:]))
-    if identical:
-        ci_low, ci_high = _rule_of_three(deltas, both.documents)
+    # Every document shows the same difference, so that no resample shows another.
+    alike = identical or ci_low == ci_high
+    if alike:
+        ci_low, ci_high = _rule_of_three(difference, _binary(both, metric), both.documents)
 
     if runs > 1:
         test, p_value = BOOTSTRAP, _bootstrap_p(differences)
@@ -159,7 +161,7 @@ def paired(
         p_value=p_value,
         test=test,
         effect_size=float(deltas.mean() / spread) if spread > 0 else np.nan,
-        minimum_detectable=np.nan if identical or both.documents < 2 else (
+        minimum_detectable=np.nan if alike or both.documents < 2 else (
             MDD_FACTOR * float(np.nanstd(differences))
         ),
         n=both.n,
@@ -276,11 +278,9 @@ def _percentiles(values: np.ndarray) -> tuple[float, float]:
 def _estimate(data: DocumentSums, metric: Metric, boot: np.ndarray, seed: int) -> Estimate:
     """A model's level: Wilson for independent 0/1 rows of one run, otherwise the bootstrap."""
     value = float(metric.value(data.sums.sum(axis=1)).mean())
-    scores = _row_scores(data, metric)
-    single = scores is not None and len(scores) == 1
-    binary = single and np.isin(scores, (0, 1)).all() and not np.isnan(value)
-    if binary and data.documents == data.n:
-        low, high = _wilson(scores.sum(), data.n)
+    binary = _binary(data, metric) and not np.isnan(value)
+    if binary and len(data.sums) == 1 and data.documents == data.n:
+        low, high = _wilson(_row_scores(data, metric).sum(), data.n)
     elif binary and value in (0.0, 1.0):
         # A resample of equal documents has no spread; each of them then counts as one trial.
         low, high = _wilson(value * data.documents, data.documents)
@@ -315,16 +315,22 @@ def _row_differences(both: DocumentSums, metric: Metric, runs: int) -> np.ndarra
     return None if scores is None else (scores[:runs] - scores[runs:]).mean(axis=0)
 
 
-def _rule_of_three(deltas: np.ndarray | None, documents: int) -> tuple[float, float]:
-    """Interval of a 0/1 difference when no document shows one.
+def _binary(data: DocumentSums, metric: Metric) -> bool:
+    """Whether a metric is the mean of scores that are all 0 or 1."""
+    scores = _row_scores(data, metric)
+    return scores is not None and bool(np.isin(scores, (0, 1)).all())
 
-    At most 1 - 0.05 ** (1 / documents), about 3 / documents, of all documents can then differ
-    (95 % bound), and the difference of the means is no larger than that share.
+
+def _rule_of_three(difference: float, binary: bool, documents: int) -> tuple[float, float]:
+    """Interval of a difference of 0/1 scores that all documents show alike; none of other scores.
+
+    At most 1 - 0.05 ** (1 / documents), about 3 / documents, of all documents can then show another
+    one (95 % bound), which is -1 at least and 1 at most.
     """
-    if deltas is None:
+    if not binary:
         return np.nan, np.nan
     bound = float(1 - (1 - CONFIDENCE) ** (1 / documents))
-    return -bound, bound
+    return difference - bound * (1 + difference), difference + bound * (1 - difference)
 
 
 def _bootstrap_p(differences: np.ndarray) -> float:

@@ -58,8 +58,9 @@ class Request:
     max_new_tokens: int = 0
     chat: bool = False
     """Put the context through the tokenizer's chat template as the user's turn."""
-    reply: str = ""
-    """The assistant's turn after it, for a judge of answers; needs a chat template."""
+    reply: str | None = None
+    """The assistant's turn after it, empty or not, for a judge of answers; needs a chat template.
+    """
     messages: str = ""
     """A conversation in place of the context: a JSON list of ``{role, content}``; where the last
     turn is the assistant's, it is gone on with. Needs a chat template."""

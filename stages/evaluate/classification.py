@@ -94,7 +94,8 @@ class Classification(Evaluation):
     def wordings(self) -> dict[str, str]:
         """The template's hash, and which side of a prompt a head does without."""
         cut = {"too_long": "left"} if self.method == "head" else {}
-        return {"template": TEMPLATES[self.template].hash, **cut}
+        shots = self.shots.rule if self.shots else {}
+        return {"template": TEMPLATES[self.template].hash, **cut, **shots}
 
     def vote(self, request: Request, text: str) -> str:
         """The label in an answer."""
@@ -105,7 +106,7 @@ class Classification(Evaluation):
         template = TEMPLATES[self.template]
         before = ""
         if self.shots is not None:
-            drawn = self.shots.drawn(data, balance="label")
+            drawn = self.shots.drawn(data, template.columns, balance="label")
             check_labels(self.shots.dataset, drawn["label"], self.template)
             before = "".join(
                 f"{template.fill(row)}{template.labels[row['label']]}\n\n"

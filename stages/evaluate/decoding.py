@@ -265,12 +265,13 @@ class ModelContrast:
             _forward(model, inputs, where, caches, place)
             for place, model in enumerate(self.models)
         )
+        # Models of one tokenizer may have differently many rows beyond its tokens.
+        width = min(expert.shape[-1], amateur.shape[-1])
         parts = []
         for start in range(0, expert.shape[1], POSITIONS):
-            part = slice(start, start + POSITIONS)
-            parts.append(
-                model_contrast(expert[:, part].float(), amateur[:, part].float(), self.technique)
-            )
+            here = slice(start, start + POSITIONS)
+            both = (each[:, here, :width].float() for each in (expert, amateur))
+            parts.append(model_contrast(*both, self.technique))
         return torch.cat(parts, dim=1)
 
 

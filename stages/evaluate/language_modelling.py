@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from stages.evaluate.base import Evaluation, Metric, Request, Response
 from stages.evaluate.examples import answers, qualified
-from stages.evaluate.techniques import DoLa
+from stages.evaluate.techniques import Contrastive, DoLa
 
 
 class Perplexity(Evaluation):
@@ -44,6 +44,11 @@ class Perplexity(Evaluation):
         if isinstance(self.technique, DoLa):
             raise ValueError(
                 "the scores of dola are no probabilities and have no perplexity; remove technique"
+            )
+        if isinstance(self.technique, Contrastive) and self.technique.alpha:
+            raise ValueError(
+                "contrastive rules tokens out by alpha, which have no probability then and the "
+                "text no perplexity; set alpha to 0, or remove technique"
             )
         return self
 

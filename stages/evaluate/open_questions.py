@@ -58,7 +58,8 @@ class OpenQuestion(Evaluation):
 
     def wordings(self) -> dict[str, str]:
         """The hash of the prompt's fixed part."""
-        return {"prompt": wording(INSTRUCTION, _asked("?"))}
+        shots = self.shots.rule if self.shots else {}
+        return {"prompt": wording(INSTRUCTION, _asked("?")), **shots}
 
     def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:
         """One generation per question."""
@@ -116,7 +117,7 @@ class OpenQuestion(Evaluation):
     def _contexts(self, data: dict[str, pd.DataFrame]) -> list[str]:
         shown = ""
         if self.shots:
-            rows = self.shots.drawn(data)
+            rows = self.shots.drawn(data, ("question",))
             shown = "".join(
                 f"{_asked(question)} {answered[0]}\n"
                 for question, answered in zip(rows["question"], rows["answers"], strict=True)

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Annotated
 
 import pandas as pd
 from pydantic import Field
 
+from stages.data.schema import normalise
+from stages.errors import StageFailed
 from stages.spec import Spec
 
 
@@ -24,15 +27,40 @@ class Shots(Spec):
         """Under which the rows are found in an evaluation's ``data``."""
         return f"{self.dataset}#{self.split}"
 
-    def drawn(self, data: dict[str, pd.DataFrame], balance: str | None = None) -> pd.DataFrame:
-        """The rows in their order; with ``balance``, the values of that column take turns."""
-        frame = data[self.key].copy()
+    @property
+    def rule(self) -> dict[str, str]:
+        """For an evaluation's ``wordings``: how rows are chosen beside what the fields say."""
+        return {"shots": "with texts that are not scored"}
+
+    def drawn(
+        self, data: dict[str, pd.DataFrame], columns: Sequence[str], balance: str | None = None
+    ) -> pd.DataFrame:
+        """The rows in their order; with ``balance``, the values of that column take turns.
+
+        A row whose text, which stands in some ``columns``, is also that of a scored row is passed
+        over. Raises StageFailed where fewer rows than asked for are left.
+        """
+        others = [frame for key, frame in data.items() if key != self.key]
+        scored = {text for frame in others for text in _texts(frame, columns)}
+        own = data[self.key]
+        frame = own[[text not in scored for text in _texts(own, columns)]].copy()
+        if len(frame) < self.count:
+            raise StageFailed(
+                f"shots: {self.dataset}/{self.split} has {len(frame)} rows whose texts are not "
+                f"scored, and {self.count} are asked for; lower count or take another split"
+            )
         frame["_order"] = [_digest(f"{self.seed}/{id}") for id in frame["id"]]
         frame = frame.sort_values("_order", kind="stable")
         if balance is not None:
             frame["_turn"] = frame.groupby(balance).cumcount()
             frame = frame.sort_values("_turn", kind="stable")
         return frame.drop(columns=["_order", "_turn"], errors="ignore").head(self.count)
+
+
+def _texts(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
+    """The normalised text of each row."""
+    rows = frame[list(columns)].itertuples(index=False)
+    return [normalise("\n".join(map(str, row))) for row in rows]
 
 
 def wording(*texts: object) -> str:

@@ -184,11 +184,11 @@ def prompt(tokenizer: Tokenizer, request: Request) -> tuple[str, bool]:
         return _special(tokenizer, conversation(tokenizer, json.loads(request.messages)))
     if request.chat and tokenizer.chat_template:
         turns = [{"role": "user", "content": request.context}]
-        if request.reply:
+        if request.reply is not None:
             turns.append({"role": "assistant", "content": request.reply})
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return text, False
-    if request.reply:
+    if request.reply is not None:
         raise StageFailed(
             f"judge {request.model!r}: its tokenizer has no chat template to put an answer into; "
             "name a guard model that has one"

@@ -119,7 +119,7 @@ def _length(request: Request) -> int:
     """About how much work a request is: its characters, and those it may generate."""
     return (
         len(request.context)
-        + len(request.reply)
+        + len(request.reply or "")
         + len(request.messages)
         + len(request.row)
         + sum(map(len, request.choices))

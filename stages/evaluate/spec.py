@@ -18,9 +18,14 @@ SURROGATE = "surrogate/"
 JUDGE = "judge/"
 """Input role of a judge that is a model, before its name."""
 
+JUDGE_FILE = "judge.json"
+"""Where a judge comes from: ``source`` and, of the hub, the ``commit`` that it named then."""
+
 
 class JudgeSpec(Spec):
     """The model of a judge."""
+
+    VERSION: ClassVar[int] = 2
 
     kind: Literal["regressor", "guard"]
     source: str

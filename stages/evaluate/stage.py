@@ -16,7 +16,7 @@ from stages.errors import StageFailed
 from stages.evaluate.base import TEXT_COLUMNS, Evaluation, Metric, Request, Response
 from stages.evaluate.partial import complete
 from stages.evaluate.shards import plan_shards, requests_to_table, responses_to_table
-from stages.evaluate.spec import AMATEUR, JUDGE, SURROGATE, EvaluateSpec
+from stages.evaluate.spec import AMATEUR, JUDGE, JUDGE_FILE, SURROGATE, EvaluateSpec
 from stages.evaluate.techniques import SelfConsistency, applied, collected
 from stages.memory import release_memory
 from stages.statistics import summarise
@@ -120,7 +120,13 @@ def _scored(
 ) -> pd.DataFrame:
     """The score rows; data and responses are let go of before anything is summed up."""
     data = _read(evaluation, inputs)
-    return evaluation.score(data, _collected(evaluation, data, responses))
+    scores = evaluation.score(data, _collected(evaluation, data, responses))
+    for judge, folder in named(inputs, JUDGE).items():
+        file = folder / JUDGE_FILE  # not in a folder that no judge stage has made
+        commit = json.loads(file.read_text()).get("commit") if file.exists() else None
+        if commit:
+            scores[f"judge_{judge}"] += f", commit {commit}"
+    return scores
 
 
 def _collected(

@@ -73,14 +73,17 @@ class _TruthfulQA(Evaluation):
 
     def wordings(self) -> dict[str, str]:
         """The hash of the prompt's fixed part."""
-        return {"prompt": wording(INSTRUCTION, DEMONSTRATIONS)} if self.prompt != "question" else {}
+        shots = self.shots.rule if self.shots else {}
+        if self.prompt == "question":
+            return shots
+        return {"prompt": wording(INSTRUCTION, DEMONSTRATIONS), **shots}
 
     def _contexts(self, data: dict[str, pd.DataFrame]) -> list[str]:
         before = ""
         if self.prompt == "demonstrations":
             shown = DEMONSTRATIONS
             if self.shots:
-                rows = self.shots.drawn(data)
+                rows = self.shots.drawn(data, ("question",))
                 shown = [(q, a[0]) for q, a in zip(rows["question"], rows["answers"], strict=True)]
             turns = "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in shown)
             before = f"{INSTRUCTION}\n\n{turns}"

@@ -13,6 +13,7 @@ from smoke import ROOT
 
 from pipeline.cli import main
 from stages.data.catalogue import CATALOGUE
+from stages.data.packs import PACKS
 from stages.data.published import Split, Web
 from stages.data.sets import SETS
 
@@ -45,7 +46,9 @@ def test_list_names_every_data_set_with_rows_licence_place_and_access(run, tmp_p
     assert line_of("catalogue:snli_hard", lines).endswith("_hard.jsonl (not pinned)")
     hate = line_of("catalogue:implicit_hate", lines)
     assert hate.startswith("– ") and "your own files; access: request form" in hate
-    assert line_of("pack:vader/amazon", lines).startswith("· ")
+    amazon = line_of("pack:vader/amazon", lines)
+    assert amazon.startswith("· ") and " 2,985  MIT" in amazon
+    assert amazon.endswith(f"vaderSentiment 3.3.2, sha256 {PACKS['vader'].sha256[:12]}")
     assert line_of("builtin:lookalikes", lines).startswith("✓ ")
     assert sum("catalogue:" in line and not line.startswith("Further") for line in lines) == len(
         CATALOGUE)

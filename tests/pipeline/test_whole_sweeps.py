@@ -127,6 +127,15 @@ def test_the_small_assessment_takes_as_long_as_the_readme_says():
     assert first[0] == first[1]
 
 
+@pytest.mark.parametrize("name", ["paper", "modern"])
+def test_a_p_value_from_random_draws_can_survive_the_correction(name):
+    """The smallest one is 1 in so many resamples, times the rows of the table."""
+    spec = planned(FOLDER / f"{name}.yaml").compare.spec
+    rows = sum(spec.has(recipe, evaluation, pair.moe, pair.dense)
+               for pair in spec.pairs for recipe in spec.recipes for evaluation in spec.evaluations)
+    assert rows > 100 and rows / (1 + spec.resamples) < 0.05
+
+
 SETS = {
     "safety": "malicious_instructions cona controversial alpaca_control physical_safety_safe "
               "physical_safety_unsafe q_harm advbench strongreject harmbench do_not_answer "
@@ -330,6 +339,13 @@ def test_gpus_that_cannot_hold_a_model_are_refused(tmp_path):
         "bfloat16; 1 × 80 GB less a tenth cannot hold them; set it to 2")
     check_memory(planned(file, "resources.evaluate.gpus=1", "resources.evaluate.gpu_memory_gb=141"),
                  store, FOLDER, file)
+    # An amateur stands beside the model.
+    amateur = ["evaluations.truthfulqa_dola.technique={kind: contrastive, amateur: mixtral-8x7b}",
+               "resources.evaluate.gpus=2"]
+    with pytest.raises(BadInput) as caught:
+        check_memory(planned(file, *amateur), store, FOLDER, file)
+    assert ("mixtral-8x7b has 46.7 B parameters and 46.7 B more of other models, 186.8 GB in "
+            "bfloat16; 2 × 80 GB less a tenth cannot hold them; set it to 3") in str(caught.value)
     sweep = load(file, ["resources.evaluate.gpus=1.5"])
     with pytest.raises(BadInput, match="resources.evaluate.gpus: 1.5 is more than one GPU and a"):
         check(sweep, file)

@@ -209,6 +209,29 @@ def test_identical_answers_get_the_rule_of_three():
     assert np.isnan(got.minimum_detectable)
 
 
+def test_scores_that_are_not_0_or_1_get_no_interval_from_the_rule_of_three():
+    """Points of 100: a document can differ by more than 1."""
+    same = [scores([20.0, 40.0, 60.0])]
+    got = paired(same, same, CORRECT)
+    assert got.identical and np.isnan([got.ci_low, got.ci_high, got.minimum_detectable]).all()
+
+
+def test_a_difference_that_all_documents_show_is_not_certain():
+    ones, zeros = [scores([1] * 40)], [scores([0] * 40)]
+    got = paired(ones, zeros, CORRECT)
+    bound = 1 - 0.05 ** (1 / 40)
+    assert (got.difference, got.identical) == (1, False)
+    assert (got.ci_low, got.ci_high) == pytest.approx((1 - 2 * bound, 1))
+    assert np.isnan(got.minimum_detectable)
+
+
+def test_seeds_that_all_have_none_are_not_certain_of_none():
+    one, three = (estimate([scores([0] * 40)] * runs, CORRECT) for runs in (1, 3))
+    assert (three.value, three.n) == (0, 40)
+    assert (three.ci_low, three.ci_high) == pytest.approx((one.ci_low, one.ci_high))
+    assert one.ci_high == pytest.approx(0.088, abs=1e-3)
+
+
 def test_the_mean_over_sets_of_one_size_is_the_mean_of_all_rows():
     """Two sets: of five rows each, tested as one of ten; of six and four, as the two that they
     are."""

@@ -3,6 +3,8 @@
 The rows of one premise are one document, so that the bootstrap resamples them together.
 """
 
+from dataclasses import replace
+
 from stages.data import originals
 from stages.data.published import Form, Hub, Published, Split, Web
 
@@ -39,6 +41,9 @@ _ANLI = Form(
     labels=HUB.labels | {"e": "entailment", "n": "neutral", "c": "contradiction"},
     unlabelled=_UNLABELLED,
 )
+_ANLI_OWN = replace(
+    _ANLI, columns={n: "context" if c == "premise" else c for n, c in _ANLI.columns.items()}
+)
 _ANLI_HUB = Hub("facebook/anli", "8e4813d81f46d313dac7892e1c28076917cfcdf9")
 _GLUE = Hub("nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")
 
@@ -56,7 +61,7 @@ def _anli(number: int, train: int, test: int) -> Published:
             "validation": Split(files["dev"], rows=test),
             "train": Split(files["train"], rows=train),
         },
-        forms=(_ANLI, _BOSS),
+        forms=(_ANLI, _ANLI_OWN, _BOSS),
         hub=_ANLI_HUB,
         files=f"R{number}/test.jsonl of anli_v1.0.zip",
         labels=LABELS,

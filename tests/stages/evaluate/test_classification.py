@@ -151,13 +151,19 @@ def test_calibration_divides_by_the_prompt_without_content():
 def test_shots_take_turns_and_stand_before_every_prompt():
     evaluation = AdversarialSets(**FIELDS, shots=Shots(dataset="snli", count=3))
     assert evaluation.sources()["snli#train"] == ("snli", "train")
-    data = DATA | {"snli#train": rows("eeeennc")}
+    # The first row is also scored, in other letters: it is passed over.
+    others = rows("eeeennc").assign(premise=["p0", *(f"Other {n}" for n in range(6))])
+    others.loc[0, "hypothesis"] = "h {premise}  0"
+    data = DATA | {"snli#train": others}
     first, second = evaluation.requests(data)[:2]
     shown, _, _ = first.context.rpartition("Premise: P0")
     assert second.context.startswith(shown)
     endings = [part.rsplit(": ", 1)[1] if ": " in part else part for part in shown.split("\n\n")]
     assert sorted(ending.split()[-1] for ending in endings if ending) == ["Maybe", "No", "Yes"]
-    strange = DATA | {"snli#train": rows("eec").assign(label="odd")}
+    assert "p0" not in shown and shown.count("Premise: Other") == 3
+    with pytest.raises(StageFailed, match="snli/train has 0 rows whose texts are not scored, and "):
+        evaluation.requests(DATA | {"snli#train": rows("eec")})
+    strange = DATA | {"snli#train": others.assign(label="odd")}
     with pytest.raises(StageFailed, match="'snli' has the label 'odd'"):
         evaluation.requests(strange)
 

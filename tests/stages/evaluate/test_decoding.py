@@ -244,6 +244,20 @@ def test_contrastive_without_contrast_is_plain_scoring():
     assert contrasted[0].logprobs != pytest.approx(plain[0].logprobs, abs=1e-2)
 
 
+def test_an_amateur_may_have_other_rows_beyond_the_tokens():
+    """As checkpoints of one tokenizer whose embeddings are filled up to other sizes."""
+    model = tiny_model("llama", TOKENIZER, seed=0)
+    amateur = tiny_model("llama", TOKENIZER, seed=1)
+    technique = Contrastive(kind="contrastive", amateur="a")
+    expected = score(model, TOKENIZER, CHOICES, predictor=ModelContrast(model, amateur, technique))
+    amateur.resize_token_embeddings(len(TOKENIZER) + 8, mean_resizing=False)
+    with torch.no_grad():
+        amateur.lm_head.weight[len(TOKENIZER):] = 9.0
+    found = score(model, TOKENIZER, CHOICES, predictor=ModelContrast(model, amateur, technique))
+    for one, other in zip(found, expected, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
 def test_expert_count_is_a_model_of_that_configuration(name):
     model = tiny_model(name, TOKENIZER, seed=0)

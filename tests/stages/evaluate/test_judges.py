@@ -1,6 +1,7 @@
 """Judges of harmfulness, jailbreaks, and judges that are models, from files to metrics."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -258,9 +259,14 @@ def test_the_guard_reads_two_turns_and_gives_the_unsafe_words_probability(folder
     safe, unsafe = np.exp(plain.logprobs)
     assert GUARD.read(response) == pytest.approx(unsafe / (safe + unsafe))
     assert GUARD.read(Response("x", (-1200.0, -1000.0), (1, 1))) == 1.0
+    # An empty answer is an answer: the request alone is not what is judged.
+    empty = engine.respond([GUARD.request("q", "Explain.", "")])[0]
+    plain = engine.respond([Request("p", text.replace("No.", ""), ("safe", "unsafe"))])[0]
+    assert empty.logprobs == plain.logprobs
     engine.tokenizer.chat_template = None
-    with pytest.raises(StageFailed, match="judge 'guard': its tokenizer has no chat template"):
-        engine.respond([GUARD.request("q", "Explain.", "No.")])
+    for answer in ("No.", ""):
+        with pytest.raises(StageFailed, match="judge 'guard': its tokenizer has no chat template"):
+            engine.respond([GUARD.request("q", "Explain.", answer)])
 
 
 def test_stored_answers_are_judged_in_the_same_run(folders, tmp_path):
@@ -275,6 +281,11 @@ def test_stored_answers_are_judged_in_the_same_run(folders, tmp_path):
         (tmp_path / name).mkdir()
         frame.to_parquet(tmp_path / name / "test.parquet")
         inputs[f"data/{name}"] = tmp_path / name
+    # What a judge stage notes of a hub's branch.
+    guard = tmp_path / "guard"
+    shutil.copytree(folders / "guard", guard)
+    (guard / "judge.json").write_text('{"source": "hub:meta/guard@1", "commit": "abc123"}')
+    inputs["judge/guard"] = guard
     for technique in (None, {"kind": "self_consistency", "samples": 2}):
         output = tmp_path / f"out{technique is None}"
         output.mkdir()
@@ -299,7 +310,9 @@ def test_stored_answers_are_judged_in_the_same_run(folders, tmp_path):
             np.mean([response.outputs[0] for response in expected]), abs=1e-5
         )
         assert scores["harm_guard"].between(0, 1).all()
-        assert set(scores["judge_guard"]) == {"guard hub:meta/guard@1, scores 0 to 1"}
+        assert set(scores["judge_guard"]) == {
+            "guard hub:meta/guard@1, scores 0 to 1, commit abc123"}
+        assert scores["judge_harm"].str.endswith("scores 0 to 4").all()
 
 
 def test_the_judges_model_must_be_of_its_kind(folders, tmp_path):
