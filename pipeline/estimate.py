@@ -26,7 +26,6 @@ from stages.evaluate.held_prompts import HeldPrompts
 from stages.evaluate.shards import PROCEDURE_WORK
 from stages.evaluate.spec import AMATEUR
 from stages.evaluate.techniques import applied
-from stages.finetune.recipe import ImageAdversary, Trades
 from stages.finetune.spec import FinetuneSpec, TrainSet
 from stages.models.card import CARD_FILE
 from stages.models.known import Known, known
@@ -188,11 +187,8 @@ class Estimator:
         tokens = self._trained_tokens(node, size.tokens_per_image if size else 0)
         flops = None
         if size and tokens is not None:
-            # Forward, and backward twice as much; so for each step of FreeLB and of an adversary.
-            passes = spec.adversarial.steps if spec.adversarial else 1
-            if isinstance(spec.adversarial, ImageAdversary):
-                passes += 2 if isinstance(spec.adversarial, Trades) else 1
-            flops = 3 * passes * size.flops_per_token * tokens
+            # Forward, and backward twice as much.
+            flops = 3 * spec.passes * size.flops_per_token * tokens
             flops += size.flops_per_token * self._validated_tokens(node, size.tokens_per_image)
         moments = MOMENTS[spec.optimizer.kind]
         return Work(

@@ -1,6 +1,7 @@
 """What of a search is refused before Ray starts; imports no torch, Ray or Optuna."""
 
 import importlib.util
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -193,6 +194,16 @@ def _population(search: Search, space: Space) -> Iterator[str]:
         yield (f"search.algorithm: pbt changes the learning rate as it goes and would run the "
                f"{space.base.schedule.kind} schedule of {search.base} anew in each segment; set "
                f"recipes.{search.base}.schedule to constant")
+    base = space.base
+    if base.steps is not None:
+        first = search.steps_at(search.resources()[0], base.steps)
+        warmup = base.warmup_steps or math.ceil(base.warmup_ratio * base.steps)
+        if warmup > first:
+            yield (f"search.algorithm: the warm-up of {warmup} steps is longer than the first "
+                   f"segment of {first}; shorten it, or use fewer segments")
+    for path in ("warmup_steps", "warmup_ratio"):
+        if path in space.dimensions:
+            yield f"search.space.{path}: is over before a population changes; remove it"
     for side in ("moe", "dense"):
         if search.trials_of(side) < 2:
             yield "search.trials: pbt needs a population of at least 2; raise it"

@@ -6,6 +6,7 @@ the split that the sweep's evaluations name.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -180,10 +181,19 @@ def segments_of(search: Search, recipes: Sequence[Recipe]) -> tuple[Recipe, ...]
     training's segments, each with its part of the steps."""
     if not isinstance(search.algorithm, Pbt):
         return tuple(recipes)
-    ends = [0, *(search.steps_at(r, recipes[0].steps) for r in search.resources())]
-    return tuple(
-        recipe.model_copy(update={"steps": end - start})
-        for recipe, start, end in zip(recipes, ends, ends[1:], strict=False))
+    steps = recipes[0].steps
+    ends = [0, *(search.steps_at(r, steps) for r in search.resources())]
+
+    def segment(recipe: Recipe, start: int, end: int) -> Recipe:
+        """A part of the steps; what is done at the beginning of a training is done in the first."""
+        warmup = recipe.warmup_steps or math.ceil(recipe.warmup_ratio * steps)
+        changes = {"steps": end - start, "warmup_ratio": 0.0, "warmup_steps": warmup}
+        if start:
+            router = recipe.router.model_copy(update={"initial": "pretrained"})
+            changes |= {"warmup_steps": 0, "router": router}
+        return recipe.model_copy(update=changes)
+
+    return tuple(segment(*part) for part in zip(recipes, ends, ends[1:], strict=False))
 
 
 def final_sweep(

@@ -245,6 +245,12 @@ class MicroBatch:
             return routings
         return [routing.only(self._real(routing.layer)) for routing in routings]
 
+    def real_logits(self, logits: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Router logits by layer (tokens, E), of the real tokens alone."""
+        if not self.real:
+            return logits
+        return {layer: each.flatten(0, -2)[self._real(layer)] for layer, each in logits.items()}
+
     def _real(self, layer: str) -> torch.Tensor:
         return next(m for part, m in self.real.items() if not part or part in layer.split("."))
 

@@ -13,7 +13,8 @@ from stages.finetune.spec import EVIDENCE_FILE, FinetuneSpec
 KNOBS = (
     *("head", "optimizer", "train", "freeze", "lora", "alternate", "auxiliary_loss_weight"),
     *("z_loss_weight", *VISION_WEIGHTS, "router", "experts", "dropout", "adversarial"),
-    *("max_nonfinite_steps", "validation"),
+    *("max_nonfinite_steps", "validation", "schedule", "warmup_steps", "warmup_ratio"),
+    *("weight_decay", "gradient_clipping", "precision"),
 )
 """The fields of a recipe that the evidence covers, one by one where a field is a section."""
 

@@ -1,6 +1,7 @@
 """The training loop: the same code in one process, under torchrun and under Ray Train."""
 
 import json
+import math
 import os
 import tempfile
 from contextlib import AbstractContextManager
@@ -234,6 +235,11 @@ def _refuse(spec: FinetuneSpec, model: PreTrainedModel) -> None:
     )
     problems = [*contradictions(spec), *inapplicable(spec, facts)]
     problems += misplaced(spec, spec.expert_parallel)
+    groups, top_k = getattr(model.config, "n_group", None) or 1, spec.router.top_k
+    allowed = (experts or 0) // groups * (getattr(model.config, "topk_group", None) or groups)
+    if top_k is not None and allowed < top_k <= (experts or 0):
+        reason = f"{top_k} is more than the {allowed} experts of the groups that a token may take"
+        problems.append(("router.top_k", f"{reason}; lower it"))
     if problems:
         raise StageFailed("; ".join(f"recipe: {field}: {reason}" for field, reason in problems))
 
@@ -250,13 +256,26 @@ def _run_facts(training: Training, curve: list[dict]) -> dict[str, Any]:
     note("optimizer", **{k: groups[0][k] for k in ("betas", "eps", "momentum") if k in groups[0]})
     note("router.learning_rate", learning_rates=rates)
     note("max_nonfinite_steps", nonfinite_steps=training.skipped)
+    moved = [row["learning_rate"] for row in curve]
+    note("schedule", first=moved[0], largest=max(moved), last=moved[-1])
+    for knob in ("warmup_steps", "warmup_ratio"):
+        note(knob, steps_before_the_largest_rate=moved.index(max(moved)))
+    note("weight_decay", in_groups={group["part"]: group["weight_decay"] for group in groups})
+    norms = [norm for row in curve if math.isfinite(norm := row["gradient_norm"])]
+    limit = spec.gradient_clipping or math.inf
+    note("gradient_clipping", largest_norm=max(norms), steps_clipped=sum(n > limit for n in norms))
+    precision = {
+        "weights": str(training.engine.get_data_types()[0]),
+        "optimizer": str(training.optimizer_dtype()),
+    }
+    note("precision", **precision)
     if spec.validation is not None:
         seconds = [s for row in curve if (s := row["validation_seconds"]) is not None]
         share = sum(seconds) / (sum(seconds) + sum(row["seconds"] for row in curve))
         note("validation", looks=len(seconds), seconds=sum(seconds), share_of_time=share)
     if spec.alternate is not None:
-        moved = [row["router_change"] > 0 for row in curve]
-        facts = {"steps_that_moved_the_routers": sum(moved), "steps_that_did_not": moved.count(0)}
+        turned = [row["router_change"] > 0 for row in curve]
+        facts = {"steps_that_moved_the_routers": sum(turned), "steps_that_did_not": turned.count(0)}
         note("alternate", **facts)
     return {
         "parameters": counts,
@@ -265,10 +284,7 @@ def _run_facts(training: Training, curve: list[dict]) -> dict[str, Any]:
         | {"stage_used": training.engine.zero_optimization_stage()},
         "steps": len(curve),
         "nonfinite_steps": training.skipped,
-        "precision": {
-            "weights": str(training.engine.get_data_types()[0]),
-            "optimizer": str(training.optimizer_dtype()),
-        },
+        "precision": precision,
         "micro_batch": {
             "asked": micro_batch_size(spec.asked_micro_batch()),
             "used": micro_batch_size(spec),

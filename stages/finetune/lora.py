@@ -3,12 +3,14 @@
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
+from peft.utils import transformers_weight_conversion as weight_conversion
 from torch import nn
 from transformers import PreTrainedModel
 
 from stages.errors import StageFailed
 from stages.finetune.parameters import trained_roles
 from stages.finetune.recipe import Lora
+from stages.models.routing import replaced
 
 ADAPTER = "default"
 
@@ -47,11 +49,18 @@ def adapt(model: PreTrainedModel, recipe: Lora) -> LoraModel:
         target_modules=sorted(set(modules)),
         target_parameters=parameters or None,
     )
-    tuner = LoraModel(model, config, ADAPTER)
+    # PEFT would read the names as those of an older layout of the experts, and move adapters from a
+    # dense layer's matrices to the routed experts.
+    with replaced(weight_conversion, "convert_peft_config_for_transformers", _as_they_are):
+        tuner = LoraModel(model, config, ADAPTER)
     # PEFT freezes all but its adapters, also what the recipe trains in full.
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(wanted.get(name, "lora_" in name))
     return tuner
+
+
+def _as_they_are(config: LoraConfig, **_: object) -> None:
+    """The targets name modules and parameters of the model that is here."""
 
 
 @torch.no_grad()

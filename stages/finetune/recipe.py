@@ -316,6 +316,15 @@ class Recipe(Spec):
         return roles | set(self.lora.roles if self.lora else ())
 
     @property
+    def passes(self) -> int:
+        """Forward and backward passes over an example in a step, an adversary's ascents included.
+        """
+        passes = self.adversarial.steps if self.adversarial else 1
+        if isinstance(self.adversarial, ImageAdversary):
+            passes += 2 if isinstance(self.adversarial, Trades) else 1
+        return passes
+
+    @property
     def random(self) -> bool:
         """Whether training draws random numbers beside the order of the data."""
         return bool(

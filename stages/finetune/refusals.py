@@ -81,6 +81,10 @@ def _unheaded(recipe: Recipe) -> Iterator[Problem]:
         yield "adversarial", "cannot act before a classification head; remove one of them"
 
 
+READS_ROUTERS_ITSELF = ("ernie4_5_moe", "llama_moe", "moduleformer", "phimoe")
+"""Architectures whose routers an adapter stands around without effect, or in the way."""
+
+
 def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
     """Knobs that this Mixture-of-Experts or dense model does not have.
 
@@ -111,6 +115,9 @@ def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
         yield "head", f"{facts.family} models have one; remove it"
     if facts.architecture == "dense":
         return
+    if "router" in _roles(recipe, "lora.roles") and facts.family in READS_ROUTERS_ITSELF:
+        reason = f"{facts.family} reads its routers' weights itself, past an adapter"
+        yield "lora.roles", f"{reason}; remove router"
     for field in ("train", "freeze", "lora.roles"):
         if "shared_expert" in _roles(recipe, field) and not entry.shared_expert:
             yield field, f"{facts.family} models have no shared experts; remove shared_expert"
@@ -119,6 +126,10 @@ def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
         yield "router.top_k", f"{top_k} is more than the {facts.experts} experts; lower it"
     elif top_k is not None and top_k == facts.top_k:
         yield "router.top_k", f"{top_k} is the model's own; remove it"
+    if entry.index is not None and entry.no_weighing:
+        for field in ("router.top_k", "router.assignment"):
+            if field in moe_only(recipe):
+                yield field, f"{facts.family} {entry.no_weighing}; remove it"
     if recipe.router.capacity is not None and entry.model_type not in CAPACITY:
         reason = f"{facts.family} has no capacity that can be set ({', '.join(CAPACITY)} have)"
         yield "router.capacity", f"{reason}; remove it"

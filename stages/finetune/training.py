@@ -134,7 +134,7 @@ class Training:
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "model_flops_utilisation": model_flops_utilisation(
-                tokens / seconds, self.flops_per_token, spec.precision, workers
+                spec.passes * tokens / seconds, self.flops_per_token, spec.precision, workers
             ),
             "skipped": int(bool(bad)),
             **({"router_change": change} if self.turns is not None else {}),
@@ -198,7 +198,7 @@ class Training:
                 loss = loss + trades.router_beta * turned / answers
                 self.evidence.mean("adversarial", "router_divergence", turned / len(examples))
             for knob in self.weighed:
-                auxiliary = self._auxiliary(knob, routings, out)
+                auxiliary = self._auxiliary(knob, routings, out, part)
                 if self.evidence.open:
                     self._witness(knob, part, routings, auxiliary)
                 losses.append(auxiliary / parts)
@@ -240,14 +240,17 @@ class Training:
         logits = (self.knobs.clean.get(r.layer, r.logits) for r in routings)
         return router_divergence([each.chunk(2) for each in logits], images)
 
-    def _auxiliary(self, knob: str, routings: list[Routing], out) -> torch.Tensor:
+    def _auxiliary(
+        self, knob: str, routings: list[Routing], out, part: MicroBatch
+    ) -> torch.Tensor:
         """The loss of a knob over one forward pass, unweighted."""
         _, of = self.weighed[knob]
         if self.own_argument and of is load_balancing_loss:
             return sum(out[name] for name in self.own_loss)
         # The load is a probability over the noise, so its loss must know it.
-        noise = (self.knobs.clean, self.knobs.noise) if of is load_loss else ()
-        return of(routings, *noise)
+        if of is load_loss:
+            return of(routings, part.real_logits(self.knobs.clean), self.knobs.noise)
+        return of(routings)
 
     def _witness(
         self, knob: str, part: MicroBatch, routings: list[Routing], auxiliary: torch.Tensor
@@ -264,7 +267,7 @@ class Training:
                 self.evidence.note(knob, routers="not measured under ZeRO stage 3")
                 return
             free = [replace(r, logits=r.logits.detach().requires_grad_()) for r in routings]
-            loss = self._auxiliary(knob, free, None)
+            loss = self._auxiliary(knob, free, None, part)
             gradients = torch.autograd.grad(loss, [routing.logits for routing in free])
             norm = torch.nn.utils.get_total_norm(gradients)
             self.evidence.mean(knob, "router_logit_gradient_norm", norm)
@@ -274,7 +277,7 @@ class Training:
             with self.knobs.forward() as again:
                 out = model(**part.arguments, use_cache=False, **self.own_argument)
             again = part.without_padding(again)
-            self._measure(knob, trained, self._auxiliary(knob, again, out))
+            self._measure(knob, trained, self._auxiliary(knob, again, out, part))
         else:
             self._measure(knob, trained, auxiliary)
 

@@ -54,6 +54,12 @@ KNOBS = {
     "adam": {"optimizer": {"kind": "adam", "betas": (0.8, 0.99)}, **CLIPPED},
     "adagrad": {"optimizer": {"kind": "adagrad", "eps": 1e-6}, **CLIPPED},
     "no_clipping": {"gradient_clipping": None},
+    "cosine": {"schedule": {"kind": "cosine"}, "warmup_steps": 0, "warmup_ratio": 0.34},
+    "constant": {"schedule": "constant", "weight_decay": 0.1},
+    "vision_losses": {"router": {"noise": "1/E"}, "load_loss_weight": 0.1,
+                      "importance_loss_weight": 0.1, "gshard_loss_weight": 0.1},
+    "headed_load": {"router": {"noise": 0.3}, "load_loss_weight": 0.1, "head": "classification",
+                    "data": [{"dataset": "reviews", "template": "sentiment"}]},
 }
 CAPACITY = ("switch_transformers", "nllb-moe")
 LAYOUTS = {

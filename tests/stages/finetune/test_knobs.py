@@ -315,6 +315,9 @@ LOAD = {"load_loss_weight": 0.1, "router": {"noise": 0.1}}
         ("mixtral", {"adversarial": {"kind": "pgd"}}, "adversarial", "reads texts; use freelb"),
         ("mixtral", {"router": {"capacity": 2}}, "router.capacity", "no capacity that can be set"),
         ("vit_moe", {"head": "classification"}, "head", "have one"),
+        ("phimoe", {"router": {"top_k": 1}}, "router.top_k", "by a rule of its own"),
+        *(("phimoe", {"router": {"assignment": way}}, "router.assignment", "a rule of its own")
+          for way in ("random", "balanced")),
         *((name, {"dropout": {"residual": 0.1}}, "dropout.residual", "none that can be set")
           for name in ("vit_moe", "nllb-moe", "granitemoeshared")),
     ],

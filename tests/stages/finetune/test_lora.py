@@ -1,0 +1,100 @@
+"""Adapters stand at the roles that a recipe names, in every family, and act."""
+
+import pytest
+import torch
+
+from stages.errors import StageFailed
+from stages.finetune.lora import adapt
+from stages.finetune.parameters import trained_roles
+from stages.finetune.recipe import Lora
+from stages.finetune.refusals import READS_ROUTERS_ITSELF, inapplicable
+from stages.models.families import FAMILIES
+from stages.models.sources import Facts
+from stages.models.tiny import tiny_model, tiny_tokenizer
+from stages.models.tiny_shapes import TINY
+from tests.stages.finetune.passes import recipe
+from tests.stages.models.tiny_folders import dense_model
+
+MOE = [n for n in TINY if FAMILIES[n].is_moe and not FAMILIES[n].no_training]
+
+
+def tiny(name):
+    return tiny_model(name, tiny_tokenizer(), seed=3)
+
+
+def adapted(model):
+    """The parameters that have an adapter, by the name that they had without it."""
+    found = set()
+    for name, _ in model.named_parameters():
+        if "lora_A" in name or "lora_embedding_A" in name:
+            path, _, rest = name.partition(".lora_")
+            inner = model.get_submodule(path)
+            depth = path.count(".base_layer")
+            path = path.replace(".base_layer", "")
+            own = getattr(inner, "parameter_name", None) or "weight"
+            found.add((path, own, depth))
+    return {f"{path}.{own}" for path, own, _ in found}
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_backbone_adapters_stand_at_the_backbone_alone(name):
+    """Not at routed experts, whose matrices older layouts call by the names of a dense layer's."""
+    model = tiny(name)
+    roles = trained_roles(model)
+    wanted = {f"{path}.weight" for path, module in model.named_modules()
+              if isinstance(module, torch.nn.Linear) and roles.get(f"{path}.weight") == "backbone"}
+    adapt(model, Lora(roles=("backbone",), rank=2))
+    found = adapted(model)
+    assert wanted <= found and {roles[each] for each in found} == {"backbone"}
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_router_adapters_act_or_are_refused(name):
+    refused = dict(inapplicable(recipe(lora={"roles": ["router"]}), Facts("moe", name)))
+    assert ("lora.roles" in refused) == (name in READS_ROUTERS_ITSELF)
+    model = tiny(name).eval()
+    tokens = torch.arange(3, 33)[None]
+    asked = {"input_ids": tokens, "use_cache": False}
+    if model.config.is_encoder_decoder:
+        asked["decoder_input_ids"] = tokens[:, :7]
+
+    def gradients():
+        adapt(model, Lora(roles=("router",), rank=2))
+        model(**asked).logits.float().log_softmax(-1)[..., 5].sum().backward()
+        return [p.grad for n, p in model.named_parameters() if "lora_B" in n]
+
+    if name in READS_ROUTERS_ITSELF:
+        with pytest.raises((AttributeError, AssertionError)):
+            assert all(g is not None for g in gradients())
+    else:
+        found = gradients()
+        assert found and all(g is not None for g in found) and any(g.any() for g in found)
+
+
+def test_adapters_of_a_dense_model_change_its_answers_and_nothing_else_is_trained():
+    model = dense_model("llama", tie_word_embeddings=False).eval()
+    tokens = torch.arange(3, 20)[None]
+    before = model(input_ids=tokens).logits.detach()
+    model.requires_grad_(False)  # as ``parameters.freeze`` leaves it for adapters alone
+    adapt(model, Lora(roles=("backbone", "head"), rank=2, dropout=0.5))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    assert {"head", "backbone"} == {
+        "head" if name.startswith("lm_head") else "backbone" for name in trained}
+    assert torch.equal(model(input_ids=tokens).logits, before)  # they start without effect
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    once = model(input_ids=tokens).logits
+    assert (once - before).abs().max() > 1e-2
+    model.train()
+    drawn = [model(input_ids=tokens).logits for _ in range(2)]
+    assert not torch.equal(*drawn)  # dropout before the adapters, in training
+
+
+def test_adapters_that_would_change_more_than_they_name_are_refused():
+    with pytest.raises(StageFailed, match="head of this llama is tied to its embedding"):
+        adapt(dense_model("llama"), Lora(roles=("head",), rank=2))
+    with pytest.raises(StageFailed, match="lora.dropout: cannot act on .*no linear layer"):
+        adapt(tiny("mixtral"), Lora(roles=("expert",), rank=2, dropout=0.1))
