@@ -112,6 +112,14 @@ WRONG = {
         {"algorithm": {"kind": "pbt"}}, "search.algorithm: pbt changes the learning rate as it "
         "goes and would run the linear schedule of sft anew in each segment; set "
         "recipes.sft.schedule to constant"),
+    "warm-up over a segment": (
+        {"algorithm": {"kind": "pbt", "segments": 3},
+         "set": ["recipes.sft.schedule=constant", "recipes.sft.warmup_steps=3"]},
+        "search.algorithm: the warm-up of 3 steps is longer than the first segment of 2; shorten"),
+    "warm-up of a population": (
+        {"algorithm": {"kind": "pbt", "segments": 3}, "set": ["recipes.sft.schedule=constant"],
+         "space": {"warmup_steps": {"uniform": [0, 2]}}},
+        "search.space.warmup_steps: is over before a population changes; remove it"),
     "seeds not fresh": (
         {"seeds": [101]}, "final_seeds names 101, which the trials use; choose others"),
     "too few fresh seeds": ({"final_seeds": [8, 9]}, "search.final_seeds: tuple should have at "

@@ -10,13 +10,14 @@ import ray
 from search_sweeps import BASE, RATE, search_of
 
 from pipeline.search.ledger import Ledger, Report, Trial
-from pipeline.search.plan import Member
+from pipeline.search.plan import Member, segments_of
 from pipeline.search.proposals import proposals
 from pipeline.search.run import recipes_of, trial_table
 from pipeline.search.space import Space
 from pipeline.search.tuning import _slot, run_trials
 from pipeline.store import Store
 from stages.errors import StageFailed
+from stages.finetune.recipe import Router
 
 # Workers do not see this file.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -209,6 +210,17 @@ def test_a_population_goes_on_from_the_segments_that_it_has(run):
     assert [len(t.reports) for t in again.values()] == [3, 3, 3]
     assert again[1] == ledger.trials[1] and again[2].reports[0] == kept[2][0]
     assert len(list((run.folder / "s").iterdir())) == measured + 3 + 2
+
+
+def test_what_begins_a_training_is_done_in_its_first_segment():
+    search = search_of(algorithm={"kind": "pbt", "segments": 3})
+    base = BASE.model_copy(update={"warmup_ratio": 0.2, "router": Router(initial="random")})
+    recipes = [base, base.model_copy(update={"learning_rate": 3e-3}), base]
+    found = segments_of(search, recipes)
+    assert [s.steps for s in found] == [3, 3, 3]
+    assert [(s.warmup_steps, s.warmup_ratio) for s in found] == [(2, 0), (0, 0), (0, 0)]
+    assert [s.router.initial for s in found] == ["random", "pretrained", "pretrained"]
+    assert [s.learning_rate for s in found] == [1e-3, 3e-3, 1e-3]
 
 
 def test_a_population_s_winner_is_a_chain_that_can_be_planned_again(run):
