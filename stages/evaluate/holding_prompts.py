@@ -96,29 +96,33 @@ class SuffixSearch(_Prompts):
             slope = torch.autograd.grad(worth(embedded, beginning)[0].sum(), embedded)[0][0]
             return pad(slope, (0, 0, start, 0))
 
-        generator, of_control = (
+        generator, other_draws, of_control = (
             torch.Generator().manual_seed(hash_of(f"{spec.seed}/{row['id']}{purpose}"))
-            for purpose in ("", "/control")
+            for purpose in ("", "/again", "/control")
         )
         settings = {
             "allowed": allowed_tokens(self.tokenizer, len(table)).to(table.device),
             "keep": lambda rows: self._are_prompts(row, rows, places),
         }
 
-        def search(tokens: torch.Tensor) -> gcg.Found:
+        def search(tokens: torch.Tensor, draws: torch.Generator) -> gcg.Found:
             return gcg.search(
                 value, gradient, table, tokens, places, budget=len(places), steps=spec.steps,
-                candidates=spec.candidates, top=spec.top, generator=generator, **settings,
+                candidates=spec.candidates, top=spec.top, generator=draws, **settings,
             )  # fmt: skip
 
-        found = search(question.tokens)
+        found = search(question.tokens, generator)
         spent = {"queries": victim.queries, "gradients": victim.gradients}
         drawn = gcg.random_replacements(
             question.tokens, places, len(places), generator=of_control, **settings
         )
         made = {"found": found.tokens, "random": drawn}
         if row["checked"]:
-            made["further"] = max(found, search(found.last), key=lambda each: each.score).tokens
+            for name, more in (
+                ("further", search(found.last, generator)),
+                ("again", search(question.tokens, other_draws)),
+            ):
+                made[name] = max(found, more, key=lambda each: each.score).tokens
         suffixes = {name: self._suffix(tokens, places) for name, tokens in made.items()}
         with torch.no_grad():
             losses = [

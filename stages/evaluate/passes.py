@@ -107,8 +107,8 @@ def of_prompts(
         prompt = len(row["prompt"]) / per_token
         whole, searched = prompt + suffix + target, suffix + target
         tries = 1 + evaluation.steps * (GRADIENT + evaluation.candidates)
-        # Where the attack is checked, the search goes on and has one more answer.
-        searches, answers = (2, 4) if row["checked"] else (1, 3)
+        # Where the attack is checked, the search goes on and is made again, with an answer each.
+        searches, answers = (3, 5) if row["checked"] else (1, 3)
         # Routes before and after, three losses, the answers, what is before the suffix once.
         read = 5 * whole + searches * tries * searched + prompt + answers * (prompt + suffix)
         return read, answers * answer

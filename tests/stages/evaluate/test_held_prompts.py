@@ -75,7 +75,8 @@ def test_the_suffix_found_makes_the_target_more_probable(engines, data):
     assert scores["gradients"].eq(4).all() and scores["zero_gradients"].eq(0).all()
     assert scores["routing_change"].gt(0).all()
     assert [(c["check"], c["n"]) for c in evaluation.checks(scores)] == [
-        ("not weaker than a random suffix", 4), ("gradients", 4), ("twice the steps", 2)]
+        ("not weaker than a random suffix", 4), ("gradients", 4), ("twice the steps", 2),
+        ("two starts", 2)]
     dense = scores_of(engines["llama"], evaluation, data)
     assert dense["routing_change"].isna().all() and dense["loss"].lt(dense["loss_first"]).all()
 
@@ -148,18 +149,25 @@ def test_a_search_goes_on_where_it_is_checked(engines, data, monkeypatch):
         asked.append(prompts), real(self, prompts, force))[1])
     half = TargetAttack(**fields, steps=3, checked=3)
     scores = scores_of(engine, half, data)
-    assert [len(prompts) for prompts in asked] == [4, 4, 4, 3]
+    assert [len(prompts) for prompts in asked] == [5, 5, 5, 3]
     for prompts, prompt, suffix in zip(asked[:3], HARMFUL, whole["suffix"], strict=False):
         assert prompts[3] == prompt + suffix
     # The attack itself spends what it did before.
     assert scores["gradients"].eq(3).all()
-    assert scores["check/steps"].notna().tolist() == [True, True, True, False]
+    # With other draws another suffix is found, or none that is better.
+    single = scores_of(engine, TargetAttack(**fields, steps=3, checked=0), data)["suffix"]
+    again = [prompts[4].removeprefix(p) for prompts, p in zip(asked[:3], HARMFUL, strict=False)]
+    assert any(one != other for one, other in zip(again, single, strict=False))
+    for column in ("check/steps", "check/restarts"):
+        assert scores[column].notna().tolist() == [True, True, True, False]
     assert len(half.checks(whole)) == 2
     table = scores.assign(success=[0.0, 1.0, 0.0, 0.0])
     table["check/steps"] = [1.0, 1.0, 0.0, np.nan]
-    check = half.checks(table)[-1]
-    assert (check["check"], check["n"]) == ("twice the steps", 3)
-    assert check["value"] == pytest.approx(1 / 3) and not check["passed"]
+    table["check/restarts"] = [1.0, 1.0, 1.0, np.nan]
+    steps, restarts = half.checks(table)[-2:]
+    assert [c["check"] for c in (steps, restarts)] == ["twice the steps", "two starts"]
+    assert steps["n"] == restarts["n"] == 3 and not (steps["passed"] or restarts["passed"])
+    assert (steps["value"], restarts["value"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
 
 
 def by_word(prompt, answer):

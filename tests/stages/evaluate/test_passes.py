@@ -206,9 +206,9 @@ def test_tokens_of_prompts_by_hand():
     read, written = passes.of_prompts(attack, row, {}, 4.0)
     # 10 tokens of prompt, 4 of suffix, 3 of target.
     assert read == 5 * 17 + (1 + 20 * 35) * 7 + 10 + 3 * 14 and written == 72
-    # As many steps again, and one more answer.
+    # As many steps again, and a search with other draws, with an answer each.
     more, further = passes.of_prompts(attack, row | {"checked": True}, {}, 4.0)
-    assert more - read == (1 + 20 * 35) * 7 + 14 and further == 96
+    assert more - read == 2 * ((1 + 20 * 35) * 7 + 14) and further == 120
     experts = SafetyExperts(harmful=["bad"], benign=["fine"], silenced=(2, 4), max_new_tokens=8)
     prompts = [{"example_id": f"{name}/{n}", "prompt": "a" * 40, "measured": n == 1}
                for name in ("bad", "fine") for n in (0, 1)]
