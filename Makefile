@@ -18,7 +18,7 @@ test: .venv/installed
 
 test-families: .venv/installed
 	.venv/bin/python -m pytest -m '' tests/families tests/stages/models/test_families.py \
-	    tests/pipeline/test_whole_search.py
+	    tests/pipeline/test_whole_search.py tests/pipeline/test_readme_commands.py
 
 lint: .venv/installed
 	.venv/bin/python -m ruff check .

@@ -137,8 +137,6 @@ class Knobs:
         def note(module: nn.Module, args: tuple, output: tuple) -> None:
             mask, probability, logits = (part.flatten(0, -2) for part in output)
             kept = probability * mask.sum(-1, keepdim=True)
-            if self.recipe.router.capacity is not None:
-                self.evidence.mean("router.capacity", "share_of_choices_dropped", kept == 0)
             routings.append(Routing(layer, logits, logits.argmax(-1, keepdim=True), kept))
 
         return note
@@ -156,9 +154,6 @@ class Knobs:
             if self.recipe.router.top_k is not None:
                 given = (found.weights > 0).sum(-1)
                 self.evidence.mean("router.top_k", "experts_per_token", given)
-            if self.recipe.router.capacity is not None:
-                none = found.weights == 0
-                self.evidence.mean("router.capacity", "share_of_choices_dropped", none)
             return None if changed is found else changed
 
         return choice

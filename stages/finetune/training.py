@@ -184,6 +184,9 @@ class Training:
             with self.knobs.forward() as routings:
                 out = engine(**arguments, use_cache=False, **self.own_argument)
             routings = part.without_padding(routings)
+            for routing in routings if self.spec.router.capacity is not None else ():
+                none = routing.weights == 0
+                self.evidence.mean("router.capacity", "share_of_choices_dropped", none)
             logits = out.logits[part.answers].float()
             if trades:
                 logits, attacked = logits.chunk(2)

@@ -25,9 +25,10 @@ MODELS = ("switch_transformers", "t5", "moduleformer", "gpt_neox", "llama_moe", 
 TOKENIZER = tiny_tokenizer()
 
 
-def rows(task, labels, count=6):
+def rows(task, labels, name, count=6):
+    """Each source has texts of its own: what is scored is not shown before it."""
     ids = [str(number) for number in range(count)]
-    texts = [f"text number {number}" for number in ids]
+    texts = [f"text number {number} of {name}" for number in ids]
     many = [np.array([f"is {number}", "is so"], object) for number in ids]
     table = {
         "prompts": {"prompt": texts, "category": "x"},
@@ -95,7 +96,7 @@ def test_every_cell_gives_a_number_or_a_reason(family, evaluations, tmp_path):
             continue  # recipes refuse a head there, before any training
         template = TEMPLATES.get(getattr(evaluation, "template", None))
         labels = tuple(template.labels) if template else ()
-        data = {key: rows(evaluation.tasks()[dataset], labels)
+        data = {key: rows(evaluation.tasks()[dataset], labels, key)
                 for key, (dataset, _) in evaluation.sources().items()}
         outputs = len(labels) if evaluation.asks_head else 0
         if outputs not in engines:

@@ -66,11 +66,16 @@ def test_every_verb_of_the_table_is_typed_here():
     assert {verb(command) for command in TOLD} == {*SAYS, "ui", "search"}
 
 
+SLOW = pytest.mark.families  # in `make test-families`
+
+
 # A folder is exported before it is evaluated.
 @pytest.mark.parametrize(
     "command",
-    sorted((c for c in TOLD if verb(c) in SAYS), key=lambda c: verb(c) in ("evaluate", "gc")),
-)
+    [pytest.param(c, marks=SLOW) if verb(c) == "evaluate" else c
+     for c in sorted((c for c in TOLD if verb(c) in SAYS), key=lambda c: verb(c) in (
+         "evaluate", "gc"))],
+)  # fmt: skip
 def test_a_verb_does_what_is_told_and_ends_well(folder, cluster, command):
     words = typed(command)
     if verb(command) == "evaluate":
@@ -81,6 +86,7 @@ def test_a_verb_does_what_is_told_and_ends_well(folder, cluster, command):
     assert SAYS[verb(command)] in done.stdout, done.stdout
 
 
+@SLOW
 def test_the_runs_of_the_finished_sweep_are_served_on_loopback(folder):
     (command,) = (c for c in TOLD if verb(c) == "ui")
     process = subprocess.Popen([*typed(command), "--port", "5917"], cwd=folder, env=ENVIRONMENT,
