@@ -46,10 +46,10 @@ def test_passes_of_texts_by_hand(tmp_path):
     more = 2 * ((1 + 20 * 35) * searched + prompt + 8)
     assert asked.read == pytest.approx(4 * each + more)
     assert asked.written == (4 * 3 + 2) * 24 and asked.whole
-    # Slopes of 4 texts: 2 starts of 5 steps and 8 samples within two radii, 2 labels; a model with
+    # Slopes of 4 texts: a start of 5 steps and 8 samples within two radii, 2 labels; a model with
     # experts twice. The inputs of its blocks once more.
     slopes = found.plan.sweep.evaluations["slopes"]
-    ascent, jacobian = 1 + 2 * 16, 1 + 2 * 2
+    ascent, jacobian = 1 + 16, 1 + 2 * 2
     length = (round(found.characters("amazon_attacked")) + len("Text: \nSentiment:")) / 4
     for layers, sides in ((0, 1), (6, 2)):
         passes = 1 + 2 * (sides * ascent + 9) + sides * jacobian + 1
