@@ -142,7 +142,8 @@ def test_held_out_rows_are_looked_at_as_the_model_is_and_leave_no_trace(runs, mo
     spec = copy(DROPPED, validation=VALIDATION)
     tokenizer = AutoTokenizer.from_pretrained(models["mixtral"])
     examples = load_examples(spec, data, tokenizer, held_out=True)
-    model = AutoModelForCausalLM.from_pretrained(runs / "validated", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        runs / "validated", dtype=torch.float32, use_safetensors=True).eval()
     losses = []
     for example in examples:
         ids = torch.tensor([example.input_ids])
