@@ -110,8 +110,9 @@ def _lead(verdicts: pd.DataFrame, seeds: int) -> str:
     return (
         f"{few}Supported or refuted is what lies below 5 % after Holm's correction over the "
         f"{tested} hypotheses tested; everything else is undecided. All claims of a hypothesis "
-        "must hold; one that is contrary refutes it, but for the premise of H3 and H5 that the "
-        "experts matter at all, without which they are undecided. Detectable is the smallest true "
+        "must hold; one that is contrary refutes it, but for the premises, without which it is "
+        "undecided: in H3 and H5 that the experts matter at all, and of experts that started alike "
+        "the change from untuned. Detectable is the smallest true "
         "distance from the claimed bound that a test like this finds in 80 of 100 repetitions, "
         "uncorrected."
     )

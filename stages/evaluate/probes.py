@@ -284,8 +284,8 @@ class Lipschitz(Evaluation):
         ``lipschitz_frozen/R``.
 
         ``block/LAYER`` and ``block_frozen/LAYER`` are those found of a feed-forward block, means
-        over the tokens; ``block`` and ``block_frozen`` the means over all blocks, and over those
-        with experts. NaN for an architecture whose blocks are not known.
+        over the tokens; ``block`` and ``block_frozen`` the means over all blocks, of which one
+        without experts counts in both. NaN for an architecture whose blocks are not known.
         """
         about = self.about(data)
         rows = [
@@ -331,7 +331,9 @@ def _blocks(by_layer: dict[str, dict[str, float]]) -> dict[str, float]:
     row = {}
     for column, routing in (("block", "free"), ("block_frozen", "frozen")):
         layers = {path: found[routing] for path, found in by_layer.items() if routing in found}
-        row[column] = float(np.mean(list(layers.values()))) if layers else np.nan
+        # Means of both kinds are over the same blocks, or they could not be compared.
+        means = [found.get(routing, found["free"]) for found in by_layer.values()]
+        row[column] = float(np.mean(means)) if layers else np.nan
         row |= {f"{column}/{path}": value for path, value in layers.items()}
     return row
 
@@ -339,7 +341,7 @@ def _blocks(by_layer: dict[str, dict[str, float]]) -> dict[str, float]:
 class LocalLipschitz(Lipschitz, LabelledTexts):
     """Slopes of the log-probabilities of the answers over the embeddings of a text's tokens."""
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     kind: Literal["local_lipschitz"] = "local_lipschitz"
     radius: Annotated[float, Field(gt=0)] = 0.1

@@ -18,6 +18,7 @@ from stages.evaluate.probes import (
     ExpertInterventions,
     LocalLipschitz,
     RouterGeometry,
+    _blocks,
     correlation,
 )
 from stages.evaluate.probing import Intervenor
@@ -190,6 +191,16 @@ def test_slopes_around_a_text(engines, data):
     dense = scores_of(engines["llama"], evaluation, data)
     assert dense["lipschitz"].gt(0).all() and dense["lipschitz_frozen"].isna().all()
     assert not evaluation.of_experts
+
+
+def test_slopes_of_blocks_are_compared_over_the_same_blocks():
+    """A block without experts counts with experts free and frozen alike."""
+    sparse, plain = {"free": 9.0, "frozen": 5.0}, {"free": 3.0}
+    row = _blocks({"a": plain, "b": sparse})
+    assert row == {"block": 6.0, "block/a": 3.0, "block/b": 9.0, "block_frozen": 4.0,
+                   "block_frozen/b": 5.0}  # fmt: skip
+    dense = _blocks({"a": plain})
+    assert dense["block"] == 3.0 and np.isnan(dense["block_frozen"])
 
 
 def test_the_correlation_is_pearsons():
