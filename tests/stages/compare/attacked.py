@@ -233,3 +233,11 @@ def claim(p_value, value, above=True, **fields):
     """A claim of which only this is known."""
     found = Contrast(value, np.nan, np.nan, 0.0, p_value, np.nan, (), 10, 10, 3)
     return Claim("", found, above, **fields)
+
+
+def text_spec(**changes):
+    return spec_of(pairs=(("vmoe-4", "vit"),), seeds=(0,), evaluations=TEXTS, **changes)
+
+
+def text_study(model, seed):
+    return text_attacks(0.6 if model != "vit" else 0.4, model != "vit", n=MANY)
