@@ -87,6 +87,11 @@ class DeepWordBug(GreedyEdits):
         "swap", "substitute", "delete", "insert"
     )  # fmt: skip
 
+    @property
+    def draws(self) -> bool:
+        """Whether letters are drawn, so that another search finds others."""
+        return not {"substitute", "insert"}.isdisjoint(self.operations)
+
 
 class Homoglyphs(GreedyEdits):
     """A letter of another script that looks alike in the place of one."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from math import log
 
 import torch
 from torch.nn.functional import pad
@@ -9,6 +10,7 @@ from transformers import Cache, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.attack import gcg
+from stages.attack.embeddings import ascend, scale
 from stages.attack.objectives import routing_loss
 from stages.attack.questions import Question, Victim
 from stages.errors import StageFailed
@@ -16,14 +18,19 @@ from stages.evaluate import refusal
 from stages.evaluate.asking import allowed_tokens, inside
 from stages.evaluate.base import Request
 from stages.evaluate.generate import generate
-from stages.evaluate.held_prompts import RANKINGS, HeldPrompts
+from stages.evaluate.held_prompts import FREE_STEPS, RANKINGS, HeldPrompts
 from stages.evaluate.scorer import encode
+from stages.evaluate.text_attacks import UNBOUNDED
 from stages.evaluate.thinking import stripped
 from stages.models.families import family
 from stages.models.routes import Policy, hash_of, masked, routed
 from stages.models.routing import weighing
 from stages.probe.change import routing_change
 from stages.probe.usage import highest, risk_difference, usage
+
+LIKELIER = log(0.5)
+"""Log-probability of a text that is likelier than all others together: greedy decoding writes it.
+"""
 
 
 class _Prompts:
@@ -96,33 +103,43 @@ class SuffixSearch(_Prompts):
             slope = torch.autograd.grad(worth(embedded, beginning)[0].sum(), embedded)[0][0]
             return pad(slope, (0, 0, start, 0))
 
-        generator, other_draws, of_control = (
-            torch.Generator().manual_seed(hash_of(f"{spec.seed}/{row['id']}{purpose}"))
-            for purpose in ("", "/again", "/control")
-        )
+        draws = {
+            purpose: torch.Generator().manual_seed(hash_of(f"{spec.seed}/{row['id']}{purpose}"))
+            for purpose in ("", "/again", "/fewer", "/free", "/control")
+        }
         settings = {
             "allowed": allowed_tokens(self.tokenizer, len(table)).to(table.device),
             "keep": lambda rows: self._are_prompts(row, rows, places),
         }
 
-        def search(tokens: torch.Tensor, draws: torch.Generator) -> gcg.Found:
+        def search(tokens: torch.Tensor, purpose: str, budget: int) -> gcg.Found:
             return gcg.search(
-                value, gradient, table, tokens, places, budget=len(places), steps=spec.steps,
-                candidates=spec.candidates, top=spec.top, generator=draws, **settings,
+                value, gradient, table, tokens, places, budget=budget, steps=spec.steps,
+                candidates=spec.candidates, top=spec.top, generator=draws[purpose], **settings,
             )  # fmt: skip
 
-        found = search(question.tokens, generator)
+        every = len(places)
+        found = search(question.tokens, "", every)
         spent = {"queries": victim.queries, "gradients": victim.gradients}
         drawn = gcg.random_replacements(
-            question.tokens, places, len(places), generator=of_control, **settings
+            question.tokens, places, every, generator=draws["/control"], **settings
         )
-        made = {"found": found.tokens, "random": drawn}
+        made, reached = {"found": found.tokens, "random": drawn}, {}
         if row["checked"]:
             for name, more in (
-                ("further", search(found.last, generator)),
-                ("again", search(question.tokens, other_draws)),
+                ("further", search(found.last, "", every)),
+                ("again", search(question.tokens, "/again", every)),
             ):
                 made[name] = max(found, more, key=lambda each: each.score).tokens
+            made["fewer"] = search(question.tokens, "/fewer", max(1, every // 2)).tokens
+            best = ascend(
+                lambda embedded: (
+                    victim.logprobs(embedded[:, start:], question, beginning)[:, 0],
+                ) * 2,
+                table[question.tokens], question.editable, UNBOUNDED * scale(table, "l2"),
+                norm="l2", steps=FREE_STEPS, restarts=1, generator=draws["/free"], goal=LIKELIER,
+            ).margin  # fmt: skip
+            reached = {"reached": float(best > LIKELIER)}
         suffixes = {name: self._suffix(tokens, places) for name, tokens in made.items()}
         with torch.no_grad():
             losses = [
@@ -138,6 +155,7 @@ class SuffixSearch(_Prompts):
             "answers": dict(zip(asked, answers, strict=True)),
             **dict(zip(("loss_first", "loss", "loss_random"), losses, strict=True)),
             **spent,
+            **reached,
             "zero_gradients": found.zero_gradients,
             "routing_change": sum(change) / len(change) if change else float("nan"),
         }

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from stages.attack import images
 from stages.attack.image_objective import Best, Value
-from stages.attack.image_spec import AnyImageAttack, Noise, Transfer
+from stages.attack.image_spec import AnyImageAttack, Noise, PaperPGD, Transfer
 from stages.attack.images import Outcome, attack_images
 from stages.errors import StageFailed
 from stages.evaluate.image_attacks import (
@@ -126,7 +126,9 @@ class Attacker(Shown):
     ) -> Iterator[dict]:
         """What one attack did at one budget."""
         _, now = self.seen(outcome.images)
-        changes = routing_changes(self.routes, now, len(self.ids))
+        # That work's rule for tokens that no expert took goes with its attack.
+        published = isinstance(attack, PaperPGD)
+        changes = routing_changes(self.routes, now, len(self.ids), published=published)
         choices = choice_changes(self.routes, now, len(self.ids))
         made = images.rows(
             name, attack, budget, outcome, self.pixels, self.clean, self.labels, self.ids

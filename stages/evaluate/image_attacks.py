@@ -83,7 +83,7 @@ class ImageAttacks(LabelledImages):
     seed: int = 0
 
     axis: ClassVar[str] = "adversarial"
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
     primary: ClassVar[str] = "robust_accuracy"
 
     @model_validator(mode="after")
@@ -159,7 +159,8 @@ class ImageAttacks(LabelledImages):
 
         ``correct``; of each attack at each budget ``robust/A/B``, ``prediction_change/A/B``,
         ``loss_rise/A/B`` (nats), ``zero_gradient/A/B`` and ``routing_change/A/B`` (1 - IoU of the
-        chosen experts, mean over tokens and layers; by layer ``routing_change/A/B/LAYER``) with
+        chosen experts, mean over tokens and layers; by layer ``routing_change/A/B/LAYER``; of
+        ``paper`` by that work's rule, by which a token that no expert took has changed) with
         ``experts_first_changed/A/B``, ``experts_kept/A/B`` and ``experts_none/A/B``
         (``probe/change.py``);
         ``worst/B``, the least of ``robust`` over the attacks, and ``robust``, the mean of those.

@@ -132,7 +132,7 @@ class ImageClimber(Shown):
         found = block_slopes(
             self.model, lambda: self.classifier(self.pixels), draw,
             radius=self.spec.block_radius, steps=self.spec.steps, restarts=self.spec.restarts,
-            inputs=count, weigh=weigh,
+            samples=self.spec.samples, inputs=count, weigh=weigh,
         )  # fmt: skip
         means = {
             path: {name: slopes.view(count, -1).mean(1).tolist() for name, slopes in each.items()}

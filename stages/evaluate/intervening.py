@@ -58,8 +58,8 @@ class Intervening:
         for name in spec.substitutions:
             for share in spec.shares:
                 yield f"{name}_{share:g}", routes.at_share(made[name](), share, seed)
-        for count in spec.top_k:
-            yield f"top_{count}", routes.another_k(count, self.weigh)
+        for name, count, kept in spec.counts:
+            yield name, routes.another_k(count, self.weigh, kept=kept)
         for count in spec.prune:
             for which in WAYS:
                 gone = pruned(used, layers, count, which, spec.seed)

@@ -19,7 +19,7 @@ from stages.attack.text_spec import (
     WordNeighbours,
 )
 from stages.data.templates import TEMPLATES
-from stages.evaluate import image_attacks, text_attacks
+from stages.evaluate import held_prompts, image_attacks, text_attacks
 from stages.evaluate.base import Evaluation
 from stages.evaluate.held_prompts import RANKINGS, SafetyExperts, TargetAttack
 from stages.evaluate.image_attacks import ImageAttacks
@@ -107,11 +107,13 @@ def of_prompts(
         prompt = len(row["prompt"]) / per_token
         whole, searched = prompt + suffix + target, suffix + target
         tries = 1 + evaluation.steps * (GRADIENT + evaluation.candidates)
-        # Where the attack is checked, the search goes on and is made again, with an answer each.
-        searches, answers = (3, 5) if row["checked"] else (1, 3)
+        # Where the attack is checked, the search goes on, is made again and with half the budget,
+        # with an answer each; and embeddings take the suffix's place.
+        searches, answers = (4, 6) if row["checked"] else (1, 3)
+        free = row["checked"] * (held_prompts.FREE_STEPS * GRADIENT + 1)
         # Routes before and after, three losses, the answers, what is before the suffix once.
-        read = 5 * whole + searches * tries * searched + prompt + answers * (prompt + suffix)
-        return read, answers * answer
+        read = 5 * whole + (searches * tries + free) * searched + prompt
+        return read + answers * (prompt + suffix), answers * answer
     read = written = 0.0
     for each in row["prompts"]:
         weight = weights.get(each["example_id"].partition("/")[0], 1.0)
@@ -188,7 +190,8 @@ def _on_text(attack: AnyTextAttack, characters: int, moe: bool) -> int:
         forms *= len(attack.operations)
     elif isinstance(attack, WordNeighbours):
         forms = attack.neighbours
-    return 1 + characters // WORD + attack.edits * forms
+    words = characters // WORD
+    return 1 + words + min(attack.edits, words) * forms
 
 
 def _interventions(evaluation: Interventions, layers: int) -> int:

@@ -42,6 +42,11 @@ class Interventions(Evaluation):
     router would give them."""
     top_k: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Other numbers of experts per token."""
+    top_k_weights: Annotated[
+        tuple[Literal["by_rule", "kept"], ...], Field(min_length=1)] = ("by_rule",)
+    """Of those: by the router's rule for so many, or as it weighs them among as many as it was
+    trained with, so that weights do not sum to what they did (``top_K_kept``). The same for routers
+    that do not divide by the sum of the chosen."""
     prune: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Experts that are taken out of every layer: so many of the least used, of the most used, and
     random ones; their tokens go to the best of the rest."""
@@ -66,9 +71,18 @@ class Interventions(Evaluation):
         """Names of all interventions."""
         return [
             *(f"{name}_{share:g}" for name in self.substitutions for share in self.shares),
-            *(f"top_{count}" for count in self.top_k),
+            *(name for name, _, _ in self.counts),
             *(f"prune_{which}_{count}" for count in self.prune for which in WAYS),
         ]
+
+    @property
+    def counts(self) -> list[tuple[str, int, bool]]:
+        """Of each intervention with another number of experts the name, that number, and whether
+        weights are kept."""
+        return [
+            (f"top_{count}_kept" if way == "kept" else f"top_{count}", count, way == "kept")
+            for way in self.top_k_weights for count in self.top_k
+        ]  # fmt: skip
 
     def sources(self) -> dict[str, tuple[str, str]]:
         """The scored split and, where usage is needed, the one that it is counted on."""
@@ -251,6 +265,10 @@ class RouterGeometry(Geometry, LabelledTexts):
         return Surveyor(self, model, tokenizer).run(rows)
 
 
+BLOCK_SLOPES = {"block": "free", "block_random": "random", "block_frozen": "frozen"}
+"""Columns and the kinds of ``probe/block_slopes.py``."""
+
+
 class Lipschitz(Evaluation):
     """How steeply the outputs change with the inputs, with routes free and frozen, and those of
     each feed-forward block with its own inputs.
@@ -283,9 +301,10 @@ class Lipschitz(Evaluation):
         The ones found within another radius R are ``lipschitz/R``, ``lipschitz_random/R`` and
         ``lipschitz_frozen/R``.
 
-        ``block/LAYER`` and ``block_frozen/LAYER`` are those found of a feed-forward block, means
-        over the tokens; ``block`` and ``block_frozen`` the means over all blocks, of which one
-        without experts counts in both. NaN for an architecture whose blocks are not known.
+        ``block/LAYER``, ``block_random/LAYER`` and ``block_frozen/LAYER`` are those of a
+        feed-forward block, means over the tokens; ``block``, ``block_random`` and ``block_frozen``
+        the means over all blocks, of which one without experts counts in each. NaN for an
+        architecture whose blocks are not known.
         """
         about = self.about(data)
         rows = [
@@ -318,18 +337,20 @@ class Lipschitz(Evaluation):
                 )
             ),
             mean_of("block", label="feed-forward block on its own input, found", **lower),
+            mean_of("block_random", label="the same, random directions", **lower),
             mean_of("block_frozen", label="block with its experts frozen, found", **experts),
         )
 
     def curves(self, scores: pd.DataFrame) -> tuple[Metric, ...]:
         """Blocks by layer."""
-        return tuple(mean_of(c) for c in scores if c.startswith(("block/", "block_frozen/")))
+        kinds = tuple(f"{column}/" for column in BLOCK_SLOPES)
+        return tuple(mean_of(c) for c in scores if c.startswith(kinds))
 
 
 def _blocks(by_layer: dict[str, dict[str, float]]) -> dict[str, float]:
     """The columns of slopes of feed-forward blocks."""
     row = {}
-    for column, routing in (("block", "free"), ("block_frozen", "frozen")):
+    for column, routing in BLOCK_SLOPES.items():
         layers = {path: found[routing] for path, found in by_layer.items() if routing in found}
         # Means of both kinds are over the same blocks, or they could not be compared.
         means = [found.get(routing, found["free"]) for found in by_layer.values()]
@@ -341,7 +362,7 @@ def _blocks(by_layer: dict[str, dict[str, float]]) -> dict[str, float]:
 class LocalLipschitz(Lipschitz, LabelledTexts):
     """Slopes of the log-probabilities of the answers over the embeddings of a text's tokens."""
 
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
 
     kind: Literal["local_lipschitz"] = "local_lipschitz"
     radius: Annotated[float, Field(gt=0)] = 0.1

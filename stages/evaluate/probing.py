@@ -195,7 +195,7 @@ class Climber(Asker):
         found = block_slopes(
             self.model, lambda: self.victim.logprobs(clean, question), draw,
             radius=self.spec.block_radius, steps=self.spec.steps, restarts=self.spec.restarts,
-            weigh=weigh,
+            samples=self.spec.samples, weigh=weigh,
         )  # fmt: skip
         return {
             path: {name: slopes.flatten()[:length].mean().item() for name, slopes in each.items()}

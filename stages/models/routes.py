@@ -233,12 +233,22 @@ def masked(experts: Mapping[str, Collection[int]], weigh: Weigh) -> Policy:
     return policy
 
 
-def another_k(count: int, weigh: Weigh) -> Policy:
-    """The best ``count`` experts by their logits, weighed by the family's rule."""
+def another_k(count: int, weigh: Weigh, *, kept: bool = False) -> Policy:
+    """The best ``count`` experts by their logits, weighed by the family's rule.
+
+    ``kept``: as that rule weighs them when it chooses as many as it is configured to, so that the
+    experts of both choices keep their weights and the sum changes; another thing only where the
+    rule divides by the sum over the chosen.
+    """
 
     def policy(routing: Routing) -> Routing:
-        chosen = routing.logits.detach().topk(count, -1).indices
-        return routing.change(experts=chosen, weights=weigh(routing.logits, chosen))
+        logits = routing.logits.detach()
+        chosen = logits.topk(count, -1).indices
+        weights = weigh(routing.logits, chosen)
+        if kept:
+            own = weigh(routing.logits, logits.topk(routing.experts.shape[1], -1).indices)
+            weights = weights * (own[:, :1] / weights[:, :1])
+        return routing.change(experts=chosen, weights=weights)
 
     return policy
 

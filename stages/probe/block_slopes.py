@@ -5,7 +5,7 @@ Shape letters: T tokens, D hidden size.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
 import torch
@@ -44,12 +44,14 @@ def block_slopes(
     radius: float,
     steps: int,
     restarts: int,
+    samples: int,
     inputs: int = 1,
     weigh: Weigh | None = None,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """By block the steepest slope (…, T) of each of the tokens that ``run`` shows the model, as the
-    router chooses (``free``) and, of a block with experts where ``weigh`` tells how to weigh them
-    anew, with each token kept at its experts (``frozen``).
+    router chooses (``free``, and ``random``, of so many random directions) and, of a block with
+    experts where ``weigh`` tells how to weigh them anew, with each token kept at its experts
+    (``frozen``).
 
     ``radius`` is in median norms of what the block is given of each of the ``inputs`` of the batch,
     whose tokens follow each other.
@@ -87,7 +89,27 @@ def block_slopes(
             name: steepest_tokens(function, hidden, length, draw, steps=steps, restarts=restarts)
             for name, function in ways.items()
         }
+        directions = [draw(restarts + number, hidden.shape) for number in range(samples)]
+        found[path]["random"] = random_tokens(outputs, hidden, length, directions)
     return found
+
+
+@torch.no_grad()
+def random_tokens(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    clean: torch.Tensor,
+    radius: torch.Tensor | float,
+    directions: Iterable[torch.Tensor],
+) -> torch.Tensor:
+    """The largest of the slopes (…, T) to the ends of the ``directions`` (…, T, D), all of which
+    are made as long as the radius, as in ``steepest_tokens``."""
+    here, best = function(clean), clean.new_zeros(clean.shape[:-1])
+    for direction in directions:
+        direction = direction.to(clean)
+        delta = radius * direction / direction.norm(dim=-1, keepdim=True)
+        slopes = (function(clean + delta) - here).norm(dim=-1) / delta.norm(dim=-1)
+        best = torch.maximum(best, slopes)
+    return best
 
 
 def steepest_tokens(

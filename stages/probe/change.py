@@ -43,12 +43,14 @@ def routing_change(
 
 
 def routing_changes(
-    before: Sequence[Routing], after: Sequence[Routing], inputs: int
+    before: Sequence[Routing], after: Sequence[Routing], inputs: int, *, published: bool = False
 ) -> list[dict[str, float]]:
-    """The same for each of the inputs of a batch, whose tokens follow each other."""
+    """The same for each of the inputs of a batch, whose tokens follow each other; ``published`` as
+    for ``overlap``."""
     found: list[dict[str, float]] = [{} for _ in range(inputs)]
     for one, other in zip(before, after, strict=True):
-        same = overlap(selected(one), selected(other)).view(inputs, -1).nanmean(1)
+        same = overlap(selected(one), selected(other), published=published)
+        same = same.view(inputs, -1).nanmean(1)
         for changes, value in zip(found, (1 - same).tolist(), strict=True):
             changes[one.layer] = value
     return found

@@ -206,6 +206,8 @@ def test_slopes_around_an_image(both, data):
     assert scores[layers].gt(0).all(axis=None)
     few = scores_of(both[0]["sparse"], evaluation, data, size=5)
     assert np.allclose(few["block"], scores["block"], rtol=1e-3)
+    assert np.allclose(few["block_random"], scores["block_random"], rtol=1e-3)
+    assert (scores["block"] > scores["block_random"]).all() and scores["block_random"].gt(0).all()
     assert (scores["lipschitz"] > scores["lipschitz_random"]).all()
     this = shown(both, evaluation)
     _, routing = this.seen(this.pixels[:1])

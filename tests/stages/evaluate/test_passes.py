@@ -189,6 +189,10 @@ def test_passes_of_edits_by_hand():
     assert asked(kind="deep_word_bug", edits=2, operations=["swap", "delete"]) == 4 + 11 + 20 + 2
     assert asked(kind="word_neighbours", edits=3, neighbours=8) == 4 + 11 + 24 + 2
     assert asked(kind="homoglyphs", edits=2) == 4 + 11 + 10 + 2
+    # Checked: every word, one and four; its own budget is only looked at again.
+    glyphs = TextAttacks(**SHOP, attacks=[{"kind": "homoglyphs", "edits": 2}], checked=1)
+    checks = (1 + 11 + 10 * 5) + (1 + 11 + 5) + 1 + (1 + 11 + 20)
+    assert passes.of_text(glyphs, 60, 0, checked=True) == 4 + 11 + 10 + 2 + checks
     gcg = TextAttacks(**SHOP, checked=1, attacks=[
         {"kind": "gcg", "steps": 20, "candidates": 32, "substitutions": 2}])
     one = 1 + 20 * (3 + 32)
@@ -206,9 +210,10 @@ def test_tokens_of_prompts_by_hand():
     read, written = passes.of_prompts(attack, row, {}, 4.0)
     # 10 tokens of prompt, 4 of suffix, 3 of target.
     assert read == 5 * 17 + (1 + 20 * 35) * 7 + 10 + 3 * 14 and written == 72
-    # As many steps again, and a search with other draws, with an answer each.
+    # As many steps again, searches with other draws and half the budget, with an answer each; and
+    # 60 steps of free embeddings.
     more, further = passes.of_prompts(attack, row | {"checked": True}, {}, 4.0)
-    assert more - read == 2 * ((1 + 20 * 35) * 7 + 14) and further == 120
+    assert more - read == 3 * ((1 + 20 * 35) * 7 + 14) + 181 * 7 and further == 144
     experts = SafetyExperts(harmful=["bad"], benign=["fine"], silenced=(2, 4), max_new_tokens=8)
     prompts = [{"example_id": f"{name}/{n}", "prompt": "a" * 40, "measured": n == 1}
                for name in ("bad", "fine") for n in (0, 1)]

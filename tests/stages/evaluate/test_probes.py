@@ -24,7 +24,8 @@ from stages.evaluate.probes import (
 from stages.evaluate.probing import Intervenor
 from stages.evaluate.scorer import score
 from stages.evaluate.techniques import ExpertCount
-from stages.models.routes import imposed, routed, without_output
+from stages.models.routes import another_k, imposed, routed, without_output
+from stages.models.routing import weighing
 from stages.models.size import measure
 from stages.models.tiny import tiny_model, tiny_tokenizer
 
@@ -71,7 +72,8 @@ def asked(engine):
 def test_interventions_are_what_the_model_says_under_them(engines, data):
     engine = engines["mixtral"]
     evaluation = ExpertInterventions(
-        **SHOP, shares=(0.5, 1.0), top_k=(1, 2, 4), prune=(1,), calibration_rows=2, random_masks=2)
+        **SHOP, shares=(0.5, 1.0), top_k=(1, 2, 4), top_k_weights=("by_rule", "kept"), prune=(1,),
+        calibration_rows=2, random_masks=2)
     scores = scores_of(engine, evaluation, data)
     right, loss = asked(engine)
     assert scores["correct"].tolist() == right
@@ -85,6 +87,11 @@ def test_interventions_are_what_the_model_says_under_them(engines, data):
     with expert_count(engine.model, ExpertCount(kind="expert_count", top_k=1)):
         _, loss_one = asked(engine)
     assert np.allclose(scores["loss/top_1"], loss_one - loss, atol=1e-4)
+    assert np.allclose(scores["loss/top_2_kept"], 0, atol=1e-5)
+    with routed(engine.model, another_k(4, weighing(engine.model), kept=True)):
+        _, loss_kept = asked(engine)
+    assert np.allclose(scores["loss/top_4_kept"], loss_kept - loss, atol=1e-4)
+    assert not np.allclose(scores["loss/top_4_kept"], scores["loss/top_4"], atol=1e-4)
     # The tiny model's card with another number of experts in its configuration.
     costs = {}
     for count in (1, 2, 4):
@@ -94,7 +101,7 @@ def test_interventions_are_what_the_model_says_under_them(engines, data):
     for count, cost in costs.items():
         assert scores[f"operations/top_{count}"].tolist() == pytest.approx([cost / costs[2]] * 4)
     names = evaluation.interventions
-    assert len(names) == 5 * 2 + 3 + 3
+    assert len(names) == 5 * 2 + 2 * 3 + 3
     accuracies = scores[[f"correct/{name}" for name in names]].to_numpy()
     mean = evaluation.metrics()[0]
     assert mean.name == evaluation.primary
@@ -158,10 +165,11 @@ def test_slopes_around_a_text(engines, data):
     for column in ("lipschitz", "lipschitz_random", "lipschitz_frozen"):
         assert np.allclose(scores[f"{column}/0.3"], wider[column])
     layers = [f"model.layers.{i}.mlp" for i in range(4)]
-    for column in ("block", "block_frozen"):
+    for column in ("block", "block_random", "block_frozen"):
         of = scores[[f"{column}/{layer}" for layer in layers]]
         assert of.gt(0).all(axis=None) and np.allclose(scores[column], of.mean(axis=1))
     assert (scores["lipschitz"] > scores["lipschitz_random"]).all()
+    assert (scores["block"] > scores["block_random"]).all()
     engine = engines["mixtral"]
     asker = Asker(evaluation, engine.model, engine.tokenizer)
     row = evaluation.rows(data["shop"])[0]
@@ -195,9 +203,10 @@ def test_slopes_around_a_text(engines, data):
 
 def test_slopes_of_blocks_are_compared_over_the_same_blocks():
     """A block without experts counts with experts free and frozen alike."""
-    sparse, plain = {"free": 9.0, "frozen": 5.0}, {"free": 3.0}
+    sparse, plain = {"free": 9.0, "random": 4.0, "frozen": 5.0}, {"free": 3.0, "random": 2.0}
     row = _blocks({"a": plain, "b": sparse})
-    assert row == {"block": 6.0, "block/a": 3.0, "block/b": 9.0, "block_frozen": 4.0,
+    assert row == {"block": 6.0, "block/a": 3.0, "block/b": 9.0, "block_random": 3.0,
+                   "block_random/a": 2.0, "block_random/b": 4.0, "block_frozen": 4.0,
                    "block_frozen/b": 5.0}  # fmt: skip
     dense = _blocks({"a": plain})
     assert dense["block"] == 3.0 and np.isnan(dense["block_frozen"])

@@ -227,7 +227,12 @@ def test_variants_and_common_tokens_by_hand():
     search = dict(variants(gcg))
     assert search["restarts"].label == "gcg/again"
     assert (search["unbounded"].substitutions, search["unbounded"].steps) == (1_000_000, 12)
-    assert list(dict(variants(edits))) == ["budget 1", "budget 2", "budget 4"]
+    # Letters are drawn; a search that draws nothing finds the same again.
+    bug = dict(variants(edits))
+    assert list(bug) == ["restarts", "unbounded", "budget 1", "budget 2", "budget 4"]
+    assert bug["restarts"].label == "deep_word_bug/again" and bug["unbounded"].edits == 1_000_000
+    fixed = edits.model_copy(update={"operations": ("swap", "delete")})
+    assert list(dict(variants(fixed)))[0] == "unbounded"
     before, after = common([1, 2, 3, 4], [1, 9, 3, 3, 4])
     assert before.tolist() == [0, 2, 3] and after.tolist() in ([0, 2, 4], [0, 3, 4])
 

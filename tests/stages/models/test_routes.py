@@ -12,7 +12,7 @@ from stages.models import routes
 from stages.models.expert_parallel import convert
 from stages.models.families import FAMILIES
 from stages.models.routes import routed, selected
-from stages.models.routing import blocks, weighing
+from stages.models.routing import Routing, blocks, weighing
 from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.models.tiny_shapes import TINY
 
@@ -246,6 +246,27 @@ def test_another_k_is_the_configured_k(mixtral):
     expected = logits_of(model)
     with routed(mixtral, routes.another_k(3, weighing(mixtral))):
         torch.testing.assert_close(logits_of(mixtral), expected)
+
+
+def test_another_k_can_keep_the_weights_of_the_configured_one(mixtral):
+    """Two are chosen: one keeps its share of them, a third and fourth are weighed against them."""
+    weigh = weighing(mixtral)
+    logits = torch.tensor([[3.0, 1.0, 2.0, 0.0]])
+    two = Routing("block", logits, torch.tensor([[0, 2]]), weigh(logits, torch.tensor([[0, 2]])))
+    together = torch.e**3 + torch.e**2
+    expected = torch.e ** torch.tensor([3.0, 2.0, 1.0, 0.0]) / together
+    for count in (1, 2, 3, 4):
+        changed = routes.another_k(count, weigh, kept=True)(two)
+        assert changed.experts.tolist() == [[0, 2, 1, 3][:count]]
+        torch.testing.assert_close(changed.weights[0], expected[:count])
+        # The family's own rule sums to 1.
+        ruled = routes.another_k(count, weigh)(two).weights[0]
+        torch.testing.assert_close(ruled, expected[:count] / expected[:count].sum())
+    # A softmax over all experts, not divided by what was chosen, has nothing to keep.
+    weigh = weighing(model_of("qwen2_moe"))
+    one = Routing("block", logits, torch.tensor([[0]]), weigh(logits, torch.tensor([[0]])))
+    torch.testing.assert_close(
+        routes.another_k(3, weigh, kept=True)(one).weights, routes.another_k(3, weigh)(one).weights)
 
 
 def gradient(model):
