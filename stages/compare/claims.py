@@ -24,7 +24,7 @@ from stages.compare.selection import (
     scored_moes,
 )
 from stages.compare.spec import UNTUNED, Hypotheses
-from stages.compare.table import number
+from stages.compare.table import interval, number
 from stages.evaluate.base import Evaluation, Metric
 from stages.models.card import ModelCard
 
@@ -88,14 +88,28 @@ class Claims:
         ], (
             f"{named}, whose FLOPs per token are equal within {SIZE_TOLERANCE:.0%}; robust "
             f"accuracy ({self._worst}) {number(moe)} against {number(dense)}"
+            f"{self._over_parameters(weights)}"
+        )
+
+    def _over_parameters(self, models: Iterable[str]) -> str:
+        """The slope of the Lipschitz constant's logarithm over that of all parameters, told beside
+        that of the law of robustness; of three sizes or more, two being told by their ratio."""
+        sizes = {model: self.cards[model].total_parameters for model in models
+                 if model in self.cards}  # fmt: skip
+        if len(set(sizes.values())) < 3:
+            return ""
+        weights = _least_squares(sizes, np.log(list(sizes.values())))
+        found = self._contrast("lipschitz", weights, "lipschitz", metric=LOG)
+        slope = number(found.value, signed=True), interval(found.ci_low, found.ci_high, signed=True)
+        return (
+            "; the logarithm of the Lipschitz constant over that of all parameters has slope "
+            f"{' '.join(filter(None, slope))} (the lower bound of arXiv 2105.12806: −0.5)"
         )
 
     def h2(self) -> tuple[list[Claim], str]:
         """The slope of robust accuracy over log2(E)."""
         series = expert_series(self.spec, self.cards, self.recipe, self._name("attacks"))
-        doublings = np.log2(list(series.values()))
-        centred = doublings - doublings.mean()
-        weights = dict(zip(series, centred / (centred**2).sum(), strict=True))
+        weights = _least_squares(series, np.log2(list(series.values())))
         found = self._contrast("attacks", weights, self._robust)
         levels = ", ".join(
             f"{number(level)} at E = {experts}"
@@ -345,3 +359,9 @@ class Claims:
         count = sum(a.kind != "paper" for a in attack_names(evaluation).values())
         of = ", mean of budgets" if of_images(evaluation) else ""
         return f"worst case over {count} attacks{of}"
+
+
+def _least_squares(models: Iterable[str], at: np.ndarray) -> dict[str, float]:
+    """Each model's weight in the slope of a line through what is measured of them."""
+    centred = at - at.mean()
+    return dict(zip(models, centred / (centred**2).sum(), strict=True))

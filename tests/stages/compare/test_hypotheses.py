@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 
 from stages.compare.hypotheses import TITLES, decide
+from stages.compare.table import number
 from stages.statistics import holm
 from tests.stages.compare import attacked
 from tests.stages.compare.attacked import (
@@ -56,6 +57,27 @@ def test_h1_needs_more_robust_and_less_steep(tmp_path, verdict):
     assert found["ratio"].tolist() == [False, True]
     assert (found["n"][0], found["documents"][0], found["seeds"][0]) == (40, 40, 3)
     assert "vmoe-4 vs vit, vmoe-8 vs vit" in found["compared"][0]
+
+
+def test_h1_tells_how_slopes_go_with_size(tmp_path):
+    """Beside the law of robustness; a line through three sizes, of which two are one alone."""
+    sizes = {"vit": 1_000_000, "vmoe-4": 2_000_000, "vmoe-8": 8_000_000}
+    cards = {name: card(name, total_parameters=size) for name, size in sizes.items()}
+    levels = {"vit": [3.0, 3.3, 3.6], "vmoe-4": [2.0] * 3, "vmoe-8": [1.0, 0.8, 1.1]}
+
+    def table(model, seed):
+        return slopes(levels[model][seed], model != "vit")
+
+    at = np.log(list(sizes.values()))
+    lines = [stats.linregress(at, np.log([levels[model][seed] for model in sizes])).slope
+             for seed in range(3)]  # fmt: skip
+    told = of(verdicts(tmp_path / "three", cards=cards, slopes=table), "H1")["compared"][0]
+    mean, margin = np.mean(lines), stats.t.ppf(0.975, 2) * stats.sem(lines)
+    assert (f"over that of all parameters has slope {number(mean, True)} "
+            f"[{number(mean - margin, True)}, {number(mean + margin, True)}] (the lower") in told
+    two = cards | {"vmoe-4": card("vmoe-4", total_parameters=1_000_000)}
+    assert "slope" not in of(
+        verdicts(tmp_path / "two", cards=two, slopes=table), "H1")["compared"][0]
 
 
 def test_h1_is_refuted_by_steeper_models_though_they_are_more_robust(tmp_path):
