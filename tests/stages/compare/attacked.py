@@ -144,7 +144,7 @@ def slopes(level=2.0, moe=True, n=N):
     lipschitz = level * (1 + 0.1 * (np.arange(n) % 3 - 1))
     frozen = 0.9 * lipschitz if moe else np.full(n, np.nan)
     values = {"lipschitz": lipschitz, "lipschitz_frozen": frozen, "jacobian_frozen": frozen}
-    values |= {"block": lipschitz / 4, "block_frozen": frozen / 4}
+    values |= {"block": lipschitz / 4, "block_random": lipschitz / 8, "block_frozen": frozen / 4}
     for layer in LAYERS:
         values |= {f"block/{layer}": lipschitz / 4, f"block_frozen/{layer}": frozen / 4}
     return examples(n, **values, lipschitz_random=lipschitz / 2, jacobian=lipschitz / 2,
