@@ -42,10 +42,11 @@ def test_passes_of_texts_by_hand(tmp_path):
     prompt = (round(found.characters("advbench")) + len("{prompt}")) / 4
     searched = 8 + 3
     each = 5 * (prompt + searched) + (1 + 20 * 35) * searched + prompt + 3 * (prompt + 8)
-    # Of the first one the search goes on and is made again, to two more answers.
-    more = 2 * ((1 + 20 * 35) * searched + prompt + 8)
+    # Of the first one the search goes on and is made twice again, to three more answers; 60 steps
+    # of free embeddings.
+    more = 3 * ((1 + 20 * 35) * searched + prompt + 8) + 181 * searched
     assert asked.read == pytest.approx(4 * each + more)
-    assert asked.written == (4 * 3 + 2) * 24 and asked.whole
+    assert asked.written == (4 * 3 + 3) * 24 and asked.whole
     # Slopes of 4 texts: a start of 5 steps and 8 samples within two radii, 2 labels; a model with
     # experts twice. The inputs of its blocks once more.
     slopes = found.plan.sweep.evaluations["slopes"]
