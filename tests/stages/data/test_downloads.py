@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages.data import downloads, sources
+from stages.data import downloads, packs, sources, web
 from stages.data.catalogue import CATALOGUE
 from stages.data.published import Split, Web
 from stages.data.spec import DataSpec
@@ -22,6 +22,7 @@ PROMPTS = [f"prompt {number}" for number in range(40)]
 CONTENT = json.dumps({"instructions": PROMPTS, "inputs": []}).encode()
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 COMMIT = "a" * 40
+TOY = "the_toy-1.0-py3-none-any.whl"
 ROWS = b"".join(
     json.dumps({"premise": f"p{n}", "hypothesis": "h", "gold": "neutral"}).encode() + b"\n"
     for n in range(30)
@@ -30,8 +31,13 @@ ROWS = b"".join(
 
 @pytest.fixture
 def server():
-    """Serves CONTENT, and a hub with ROWS as test.jsonl of owner/name."""
-    state = SimpleNamespace(ranges=[], cut=0, gated=False, tokens=set())
+    """Serves CONTENT, and a hub with ROWS as test.jsonl of owner/name.
+
+    ``cut`` breaks the next body off after so many bytes, ``down`` refuses bodies, ``tag`` is the
+    ETag of ``content``, which /index lists as the archive of project toy.
+    """
+    state = SimpleNamespace(ranges=[], cut=0, gated=False, tokens=set(), down=False, tag=None,
+                            content=CONTENT, asked=[])
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -46,8 +52,15 @@ def server():
             self.answer(body=True)
 
         def answer(self, body):
-            headers, content = {}, CONTENT
+            headers, content = {"ETag": state.tag} if state.tag else {}, state.content
             state.tokens.add(self.headers.get("Authorization"))
+            if self.path == "/index/the-toy/":
+                page = f'<a href="../../files/{TOY}#sha256=0">{TOY}</a>'.encode()
+                return self.send(200, page, {}, body)
+            if body and self.path.startswith(("/here", "/files")):
+                state.asked.append((self.headers["Range"], self.headers["If-Range"]))
+                if state.down:
+                    return self.send(503, b"", {}, body)
             if self.path.startswith("/absent"):
                 return self.send(404, b"{}", {}, body)
             if self.path.startswith(("/api", "/datasets")) and state.gated:
@@ -66,13 +79,15 @@ def server():
 
         def send(self, status, content, headers, body):
             start = 0
-            if body and status == 200 and "Range" in self.headers:
+            same = self.headers["If-Range"] in (None, headers.get("ETag"))
+            if body and status == 200 and "Range" in self.headers and same:
                 start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
                 if start >= len(content):
                     return self.send(416, b"", {}, body)
                 status = 206
                 headers |= {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-            if body and "/api/" not in self.path:
+            file = not self.path.startswith(("/api", "/index")) and status in (200, 206)
+            if body and file:
                 state.ranges.append(start)
             self.send_response(status)
             for name, value in headers.items():
@@ -81,10 +96,10 @@ def server():
             self.end_headers()
             if not body:
                 return
-            if state.cut and "/api/" not in self.path:
+            if state.cut and file:
                 self.wfile.write(content[start:start + state.cut])
                 self.close_connection = True
-                state.cut = 0
+                state.cut, state.down = 0, state.down is None
             else:
                 self.wfile.write(content[start:])
 
@@ -156,6 +171,114 @@ def test_a_connection_that_breaks_is_taken_up_again(entered, server, monkeypatch
     server.cut = 64
     assert load().table.num_rows == 40
     assert server.ranges == [0, 64]
+
+
+@pytest.fixture
+def breaking(server, monkeypatch):
+    """The server breaks off after 64 bytes and is down then, so that the first try fails."""
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 16)
+    server.cut, server.down, server.tag = 64, None, '"one"'
+    return server
+
+
+def test_without_a_checksum_the_servers_tag_says_what_to_go_on_with(entered, breaking):
+    made = entered(sha256=None)
+    path = downloads._place(made.splits["test"].web.url)
+    with pytest.raises(StageFailed, match="503"):
+        load()
+    assert path.with_name("here.json.part").read_bytes() == CONTENT[:64]
+    breaking.down = False
+    assert load().files == {"here.json": DIGEST}
+    assert breaking.asked == [
+        (None, '"one"'), ("bytes=64-", '"one"'), ("bytes=64-", '"one"')]
+    assert breaking.ranges == [0, 64]
+    assert {found.name for found in path.parent.iterdir()} == {"here.json", "here.json.lock"}
+
+
+def test_without_a_checksum_a_file_that_changed_begins_anew(entered, breaking):
+    """Between two tries, and under a try: the server then answers with the whole."""
+    made = entered(sha256=None)
+    path = downloads._place(made.splits["test"].web.url)
+    with pytest.raises(StageFailed, match="503"):
+        load()
+    other = CONTENT.replace(b"prompt", b"demand")
+    breaking.down, breaking.tag, breaking.content = False, '"two"', other
+    assert load().table["prompt"][0].as_py() == "demand 0"
+    assert breaking.asked[2:] == [(None, '"two"')] and path.read_bytes() == other
+
+    part, tag = path.with_name("here.json.part"), path.with_name("here.json.validator")
+    path.rename(part)
+    os.truncate(part, 64)
+    tag.write_text('"two"')
+    told = web._state
+
+    def changes_after_it_told(*arguments):
+        found = told(*arguments)
+        breaking.tag, breaking.content = '"one"', CONTENT
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(web, "_state", changes_after_it_told)
+        assert load().files == {"here.json": DIGEST}
+    assert breaking.asked[3:] == [("bytes=64-", '"two"')] and breaking.ranges[-1] == 0
+
+
+def test_a_weak_tag_tells_nothing_about_bytes(entered, breaking):
+    entered(sha256=None)
+    breaking.tag = 'W/"one"'
+    with pytest.raises(StageFailed, match="503"):
+        load()
+    breaking.down = False
+    assert load().files == {"here.json": DIGEST}
+    assert breaking.asked[2:] == [(None, None)]
+
+
+def test_a_pack_goes_on_where_it_stopped(breaking, monkeypatch, tmp_path):
+    """Its index is the one that pip is configured for."""
+    monkeypatch.setenv("PIP_INDEX_URL", f"{breaking.url}/index")
+    monkeypatch.setitem(packs.PACKS, "toy", packs.Pack("The.Toy", "1.0", TOY, DIGEST))
+    part = tmp_path / f"{TOY}.part"
+    # Two breaks: one that is taken up at once, one by which the server is gone for good.
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    monkeypatch.setattr(packs, "_download", None)  # pip would begin anew
+    part.write_bytes(CONTENT[:32])
+    breaking.down = False
+    assert packs.fetch("toy", tmp_path).read_bytes() == CONTENT
+    assert breaking.asked == [("bytes=32-", None), ("bytes=96-", None)]
+    assert sorted(found.name for found in tmp_path.iterdir()) == [".lock", TOY]
+
+
+def test_a_pack_that_breaks_off_says_how_to_go_on(breaking, monkeypatch, tmp_path):
+    monkeypatch.setenv("PIP_INDEX_URL", f"{breaking.url}/index")
+    monkeypatch.setitem(packs.PACKS, "toy", packs.Pack("The.Toy", "1.0", TOY, DIGEST))
+    monkeypatch.setattr(packs, "_download", None)
+    get = "huggingface_hub.file_download.http_get"
+
+    def breaks(url, file, **_):
+        file.write(CONTENT[:10])
+        raise ConnectionResetByPeer("gone")
+
+    class ConnectionResetByPeer(Exception):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get, breaks)
+        with pytest.raises(StageFailed, match="broke off after 10 bytes: gone; run again to go on"):
+            packs.fetch("toy", tmp_path)
+    breaking.cut, breaking.down = 0, False
+    assert packs.fetch("toy", tmp_path).read_bytes() == CONTENT
+    assert breaking.asked == [("bytes=10-", None)]
+
+
+def test_an_index_without_the_archive_is_left_to_pip(breaking, monkeypatch, tmp_path):
+    monkeypatch.setenv("PIP_INDEX_URL", f"{breaking.url}/index")
+    pack = packs.Pack("The.Toy", "1.1", "the_toy-1.1-py3-none-any.whl", DIGEST)
+    assert packs._listed(pack) is None
+    monkeypatch.setenv("PIP_INDEX_URL", f"{breaking.url.replace('//', '//user:word@')}/index")
+    assert packs._indexes() == []
+    monkeypatch.setenv("PIP_INDEX_URL", f"{breaking.url}/index")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert packs._indexes() == []
 
 
 def test_a_changed_file_is_refused_and_not_kept(entered):
