@@ -171,6 +171,8 @@ class Evaluation(Spec):
     """Raised when requests or scoring change, so that stored scores become stale."""
     primary: ClassVar[str]
     """Name of the metric that enters the Holm correction."""
+    added: ClassVar[tuple[str, ...]] = ()
+    """Fields that came later: off, they are no part of the identity, so that older scores stand."""
     units: ClassVar[dict[str, str]] = {}
     """Score column that is a sum over units of an example, to the column that counts them."""
 

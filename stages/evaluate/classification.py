@@ -21,7 +21,7 @@ from stages.data.templates import TEMPLATES, Template
 from stages.errors import StageFailed
 from stages.evaluate.base import Evaluation, Request, Response, mean_of
 from stages.evaluate.examples import answers
-from stages.evaluate.prompting import Shots
+from stages.evaluate.prompting import CHAT_CHOICES, Shots
 from stages.evaluate.techniques import ExpertCount
 from stages.evaluate.thinking import stripped
 
@@ -95,7 +95,8 @@ class Classification(Evaluation):
         """The template's hash, and which side of a prompt a head does without."""
         cut = {"too_long": "left"} if self.method == "head" else {}
         shots = self.shots.rule if self.shots else {}
-        return {"template": TEMPLATES[self.template].hash, **cut, **shots}
+        chat = CHAT_CHOICES if self.chat and self.method == "label_words" else {}
+        return {"template": TEMPLATES[self.template].hash, **cut, **shots, **chat}
 
     def vote(self, request: Request, text: str) -> str:
         """The label in an answer."""

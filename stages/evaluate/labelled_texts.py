@@ -14,6 +14,7 @@ from stages.data.templates import TEMPLATES
 from stages.evaluate.base import Evaluation, Request
 from stages.evaluate.classification import check_labels
 from stages.evaluate.examples import qualified
+from stages.evaluate.prompting import CHAT_CHOICES
 
 
 class LabelledTexts(Evaluation):
@@ -50,7 +51,7 @@ class LabelledTexts(Evaluation):
 
     def wordings(self) -> dict[str, str]:
         """The template's hash."""
-        return {"template": TEMPLATES[self.template].hash}
+        return {"template": TEMPLATES[self.template].hash, **(CHAT_CHOICES if self.chat else {})}
 
     def rows(self, frame: pd.DataFrame) -> list[dict]:
         """JSON-ready rows of a table: ``id``, the prompt ``before``, ``text``, ``after``, and

@@ -63,6 +63,10 @@ def _texts(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
     return [normalise("\n".join(map(str, row))) for row in rows]
 
 
+CHAT_CHOICES = {"choices": "without their blank after a chat template"}
+"""For the ``wordings`` of evaluations that once gave choices with it."""
+
+
 def wording(*texts: object) -> str:
     """First 12 hexadecimal digits of the sha256 of some texts."""
     return _digest(json.dumps(texts))[:12]

@@ -231,12 +231,17 @@ def encode(tokenizer: Tokenizer, request: Request, longest: int) -> list[Encoded
     """The choices of a request as tokens, at most ``longest`` of them before the last.
 
     White space at the end of the context belongs to the choices. Context and choice are tokenised
-    together and cut where the context's own tokens end.
+    together and cut where the context's own tokens end. The blank that parts a choice from a prompt
+    falls away after a chat template, where the choice begins the assistant's turn (a judge's words
+    are taken as they are).
     """
     context, special = prompt(tokenizer, request)
+    choices = request.choices
+    if request.chat and request.reply is None and tokenizer.chat_template:
+        choices = tuple(choice.removeprefix(" ") or choice for choice in choices)
     stripped = context.rstrip()
     head, *wholes = tokenizer(
-        [stripped, *(context + choice for choice in request.choices)],
+        [stripped, *(context + choice for choice in choices)],
         add_special_tokens=special and stripped != "",
         verbose=False,
     )["input_ids"]
@@ -244,7 +249,7 @@ def encode(tokenizer: Tokenizer, request: Request, longest: int) -> list[Encoded
         head = [beginning(tokenizer)]
         wholes = [tokens if tokens[:1] == head else head + tokens for tokens in wholes]
     encoded = []
-    for choice, tokens in zip(request.choices, wholes, strict=True):
+    for choice, tokens in zip(choices, wholes, strict=True):
         start = len(head)
         if start >= len(tokens):
             # The choice only changed the context's last tokens, so these are what it adds.

@@ -65,6 +65,9 @@ class EvaluateSpec(Spec):
             "evaluation_version": self.evaluation.VERSION,
             "wordings": self.evaluation.wordings(),
         }
+        for field in self.evaluation.added:
+            if not getattr(self.evaluation, field):
+                del found["evaluation"][field]
         if self.evaluation.writes_texts:
             found["thinking"] = thinking.VERSION
         if isinstance(self.evaluation.technique, techniques.SelfConsistency):

@@ -3,7 +3,8 @@
 Prompt and normalisation are those of lm-evaluation-harness's SciQ task, so numbers can be compared:
 the passage, the question and "Answer:", each choice after one blank; ``accuracy`` takes the choice
 with the largest log-probability, ``accuracy_norm`` divides it by the choice's number of characters
-(without the blank) first.
+(without the blank) first. With ``chat`` the prompt is the user's turn and a choice, without its
+blank, the assistant's.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,10 @@ class MultipleChoice(Evaluation):
     kind: Literal["multiple_choice"] = "multiple_choice"
     dataset: str
     split: str = "test"
+    chat: bool = False
+    """Put the prompt through the tokenizer's chat template."""
 
+    added: ClassVar[tuple[str, ...]] = ("chat",)
     axis: ClassVar[str] = "truthfulness"
     primary: ClassVar[str] = "accuracy"
 
@@ -38,7 +42,12 @@ class MultipleChoice(Evaluation):
         """One request per question, with all its choices."""
         frame = data[self.dataset]
         return [
-            Request(id, _prompt(row.context, row.question), tuple(f" {c}" for c in row.choices))
+            Request(
+                id,
+                _prompt(row.context, row.question),
+                tuple(f" {choice}" for choice in row.choices),
+                chat=self.chat,
+            )
             for id, row in zip(
                 qualified(self.dataset, frame["id"]), frame.itertuples(), strict=True
             )

@@ -45,7 +45,11 @@ class _TruthfulQA(Evaluation):
     shots: Shots | None = None
     """Demonstrations from a data set of task ``open_question`` in place of the built-in ones; the
     first answer of each is given."""
+    chat: bool = False
+    """Put the prompt through the tokenizer's chat template; a written answer is then not cut before
+    what looks like a next question."""
 
+    added: ClassVar[tuple[str, ...]] = ("chat",)
     axis: ClassVar[str] = "truthfulness"
 
     @model_validator(mode="after")
@@ -111,7 +115,7 @@ class TruthfulQA(_TruthfulQA):
         ids = qualified(self.dataset, frame["id"])
         contexts = self._contexts(data)
         return [
-            Request(id, context, tuple(f" {s}" for s in _statements(row)))
+            Request(id, context, tuple(f" {s}" for s in _statements(row)), chat=self.chat)
             for id, context, row in zip(ids, contexts, frame.itertuples(), strict=True)
         ]
 
@@ -236,8 +240,10 @@ class TruthfulQAGeneration(_TruthfulQA):
     def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:
         """One generation per question, which ends where a next question would begin."""
         ids = qualified(self.dataset, data[self.dataset]["id"])
+        stop = () if self.chat else ("\n\n", "\nQ:")
+        length = self.max_new_tokens
         return [
-            Request(id, context, max_new_tokens=self.max_new_tokens, stop=("\n\n", "\nQ:"))
+            Request(id, context, max_new_tokens=length, chat=self.chat, stop=stop)
             for id, context in zip(ids, self._contexts(data), strict=True)
         ]
 

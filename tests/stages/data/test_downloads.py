@@ -238,7 +238,7 @@ def test_a_pack_goes_on_where_it_stopped(breaking, monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_INDEX_URL", f"{breaking.url}/index")
     monkeypatch.setitem(packs.PACKS, "toy", packs.Pack("The.Toy", "1.0", TOY, DIGEST))
     part = tmp_path / f"{TOY}.part"
-    # Two breaks: one that is taken up at once, one by which the server is gone for good.
+    # What a kill left is gone on with, and so is what a connection brought before it broke.
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
     monkeypatch.setattr(packs, "_download", None)  # pip would begin anew
     part.write_bytes(CONTENT[:32])

@@ -12,7 +12,9 @@ from stages.errors import StageFailed
 from stages.evaluate.base import Request, Response
 from stages.evaluate.classification import label_in, most_probable
 from stages.evaluate.out_of_distribution import AdversarialSets
-from stages.evaluate.prompting import Shots
+from stages.evaluate.prompting import CHAT_CHOICES, Shots
+from stages.evaluate.scorer import encode
+from stages.models.tiny import tiny_tokenizer
 from stages.statistics import summarise
 
 FIELDS = {"standard": "snli", "adversarial": ("r1", "r2"), "template": "nli"}
@@ -285,3 +287,14 @@ def test_requests_of_a_chat():
     assert evaluation.requests(DATA)[0] == Request(
         "snli/0", evaluation.requests(DATA)[0].context, max_new_tokens=16, chat=True
     )
+    # Label words lose their blank after a chat template, so older scores of such chats are stale.
+    words = AdversarialSets(**FIELDS, chat=True)
+    context = words.requests(DATA)[0].context
+    turns = f"<|im_start|>user\n{context}<|im_end|>\n<|im_start|>assistant\n"
+    tokenizer = tiny_tokenizer()
+    assert [tokenizer.decode(choice.tokens) for choice in
+            encode(tokenizer, words.requests(DATA)[0], 9999)] == [
+        turns + word for word in ("Yes", "Maybe", "No")]
+    plain = AdversarialSets(**FIELDS)
+    assert words.wordings() == plain.wordings() | CHAT_CHOICES
+    assert evaluation.wordings() == plain.wordings()

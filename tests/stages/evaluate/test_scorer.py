@@ -24,6 +24,7 @@ REQUESTS = [
     Request("empty", "", ("abc", "abd")),
     Request("spaces only", "  ", ("abc", "x")),
     Request("chat", "Hello?", ("Hi.", "No."), chat=True),
+    Request("chat words", "Sentiment:", (" good", " bad", " "), chat=True),
     Request("one choice", "A passage that is somewhat longer than the others.", (" Yes",)),
 ]
 
@@ -52,7 +53,10 @@ def byte_pair(request: Request, tokenizer) -> list[tuple[list[int], list[int]]]:
         context = f"<|im_start|>user\n{context}<|im_end|>\n<|im_start|>assistant\n"
     head = tokenizer(context.rstrip())["input_ids"] or [tokenizer.bos_token_id]
     tail = context[len(context.rstrip()) :]
-    return [(head, tokenizer(tail + choice)["input_ids"]) for choice in request.choices]
+    choices = request.choices
+    if request.id == "chat words":  # the assistant's turn begins without the blank
+        choices = ("good", "bad", " ")
+    return [(head, tokenizer(tail + choice)["input_ids"]) for choice in choices]
 
 
 def assert_logprobs(responses, expected, tolerance=1e-5):
@@ -239,7 +243,7 @@ def test_same_numbers_as_lm_evaluation_harness(model, tokenizer):
 
     peer = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
     # The harness has no chat turns in a request and fails on a context of spaces only.
-    requests = [r for r in REQUESTS if r.id not in ("chat", "spaces only")]
+    requests = [r for r in REQUESTS if not r.chat and r.id != "spaces only"]
     instances = [
         Instance("loglikelihood", {}, (r.context, choice), i)
         for r in requests

@@ -4,7 +4,10 @@ import pytest
 
 from stages.errors import StageFailed
 from stages.evaluate.base import Request, Response
+from stages.evaluate.scorer import encode
+from stages.evaluate.spec import EvaluateSpec
 from stages.evaluate.truthfulness import MultipleChoice
+from stages.models.tiny import tiny_tokenizer
 from stages.statistics import summarise
 
 EVALUATION = MultipleChoice(dataset="quiz")
@@ -46,6 +49,30 @@ def test_prompts_are_those_of_lm_evaluation_harness():
         "quiz/7", "Rivers are water.\nQuestion: What is wet?\nAnswer:", (" water", " a stone")
     )
     assert requests[1].context == "\nQuestion: Who?\nAnswer:"
+
+
+def test_a_chat_has_the_prompt_as_the_users_turn_and_the_choice_as_the_assistants():
+    chat = MultipleChoice(dataset="quiz", chat=True).requests(DATA)[0]
+    tokenizer, plain = tiny_tokenizer(), EVALUATION.requests(DATA)[0]
+    prompt = "Rivers are water.\nQuestion: What is wet?\nAnswer:"
+    turns = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    read = {name: [tokenizer.decode(choice.tokens) for choice in encode(tokenizer, request, 999)]
+            for name, request in (("chat", chat), ("plain", plain))}
+    assert read == {"chat": [f"{turns}water", f"{turns}a stone"],
+                    "plain": [f"{prompt} water", f"{prompt} a stone"]}
+    # A model without a template is asked plainly, blank included.
+    tokenizer.chat_template = None
+    assert [tokenizer.decode(c.tokens) for c in encode(tokenizer, chat, 999)] == read["plain"]
+
+
+def test_scores_without_a_chat_are_what_they_were():
+    def identity(**fields):
+        return EvaluateSpec(evaluation=MultipleChoice(dataset="quiz", **fields)).identity()
+
+    assert identity()["evaluation"] == {
+        "kind": "multiple_choice", "dataset": "quiz", "split": "test", "technique": None,
+        "declared": {}}
+    assert identity(chat=True)["evaluation"]["chat"] is True
 
 
 def test_accuracy_by_sum_and_by_characters():

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -6,8 +7,10 @@ import pytest
 from pydantic import ValidationError
 
 from stages.errors import StageFailed
-from stages.evaluate.base import Response
+from stages.evaluate.base import Request, Response
 from stages.evaluate.prompting import Shots
+from stages.evaluate.scorer import encode, prompt
+from stages.evaluate.spec import EvaluateSpec
 from stages.evaluate.truthfulqa import (
     DEMONSTRATIONS,
     INSTRUCTION,
@@ -17,6 +20,7 @@ from stages.evaluate.truthfulqa import (
     mc_scores,
     overlap_scores,
 )
+from stages.models.tiny import tiny_tokenizer
 from stages.statistics import summarise
 
 
@@ -52,6 +56,33 @@ def test_prompt_is_instruction_six_demonstrations_question():
     assert bare[0].context == "Q: What falls?\nA:"
 
 
+def test_a_chat_has_the_prompt_as_the_users_turn():
+    """The statements, and what is written, are the assistant's; nothing in them ends an answer."""
+    tokenizer = tiny_tokenizer()
+    chat = {"dataset": "tqa", "chat": True}
+    for fields in ({"prompt": "question"}, {}):
+        plain = TruthfulQA(dataset="tqa", **fields).requests(DATA)[0]
+        turns = f"<|im_start|>user\n{plain.context}<|im_end|>\n<|im_start|>assistant\n"
+        asked = TruthfulQA(**chat, **fields).requests(DATA)[0]
+        assert [tokenizer.decode(choice.tokens) for choice in encode(tokenizer, asked, 9999)] == [
+            turns + text for text in
+            ("Rain falls.", "Snow falls.", "The sky falls.", "Nothing falls.")]
+        assert asked == replace(plain, chat=True) and not plain.chat
+        written = TruthfulQAGeneration(**chat, **fields).requests(DATA)[0]
+        assert written == Request("tqa/1", plain.context, max_new_tokens=50, chat=True)
+        assert prompt(tokenizer, written) == (turns, False)
+        cut = TruthfulQAGeneration(dataset="tqa", **fields).requests(DATA)[0]
+        assert cut == replace(written, chat=False, stop=("\n\n", "\nQ:"))
+
+
+@pytest.mark.parametrize("kind", [TruthfulQA, TruthfulQAGeneration])
+def test_scores_without_a_chat_keep_their_identity(kind):
+    without, with_chat = (EvaluateSpec(evaluation=kind(dataset="tqa", chat=chat)).identity()
+                          for chat in (False, True))
+    assert "chat" not in without["evaluation"]
+    assert with_chat["evaluation"] == without["evaluation"] | {"chat": True}
+
+
 def test_demonstrations_from_a_data_set():
     shots = Shots(dataset="demos", split="train", count=2)
     evaluation = TruthfulQA(dataset="tqa", shots=shots)
@@ -69,7 +100,6 @@ def test_demonstrations_from_a_data_set():
 
 def test_the_prompts_wording_is_part_of_the_scores_identity(monkeypatch):
     from stages.evaluate import truthfulqa
-    from stages.evaluate.spec import EvaluateSpec
 
     spec = EvaluateSpec(evaluation=TruthfulQA(dataset="tqa"))
     before = spec.identity()
