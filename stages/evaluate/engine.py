@@ -75,8 +75,7 @@ class Engine:
         self.held: dict[str, tuple] = {}
         self.predictors: dict[AnyTechnique, Predictor] = {}
         self.tokenizer = load_input(folder)
-        one = "cuda" if device == "auto" else device
-        self.head = Head(folder, self.tokenizer, dtype, one) if has_head(folder) else None
+        self.head = Head(folder, self.tokenizer, **self.place) if has_head(folder) else None
         if self.head is None:
             self.model  # noqa: B018 - a folder that cannot be loaded fails here
 

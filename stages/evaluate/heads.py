@@ -1,7 +1,7 @@
 """Checkpoints with a classification head: fine-tuned classifiers and judges that give a score."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from stages.errors import StageFailed
 from stages.evaluate.base import Request, Response
 from stages.models.classifier import is_classifier, register
 from stages.models.families import FAMILIES
+from stages.models.load import check_fits
 
 LONGEST = 512
 """Tokens of a text at most, where the model does not say."""
@@ -24,19 +25,36 @@ def has_head(folder: Path) -> bool:
 
 
 class Head:
-    """A model with a head over whole sequences; raises StageFailed where weights are missing."""
+    """A model with a head over whole sequences.
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, dtype: str, device: str):
+    The keywords are those of ``stages.models.load.load``; raises StageFailed where weights are
+    missing or do not fit.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        *,
+        dtype: str,
+        device: str,
+        max_memory: Mapping[int | str, int] | None = None,
+        offload: Path | None = None,
+    ):
         self.tokenizer = tokenizer
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-        if model_type in FAMILIES:  # judges are of other architectures
+        if model_type in FAMILIES:
             register(model_type)
+        elif device == "auto":  # a judge of another architecture, which fits on one accelerator
+            device = "cuda"
         try:
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
                 device_map=device,
+                max_memory=max_memory and dict(max_memory),
+                offload_folder=offload,
                 local_files_only=True,
                 output_loading_info=True,
             )
@@ -48,6 +66,8 @@ class Head:
                 f"{folder}: {len(missing)} weights are missing, first {missing[0]}; its head was "
                 "never trained"
             )
+        if device == "auto" and offload is None:
+            check_fits(model, folder)
         self.model = model.eval()
 
     @torch.inference_mode()

@@ -80,17 +80,24 @@ def load(
             f"{folder}: {len(missing)} weights of {model.config.model_type} are missing from its "
             f"safetensors, first {missing[0]}; it is incomplete or of another architecture"
         )
-    if device == "auto" and offload is None and (homes := _homes(model)) & {"cpu", "disk"}:
-        raise StageFailed(
-            f"{folder}: does not fit on the accelerators of one worker ({', '.join(sorted(homes))} "
-            "would hold a part of it); take more of them, `gpus` in the sweep's resources"
-        )
+    if device == "auto" and offload is None:
+        check_fits(model, folder)
     with torch.device("meta"):
         fresh = type(model)(model.config)
     # Loading forgets which parameters are not meant to be trained (biases of a router's choice).
     for parameter, meant in zip(model.parameters(), fresh.parameters(), strict=True):
         parameter.requires_grad_(meant.requires_grad)
     return model.eval()
+
+
+def check_fits(model: PreTrainedModel, folder: Path) -> None:
+    """Raise StageFailed where a part of a model that was spread lies on no accelerator."""
+    homes = _homes(model)
+    if homes & {"cpu", "disk"}:
+        raise StageFailed(
+            f"{folder}: does not fit on the accelerators of one worker ({', '.join(sorted(homes))} "
+            "would hold a part of it); take more of them, `gpus` in the sweep's resources"
+        )
 
 
 def _homes(model: PreTrainedModel) -> set[str]:
