@@ -310,7 +310,9 @@ def expert_count(model: PreTrainedModel, technique: ExpertCount) -> Iterator[Non
             f"technique.top_k: {technique.top_k} is more than the {experts} experts of a layer; "
             f"give 1 to {experts}"
         )
-    if entry.index is None or any(not hasattr(router, "top_k") for router in routers.values()):
+    seen = entry.index is not None
+    settable = seen or entry.router_decides_top_k
+    if not settable or any(not hasattr(router, "top_k") for router in routers.values()):
         raise StageFailed(
             f"technique.top_k: the routers of {model.config.model_type} have no number of experts "
             "to set; evaluate without expert_count"
@@ -324,7 +326,7 @@ def expert_count(model: PreTrainedModel, technique: ExpertCount) -> Iterator[Non
                 f"{technique.top_k} experts though told so; evaluate without expert_count"
             )
 
-    hooks = [router.register_forward_hook(observe) for router in before]
+    hooks = [router.register_forward_hook(observe) for router in before if seen]
     try:
         for router in before:
             router.top_k = technique.top_k

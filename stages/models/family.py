@@ -70,7 +70,7 @@ class Family:
     """Place of the chosen experts' numbers; None where they cannot be read off."""
     router_decides_top_k: bool = False
     """The routers' attribute ``top_k`` is all that the number of experts per token depends on,
-    although their choice cannot be read off."""
+    although their choice cannot be read off: training and evaluation may set it."""
     choice_bias: str = ""
     """Parameters that are added to the scores for the choice alone: no gradient reaches them, so
     recipes never train them (nor let weight decay move them)."""

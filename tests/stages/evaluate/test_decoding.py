@@ -258,13 +258,14 @@ def test_an_amateur_may_have_other_rows_beyond_the_tokens():
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "moduleformer"])
 def test_expert_count_is_a_model_of_that_configuration(name):
     model = tiny_model(name, TOKENIZER, seed=0)
     before = score(model, TOKENIZER, CHOICES)
     config = model.config.to_dict()
     for count in (1, 2, 3, 4):
-        other = type(model)(type(model.config)(**(config | {"num_experts_per_tok": count})))
+        names = ("k_att", "k_mlp") if name == "moduleformer" else ("num_experts_per_tok",)
+        other = type(model)(type(model.config)(**(config | dict.fromkeys(names, count))))
         other.load_state_dict(model.state_dict())
         expected = score(other.eval(), TOKENIZER, CHOICES)
         with expert_count(model, ExpertCount(kind="expert_count", top_k=count)):
@@ -313,6 +314,9 @@ def test_expert_count_is_refused_where_it_cannot_act(monkeypatch):
         pass
     many = ExpertCount(kind="expert_count", top_k=5)
     with pytest.raises(StageFailed, match="5 is more than the 4"), expert_count(sparse, many):
+        pass
+    switch = tiny_model("switch_transformers", TOKENIZER, seed=0)
+    with pytest.raises(StageFailed, match="no number of experts"), expert_count(switch, one):
         pass
     router = sparse.model.layers[0].mlp.gate
     forward = type(router).forward
