@@ -10,7 +10,8 @@ from stages.models.tiny import tiny_model, tiny_tokenizer
 def models(tmp_path_factory):
     """Folder of a tiny model by the name of its family."""
     folders = {}
-    for name in ("llama", "mixtral", "qwen2_moe", "switch_transformers", "nllb-moe", "jetmoe"):
+    mixtures = ("mixtral", "qwen2_moe", "switch_transformers", "nllb-moe", "jetmoe")
+    for name in ("llama", "t5", *mixtures):
         folder = tmp_path_factory.mktemp(name)
         tokenizer = tiny_tokenizer()
         model = tiny_model(name, tokenizer, seed=3)

@@ -68,6 +68,7 @@ def copy(spec, **changes):
 VALIDATION = Validation(dataset="reviews", split="train", template="sentiment", limit=5, every=2)
 DROPPED = copy(MOE, expert_parallel=2, experts=Experts(dropout=0.3), steps=5)
 ZERO2 = copy(SPEC, steps=3, deepspeed_config="cpu_dense_zero2.json")
+TEN = copy(ZERO2, steps=10)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,8 @@ def runs(models, partners, data, tmp_path_factory):
 
     for name in PARTNERS:
         plan(f"zero2-{name}", name, ZERO2)
+    for name in ("llama", "t5"):
+        plan(f"zero2-{name}", name, TEN)
 
     plan("ep2", "mixtral", copy(MOE, expert_parallel=2))
     plan("ep1", "mixtral", MOE)
@@ -106,8 +109,10 @@ def runs(models, partners, data, tmp_path_factory):
         plan(f"resumed_{name}", "mixtral", spec, checkpoints=checkpoints)
     plan("other_layout", "mixtral", MOE, checkpoints=checkpoints)
     plan("qwen", "qwen2_moe", copy(MOE, expert_parallel=2))
-    plan("dropped", "mixtral", DROPPED)
-    plan("validated", "mixtral", copy(DROPPED, validation=VALIDATION))
+    for size in (1, 2):
+        dropped = copy(DROPPED, expert_parallel=size)
+        plan(f"dropped-{size}", "mixtral", dropped)
+        plan(f"validated-{size}", "mixtral", copy(dropped, validation=VALIDATION))
     plan("dense", "llama", SPEC)
     plan("head", "mixtral", HEAD)
     rung = tmp_path_factory.mktemp("rung")
@@ -130,20 +135,21 @@ def test_mixtral_trains_as_a_plain_loop_does(name, runs, models, data):
     assert_same_training(runs / name, MOE, models["mixtral"], data)
 
 
-def test_held_out_rows_are_looked_at_as_the_model_is_and_leave_no_trace(runs, models, data):
+@pytest.mark.parametrize("size", [1, 2])
+def test_held_out_rows_are_looked_at_as_the_model_is_and_leave_no_trace(runs, models, data, size):
     """Five rows for two workers of two rows a pass; the last look is at what is exported."""
-    plain, watched = curve(runs / "dropped"), curve(runs / "validated")
+    plain, watched = (curve(runs / f"{name}-{size}") for name in ("dropped", "validated"))
     looks = watched["validation_loss"].notna()
     assert watched.loc[looks, "step"].tolist() == [2, 4, 5]
     for column in ("loss", "gradient_norm", "auxiliary_loss"):
         assert watched[column].tolist() == plain[column].tolist()
-    left, right = weights(runs / "dropped"), weights(runs / "validated")
+    left, right = (weights(runs / f"{name}-{size}") for name in ("dropped", "validated"))
     assert all(torch.equal(left[name], right[name]) for name in left)
     spec = copy(DROPPED, validation=VALIDATION)
     tokenizer = AutoTokenizer.from_pretrained(models["mixtral"])
     examples = load_examples(spec, data, tokenizer, held_out=True)
     model = AutoModelForCausalLM.from_pretrained(
-        runs / "validated", dtype=torch.float32, use_safetensors=True).eval()
+        runs / f"validated-{size}", dtype=torch.float32, use_safetensors=True).eval()
     losses = []
     for example in examples:
         ids = torch.tensor([example.input_ids])
@@ -154,7 +160,7 @@ def test_held_out_rows_are_looked_at_as_the_model_is_and_leave_no_trace(runs, mo
     assert len(examples) == 5
     last = watched["validation_loss"].iloc[-1]
     assert last == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    told = json.loads((runs / "validated/recipe_evidence.json").read_text())
+    told = json.loads((runs / f"validated-{size}/recipe_evidence.json").read_text())
     told = told["knobs"]["validation"]["measured"]
     assert told["looks"] == 3 and 0 < told["share_of_time"] < 1
     assert told["seconds"] == pytest.approx(watched["validation_seconds"].sum())
@@ -186,6 +192,11 @@ def test_a_classification_head_trains_as_a_plain_loop_does(runs, models, data):
 
 def test_dense_model_trains_as_a_plain_loop_does(runs, models, data):
     assert_same_training(runs / "dense", SPEC, models["llama"], data)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_ten_steps_under_zero_equal_those_of_a_plain_loop(name, runs, models, data):
+    assert_same_training(runs / f"zero2-{name}", TEN, models[name], data, norm=1e-4)
 
 
 @pytest.mark.parametrize("name", PARTNERS)
