@@ -25,6 +25,7 @@ def download(
     process may do this for a path at a time. Raises OSError where the server refuses or the file is
     not the expected one, and the HTTP library's error where the connection breaks for good.
     """
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import http_get
 
     part, tag = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.validator")
@@ -40,8 +41,13 @@ def download(
                 tag.write_text(validator)
                 # Beside no Range, as in the first request, a server ignores it.
                 headers["If-Range"] = validator
-        with part.open("ab") as file:
-            http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=size)
+        try:
+            with part.open("ab") as file:
+                http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=size)
+        except HfHubHTTPError as error:
+            if error.response.status_code == 416:  # longer than the file is by now
+                part.unlink()
+            raise
     if sha256 is not None and (found := files.digest(part)) != sha256:
         part.unlink()
         raise OSError(f"it has sha256 {found}, expected {sha256}")

@@ -164,6 +164,17 @@ def test_what_a_kill_left_whole_is_kept_and_what_nothing_identifies_begins_anew(
         assert server.ranges == asked
 
 
+def test_what_is_longer_than_the_file_begins_anew_at_the_next_try(entered, server):
+    made = entered()
+    path = downloads._place(made.splits["test"].web.url)
+    path.parent.mkdir(parents=True)
+    path.with_name("here.json.part").write_bytes(CONTENT + b"of an older one")
+    with pytest.raises(StageFailed, match="416"):
+        load()
+    assert load().table.num_rows == 40
+    assert server.ranges == [0]
+
+
 def test_a_connection_that_breaks_is_taken_up_again(entered, server, monkeypatch):
     # The library writes, and so resumes, in steps of this size; 10 MiB otherwise.
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 16)
