@@ -133,9 +133,16 @@ class EvaluationChecks:
                         yield (f"{field}.top_k: {count} is more than the {facts.experts} experts "
                                f"of {name}; lower it")
                 for count in evaluation.prune:
-                    if count >= facts.experts:
-                        yield (f"{field}.prune: {count} leaves none of the {facts.experts} experts "
-                               f"of {name}; lower it")
+                    if count > facts.experts - facts.top_k:
+                        yield (f"{field}.prune: {count} of the {facts.experts} experts of {name} "
+                               f"leave fewer than the {facts.top_k} that a token needs; lower it")
+                if evaluation.random_masks and facts.experts // 2 > facts.experts - facts.top_k:
+                    yield (f"{field}.random_masks: half of the {facts.experts} experts of {name} "
+                           f"are fewer than the {facts.top_k} that a token needs; remove it")
+                if "next_ranked" in evaluation.substitutions and 2 * facts.top_k > facts.experts:
+                    yield (f"{field}.substitutions: {name} chooses {facts.top_k} of "
+                           f"{facts.experts} experts, so there are no next_ranked ones for each; "
+                           "name others alone")
 
     def weighed(self, evaluation: Evaluation, field: str) -> Iterator[str]:
         """Problems of what puts other experts in the place of the chosen ones, with the weights

@@ -74,6 +74,7 @@ def ascend(
     for step in range(steps + 1):
         delta.requires_grad_(step < steps)
         losses, margins = objective(clean + delta)
+        margins = margins.nan_to_num(nan=-torch.inf)  # one start without an answer is not the best
         top = int(margins.argmax())
         if margins[top].item() > best[1]:
             best = delta[top].detach().clone(), margins[top].item()

@@ -119,12 +119,12 @@ class Objective:
         return Value(loss, logits.detach())
 
     def climb(self, images: torch.Tensor) -> tuple[Value, torch.Tensor]:
-        """The objective at some images, and its gradient (B, C, H, W)."""
+        """The objective at some images, and its gradient (B, C, H, W), 0 where it is no number."""
         images = images.detach().requires_grad_()
         value = self(images)
         self.gradients += len(images)
         (gradient,) = torch.autograd.grad(value.loss.sum(), images)
-        return Value(value.loss.detach(), value.logits), gradient
+        return Value(value.loss.detach(), value.logits), gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
 class Best:

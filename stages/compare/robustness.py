@@ -102,9 +102,9 @@ def _lead(verdicts: pd.DataFrame, seeds: int) -> str:
         )
     elif trained and seeds < FEW_SEEDS:
         few = (
-            f"{seeds} training seeds leave much undecided: where runs differ, the tests have about "
-            f"{seeds - 1} degrees of freedom, so that a difference shown by the bootstrap under "
-            "Results may be undecided here. "
+            f"{seeds} training seeds leave much undecided: what runs differ by is known from "
+            f"{seeds - 1} degrees of freedom, and the tests allow for it, so that a difference "
+            "shown by the bootstrap under Results may be undecided here. "
         )
     tested = verdicts.drop_duplicates(["recipe", "hypothesis"])["p_holm"].count()
     return (

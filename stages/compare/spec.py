@@ -65,7 +65,7 @@ class CompareSpec(Spec):
     - ``data/<dataset>``: a prepared data set with ``card.json``
     """
 
-    VERSION: ClassVar[int] = 6
+    VERSION: ClassVar[int] = 7
 
     title: str
     pairs: Annotated[tuple[Pair, ...], Field(min_length=1)]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+UNBOUNDED = "unbounded"
 SLACK = 0.02
 """Share of the examples that may contradict a check."""
 
@@ -49,7 +50,7 @@ def unbounded(attack: str, success: np.ndarray) -> dict[str, object]:
     """Without a bound everything can be broken."""
     rate = float(success.mean())
     return check(
-        attack, "unbounded", rate, rate == 1.0, len(success),
+        attack, UNBOUNDED, rate, rate == 1.0, len(success),
         "share of examples broken without a bound; must be all",
     )  # fmt: skip
 
@@ -81,14 +82,16 @@ def at_worst(checks: Iterable[dict]) -> dict[str, object]:
 
 
 def failures(checks: Iterable[dict]) -> str:
-    """The failed checks in words, each with the attacks that fail it and, of each, the largest
-    value; empty where none fails. Several seeds' checks may be given together."""
+    """The failed checks in words, each with the attacks that fail it and, of each, the worst value;
+    empty where none fails. Several seeds' checks may be given together."""
     worst: dict[str, dict[str, dict]] = {}
     for row in checks:
         if not row["passed"]:
             of_check = worst.setdefault(row["check"], {})
             known = of_check.get(row["attack"], row)
-            of_check[row["attack"]] = max(known, row, key=lambda found: found["value"])
+            # Of what must break all, the worst is what breaks the fewest.
+            worse = min if row["check"] == UNBOUNDED else max
+            of_check[row["attack"]] = worse(known, row, key=lambda found: found["value"])
     return "; ".join(
         f"{check} (" + ", ".join(f"{a}: {r['value']:.2f} of {r['n']}" for a, r in of.items()) + ")"
         for check, of in worst.items()

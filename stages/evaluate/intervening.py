@@ -58,8 +58,8 @@ class Intervening:
         for name in spec.substitutions:
             for share in spec.shares:
                 yield f"{name}_{share:g}", routes.at_share(made[name](), share, seed)
-        for name, count, kept in spec.counts:
-            yield name, routes.another_k(count, self.weigh, kept=kept)
+        for name, count, other_rule in spec.counts:
+            yield name, routes.another_k(count, self.weigh, other_rule=other_rule)
         for count in spec.prune:
             for which in WAYS:
                 gone = pruned(used, layers, count, which, spec.seed)

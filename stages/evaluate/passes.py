@@ -190,8 +190,7 @@ def _on_text(attack: AnyTextAttack, characters: int, moe: bool) -> int:
         forms *= len(attack.operations)
     elif isinstance(attack, WordNeighbours):
         forms = attack.neighbours
-    words = characters // WORD
-    return 1 + words + min(attack.edits, words) * forms
+    return 1 + characters // WORD + attack.edits * forms
 
 
 def _interventions(evaluation: Interventions, layers: int) -> int:

@@ -43,10 +43,9 @@ class Interventions(Evaluation):
     top_k: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Other numbers of experts per token."""
     top_k_weights: Annotated[
-        tuple[Literal["by_rule", "kept"], ...], Field(min_length=1)] = ("by_rule",)
-    """Of those: by the router's rule for so many, or as it weighs them among as many as it was
-    trained with, so that weights do not sum to what they did (``top_K_kept``). The same for routers
-    that do not divide by the sum of the chosen."""
+        tuple[Literal["by_rule", "other_rule"], ...], Field(min_length=1)] = ("by_rule",)
+    """Of those, by the router's rule or by the other one (``top_K_other_rule``): some routers
+    divide by the sum over the chosen, so that weights always sum to the same, others do not."""
     prune: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Experts that are taken out of every layer: so many of the least used, of the most used, and
     random ones; their tokens go to the best of the rest."""
@@ -78,10 +77,11 @@ class Interventions(Evaluation):
     @property
     def counts(self) -> list[tuple[str, int, bool]]:
         """Of each intervention with another number of experts the name, that number, and whether
-        weights are kept."""
+        it is the other rule that weighs them."""
+        endings = {"by_rule": "", "other_rule": "_other_rule"}
         return [
-            (f"top_{count}_kept" if way == "kept" else f"top_{count}", count, way == "kept")
-            for way in self.top_k_weights for count in self.top_k
+            (f"top_{count}{endings[rule]}", count, rule == "other_rule")
+            for rule in self.top_k_weights for count in self.top_k
         ]  # fmt: skip
 
     def sources(self) -> dict[str, tuple[str, str]]:

@@ -34,8 +34,8 @@ BUDGETS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Of the checks, in units of the attack's own."""
 UNBOUNDED = 100.0
 """Radius, in norms of an embedding, that leaves nothing of the original."""
-NO_LIMIT = 1_000_000
-"""Substitutions or edited words that no text has room for."""
+EVERY_TOKEN = 1_000_000
+"""Substitutions that no text has room for."""
 UNBOUNDED_STEPS = 4
 """Times as many steps for a search that may replace every token."""
 SWAPS = {"clean_attacked": "clean input, attacked routes",
@@ -291,11 +291,11 @@ def _mean(by_layer: dict[str, float]) -> float:
 
 
 def variants(attack: AnyTextAttack) -> Iterator[tuple[str, AnyTextAttack]]:
-    """The same attack with twice the effort, with other budgets and without a bound, each with the
-    name of the check that it serves.
+    """The same attack with twice the effort, with other budgets and, where it can reach every input
+    then, without a bound, each with the name of the check that it serves.
 
-    Edits without a bound change every word, each once: a text can withstand that, and an attack
-    that leaves one is marked, since what withstands it says little of the model.
+    Edits of every word do not reach every text, and a model may call all that they reach by one
+    label: there is nothing that they must break.
     """
     if isinstance(attack, EmbeddingPGD):
         yield "steps", attack.model_copy(update={"steps": 2 * attack.steps})
@@ -310,12 +310,10 @@ def variants(attack: AnyTextAttack) -> Iterator[tuple[str, AnyTextAttack]]:
         yield "steps", attack.model_copy(update={"steps": 2 * attack.steps})
         # Its draws are those of its name.
         yield "restarts", attack.model_copy(update={"name": f"{attack.label}/again"})
-        free = {"substitutions": NO_LIMIT, "steps": UNBOUNDED_STEPS * attack.steps}
+        free = {"substitutions": EVERY_TOKEN, "steps": UNBOUNDED_STEPS * attack.steps}
         yield "unbounded", attack.model_copy(update=free)
-    else:
-        if isinstance(attack, DeepWordBug) and attack.draws:
-            yield "restarts", attack.model_copy(update={"name": f"{attack.label}/again"})
-        yield "unbounded", attack.model_copy(update={"edits": NO_LIMIT})
+    elif isinstance(attack, DeepWordBug) and attack.draws:
+        yield "restarts", attack.model_copy(update={"name": f"{attack.label}/again"})
     size = getattr(attack, field)
     for budget in sorted({max(1, size // 2), size, 2 * size}):
         yield f"budget {budget}", attack.model_copy(update={field: budget})

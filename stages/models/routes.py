@@ -233,21 +233,23 @@ def masked(experts: Mapping[str, Collection[int]], weigh: Weigh) -> Policy:
     return policy
 
 
-def another_k(count: int, weigh: Weigh, *, kept: bool = False) -> Policy:
+def another_k(count: int, weigh: Weigh, *, other_rule: bool = False) -> Policy:
     """The best ``count`` experts by their logits, weighed by the family's rule.
 
-    ``kept``: as that rule weighs them when it chooses as many as it is configured to, so that the
-    experts of both choices keep their weights and the sum changes; another thing only where the
-    rule divides by the sum over the chosen.
+    ``other_rule``: where the rule divides by the sum over the chosen, without that: each expert has
+    the weight that it has, or would have, beside as many as the router is configured to choose.
+    Where the rule does not, the weights are made to sum to what those of the configured number do.
     """
 
     def policy(routing: Routing) -> Routing:
         logits = routing.logits.detach()
         chosen = logits.topk(count, -1).indices
         weights = weigh(routing.logits, chosen)
-        if kept:
+        if other_rule:
             own = weigh(routing.logits, logits.topk(routing.experts.shape[1], -1).indices)
-            weights = weights * (own[:, :1] / weights[:, :1])
+            sums = [each.sum(-1, keepdim=True) for each in (own, weights)]
+            divides = torch.allclose(*sums)
+            weights = weights * (own[:, :1] / weights[:, :1] if divides else sums[0] / sums[1])
         return routing.change(experts=chosen, weights=weights)
 
     return policy

@@ -89,7 +89,7 @@ def block_slopes(
             name: steepest_tokens(function, hidden, length, draw, steps=steps, restarts=restarts)
             for name, function in ways.items()
         }
-        directions = [draw(restarts + number, hidden.shape) for number in range(samples)]
+        directions = (draw(restarts + number, hidden.shape) for number in range(samples))
         found[path]["random"] = random_tokens(outputs, hidden, length, directions)
     return found
 

@@ -165,7 +165,7 @@ def radii(routing: Routing, scorers: torch.Tensor) -> dict[str, torch.Tensor]:
 
     ``radius_l2`` and ``radius_linf``: the least over pairs of a chosen and another expert of the
     difference of their logits over the dual norm of that of their rows (E, D). Exact for a linear
-    router that takes the largest logits; NaN for tokens whose choice is not that.
+    router that takes the largest logits; NaN for tokens whose choice is not that, or is of all.
     """
     logits, chosen = routing.logits.double(), selected(routing)
     count = chosen.sum(-1)
@@ -177,7 +177,7 @@ def radii(routing: Routing, scorers: torch.Tensor) -> dict[str, torch.Tensor]:
     for name, dual in (("radius_l2", 2), ("radius_linf", 1)):
         lengths = (scorers[:, None] - scorers[None]).double().norm(p=dual, dim=-1)
         least = (gaps / lengths).masked_fill(~pairs, torch.inf).amin((1, 2))
-        found[name] = torch.where(plain, least, torch.nan)
+        found[name] = torch.where(plain & least.isfinite(), least, torch.nan)
     return found
 
 

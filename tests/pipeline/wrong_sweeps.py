@@ -357,7 +357,19 @@ WRONG = {
         {"evaluations.more": {
             "kind": "expert_interventions", "dataset": "reviews", "template": "sentiment",
             "prune": [4]}},
-        "evaluations.more.prune: 4 leaves none of the 4 experts of tiny-moe", "lower it"),
+        "evaluations.more.prune: 4 of the 4 experts of tiny-moe leave fewer than the 2 that",
+        "lower it"),
+    "no experts of the next ranks": (
+        {"models.tiny-moe.upcycle.top_k": 3, "recipes.sft.router": {}, "evaluations.more": {
+            "kind": "expert_interventions", "dataset": "reviews", "template": "sentiment"}},
+        "evaluations.more.substitutions: tiny-moe chooses 3 of 4 experts, so there are no next_",
+        "name others alone"),
+    "masks that leave too few experts": (
+        {"models.tiny-moe.upcycle.top_k": 3, "recipes.sft.router": {}, "evaluations.more": {
+            "kind": "expert_interventions", "dataset": "reviews", "template": "sentiment",
+            "substitutions": ["random"], "random_masks": 2}},
+        "evaluations.more.random_masks: half of the 4 experts of tiny-moe are fewer than the 3",
+        "remove it"),
     "more experts per token in a probe": (
         {"evaluations.more": {
             "kind": "expert_interventions", "dataset": "reviews", "template": "sentiment",

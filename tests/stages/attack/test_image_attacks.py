@@ -299,3 +299,26 @@ def test_an_objective_of_routing_needs_experts():
     classifier = Classifier(*from_scratch(dense))
     with pytest.raises(StageFailed, match="no choice of experts"):
         Objective(classifier, PGD(routing="soft"), PIXELS[:2], LABELS[:2])
+
+
+class _NoSlope(torch.autograd.Function):
+    """The images forward; no number backward."""
+
+    @staticmethod
+    def forward(context, images):
+        return images.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return torch.full_like(gradient, torch.nan)
+
+
+@pytest.mark.parametrize("attack", [PGD(steps=3, norm="l2"), APGD(steps=3, norm="l2")])
+def test_a_gradient_that_is_no_number_breaks_no_image(toy, examples, attack):
+    """Starts, of a budget too small to mislead anybody, are all that is left; and it is told."""
+    images, labels = (part[:8] for part in examples)
+    outcome = attack_images(
+        lambda pixels: toy(_NoSlope.apply(pixels)), attack, images, labels, 1e-3, SEEDS[:8])
+    assert outcome.images.isfinite().all() and (outcome.logits.argmax(1) == labels).all()
+    assert (outcome.images - images).flatten(1).norm(dim=1).max() <= 1e-3 + 1e-6
+    assert outcome.zero_gradient.eq(1).all()

@@ -53,6 +53,16 @@ def seen_by(objective, **changes):
     return climbed(watched, **changes), seen
 
 
+def test_a_start_without_an_answer_is_not_the_best():
+    """The second of three says nothing anywhere; the others are climbed as without it."""
+    def silent(embedded):
+        value, margins = linear(embedded)
+        return value, torch.where(torch.arange(3) == 1, torch.nan, margins)
+
+    found, whole = climbed(silent), climbed()
+    assert found.margin == pytest.approx(whole.margin, rel=1e-2) and found.delta.norm() > 0.8
+
+
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_every_restart_starts_at_a_random_point_of_the_balls(norm):
     for restarts in (1, 400):

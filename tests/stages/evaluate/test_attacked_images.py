@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from stages.evaluate.base import Response
+from stages.evaluate.image_attacks import ImageAttacks
 from stages.evaluate.image_probes import ImageInterventions
 from stages.models.routes import another_k, routed
 from stages.models.routing import weighing
@@ -64,3 +65,23 @@ def test_everything_is_asked_about_the_attacked_images(data):
     own = 2 * (16 * 16 + 2 * (4 * 16 * 16) + 2 * 16 * 16 + 4 * 16 + 2 * 2 * 16 * 16)
     expected = 1 - 2 * 2 * 16 * 16 / own
     assert clean["operations/top_1"].tolist() == pytest.approx([expected] * 6)
+
+
+def test_a_token_that_no_expert_took_has_changed_by_the_published_rule_alone(data):
+    """One of four experts each and room for half of an image's tokens."""
+    model, processor = from_scratch(SPEC.model_copy(update={
+        "top_k": 1, "layers": (1,), "eval_capacity_factor": 0.5, "group_size": 1}))
+    model.requires_grad_(False)
+    evaluation = ImageAttacks(dataset="shop", budgets=(0.05,), checked=0, attacks={
+        "paper": {"kind": "paper", "steps": 2}, "pgd": {"kind": "pgd", "steps": 2, "restarts": 1}})
+    rows = [json.loads(request.row) for request in evaluation.requests(data)]
+    found = evaluation.procedure(model, processor, rows)
+    scores = evaluation.score(data, {
+        row["id"]: Response(row["id"], result=json.dumps(result))
+        for row, result in zip(rows, found, strict=True)})
+    for attack in ("paper", "pgd"):
+        change, kept, none = (scores[f"{name}/{attack}/12.75"] for name in (
+            "routing_change", "experts_kept", "experts_none"))
+        assert none.gt(0.2).all()
+        expected = (1 - none) * (1 - kept) + none if attack == "paper" else 1 - kept
+        assert change.tolist() == pytest.approx(expected.tolist(), abs=1e-6)

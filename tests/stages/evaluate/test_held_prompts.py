@@ -183,16 +183,17 @@ def test_a_search_goes_on_where_it_is_checked(engines, data, monkeypatch):
     for column in ("check/steps", "check/restarts", "check/budget", "check/unbounded"):
         assert scores[column].notna().tolist() == [True, True, True, False]
     assert len(half.checks(whole)) == 2
-    table = scores.assign(success=[0.0, 1.0, 0.0, 0.0])
+    # All comply, whatever is searched for; the target is reached once.
+    table = scores.assign(success=1.0, reached=[0.0, 1.0, 0.0, 0.0])
     table["check/steps"] = [1.0, 1.0, 0.0, np.nan]
     table["check/restarts"] = [1.0, 1.0, 1.0, np.nan]
-    table["check/budget"] = [0.0, 0.0, 1.0, np.nan]
+    table["check/budget"] = [1.0, 0.0, 1.0, np.nan]
     table["check/unbounded"] = [1.0, 1.0, 0.0, np.nan]
     found = half.checks(table)[-4:]
     assert [c["check"] for c in found] == [
         "twice the steps", "two starts", "monotone", "unbounded"]
     assert all(c["n"] == 3 and not c["passed"] for c in found)
-    assert [c["value"] for c in found] == pytest.approx([1 / 3, 2 / 3, 1 / 3, 2 / 3])
+    assert [c["value"] for c in found] == pytest.approx([1 / 3, 2 / 3, 2 / 3, 2 / 3])
 
 
 def by_word(prompt, answer):

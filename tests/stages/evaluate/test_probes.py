@@ -72,8 +72,8 @@ def asked(engine):
 def test_interventions_are_what_the_model_says_under_them(engines, data):
     engine = engines["mixtral"]
     evaluation = ExpertInterventions(
-        **SHOP, shares=(0.5, 1.0), top_k=(1, 2, 4), top_k_weights=("by_rule", "kept"), prune=(1,),
-        calibration_rows=2, random_masks=2)
+        **SHOP, shares=(0.5, 1.0), top_k=(1, 2, 4), top_k_weights=("by_rule", "other_rule"),
+        prune=(1,), calibration_rows=2, random_masks=2)
     scores = scores_of(engine, evaluation, data)
     right, loss = asked(engine)
     assert scores["correct"].tolist() == right
@@ -87,11 +87,11 @@ def test_interventions_are_what_the_model_says_under_them(engines, data):
     with expert_count(engine.model, ExpertCount(kind="expert_count", top_k=1)):
         _, loss_one = asked(engine)
     assert np.allclose(scores["loss/top_1"], loss_one - loss, atol=1e-4)
-    assert np.allclose(scores["loss/top_2_kept"], 0, atol=1e-5)
-    with routed(engine.model, another_k(4, weighing(engine.model), kept=True)):
-        _, loss_kept = asked(engine)
-    assert np.allclose(scores["loss/top_4_kept"], loss_kept - loss, atol=1e-4)
-    assert not np.allclose(scores["loss/top_4_kept"], scores["loss/top_4"], atol=1e-4)
+    assert np.allclose(scores["loss/top_2_other_rule"], 0, atol=1e-5)
+    with routed(engine.model, another_k(4, weighing(engine.model), other_rule=True)):
+        _, loss_other = asked(engine)
+    assert np.allclose(scores["loss/top_4_other_rule"], loss_other - loss, atol=1e-4)
+    assert not np.allclose(scores["loss/top_4_other_rule"], scores["loss/top_4"], atol=1e-4)
     # The tiny model's card with another number of experts in its configuration.
     costs = {}
     for count in (1, 2, 4):

@@ -248,7 +248,7 @@ def test_another_k_is_the_configured_k(mixtral):
         torch.testing.assert_close(logits_of(mixtral), expected)
 
 
-def test_another_k_can_keep_the_weights_of_the_configured_one(mixtral):
+def test_another_k_can_be_weighed_by_the_other_rule(mixtral):
     """Two are chosen: one keeps its share of them, a third and fourth are weighed against them."""
     weigh = weighing(mixtral)
     logits = torch.tensor([[3.0, 1.0, 2.0, 0.0]])
@@ -256,17 +256,19 @@ def test_another_k_can_keep_the_weights_of_the_configured_one(mixtral):
     together = torch.e**3 + torch.e**2
     expected = torch.e ** torch.tensor([3.0, 2.0, 1.0, 0.0]) / together
     for count in (1, 2, 3, 4):
-        changed = routes.another_k(count, weigh, kept=True)(two)
+        changed = routes.another_k(count, weigh, other_rule=True)(two)
         assert changed.experts.tolist() == [[0, 2, 1, 3][:count]]
         torch.testing.assert_close(changed.weights[0], expected[:count])
         # The family's own rule sums to 1.
         ruled = routes.another_k(count, weigh)(two).weights[0]
         torch.testing.assert_close(ruled, expected[:count] / expected[:count].sum())
-    # A softmax over all experts, not divided by what was chosen, has nothing to keep.
+    # A softmax over all experts that is not divided by what was chosen: the sum stays.
     weigh = weighing(model_of("qwen2_moe"))
     one = Routing("block", logits, torch.tensor([[0]]), weigh(logits, torch.tensor([[0]])))
-    torch.testing.assert_close(
-        routes.another_k(3, weigh, kept=True)(one).weights, routes.another_k(3, weigh)(one).weights)
+    shares = logits.softmax(-1)[0, [0, 2, 1]]
+    torch.testing.assert_close(routes.another_k(3, weigh)(one).weights[0], shares)
+    torch.testing.assert_close(routes.another_k(3, weigh, other_rule=True)(one).weights[0],
+                               shares / shares.sum() * shares[0])
 
 
 def gradient(model):
