@@ -32,14 +32,10 @@ from stages.finetune.schedules import scheduler, total_steps
 from stages.finetune.spec import CURVE_FILE, REMOVED_FILE, ROUTING_FIGURE, FinetuneSpec
 from stages.finetune.training import Training
 from stages.finetune.validating import validate
+from stages.models.block_check import check_blocks, observe_blocks
 from stages.models.card import ModelCard
 from stages.models.classifier import is_classifier
-from stages.models.expert_parallel import (
-    check_blocks,
-    convert,
-    gather_state_dict,
-    observe_blocks,
-)
+from stages.models.expert_parallel import convert, gather_state_dict
 from stages.models.families import family
 from stages.models.load import load, load_input, load_tokenizer
 from stages.models.sources import Facts

@@ -7,12 +7,11 @@ auxiliary loss and whatever hooks on them stay Hugging Face's own, so that every
 experts are called with the tokens and their routing is exact by construction, whatever its router,
 activation, biases or weight layout.
 
-``convert`` before ``deepspeed.initialize`` does it; ``observe_blocks`` before and ``check_blocks``
-after it prove that each block still computes the same; ``gather_state_dict`` undoes it for export.
+``convert`` before ``deepspeed.initialize`` does it; ``block_check`` proves that each block still
+computes the same; ``gather_state_dict`` undoes it for export.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 
 import deepspeed.comm as dist
@@ -34,8 +33,6 @@ from stages.models.families import family
 from stages.models.nllb_moe import Experts as NllbMoeExperts
 
 # Shape letters: T tokens of this rank, K experts per token, D hidden size, N token-expert pairs.
-
-PROBE_TOKENS = 16
 
 
 def entries(parameter: nn.Parameter) -> int:
@@ -252,76 +249,6 @@ def convert(model: PreTrainedModel, size: int, *, grouped_mm: bool) -> None:
             parameter.allreduce = False
             parameter.group_name = parameter.ds_zero_partition_group_name = name
             parameter.ds_zero_placement_family = "autoep_expert"
-
-
-@dataclass
-class Observation:
-    """One call of an experts module: its arguments and what it returned."""
-
-    arguments: tuple
-    output: torch.Tensor
-
-
-@torch.no_grad()
-def observe_blocks(model: PreTrainedModel) -> dict[str, Observation]:
-    """What each experts module does, by its path, while the model reads 16 random tokens, or one
-    random image.
-
-    Each rank draws its own, so that tokens which end up at the wrong rank are seen.
-    """
-    found, hooks = {}, []
-
-    def watch(path: str) -> None:
-        def note(_, arguments: tuple, output: torch.Tensor) -> None:
-            found[path] = Observation(arguments, output)
-
-        hooks.append(model.get_submodule(path).register_forward_hook(note))
-
-    for path in family(model).modules(model, "expert"):
-        watch(path)
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    if family(model).modality == "image":
-        size, channels = model.config.image_size, model.config.num_channels
-        model(torch.randn(1, channels, size, size, generator=generator))
-    else:
-        tokens = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
-        given = {"labels": tokens} if family(model).encoder_decoder else {}  # the decoder's input
-        model(tokens, **given, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
-@torch.no_grad()
-def check_blocks(model: nn.Module, before: dict[str, Observation]) -> None:
-    """Ask every converted experts module the same again; called by every rank.
-
-    All else in a block is as it was, so equal experts are equal blocks. No output may differ by
-    more than 1e-5 (bf16: 5 %) of the largest one. Raises StageFailed with the layer's path.
-    """
-    for path, seen in before.items():
-        module = model.get_submodule(path)
-        weights = list(module.parameters())
-        weight = weights[0]
-        # ZeRO stage 3 gathers what a pass through the whole model needs, not one block alone.
-        with GatheredParameters(weights, enabled=hasattr(weight, "ds_id")):
-            output = module(*(_moved(argument, weight) for argument in seen.arguments)).float()
-        expected = seen.output.to(weight.device)
-        difference = (output - expected).abs().max() / expected.abs().max()
-        # All ranks raise together, for a rank that goes on alone would wait for ever.
-        torch.distributed.all_reduce(difference, op=torch.distributed.ReduceOp.MAX)
-        if not difference <= (1e-5 if weight.dtype == torch.float32 else 0.05):
-            raise StageFailed(
-                f"{path}: the expert-parallel layer differs from the original by "
-                f"{difference:.1e} of its largest output; set expert_parallel to 1"
-            )
-
-
-def _moved(argument: object, weight: torch.Tensor) -> object:
-    """An argument on the device of the weights, floating-point ones in their type."""
-    if not isinstance(argument, torch.Tensor):
-        return argument
-    return argument.to(weight) if argument.is_floating_point() else argument.to(weight.device)
 
 
 @torch.no_grad()

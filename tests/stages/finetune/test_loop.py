@@ -49,13 +49,14 @@ HEAD = MOE.model_copy(
 
 
 def misdirect() -> None:
-    """Let rank 1 mix up the results of one exchange, the third: it is that of the third layer's
-    experts when converted blocks are checked, and no exchange of the training."""
+    """Let rank 1 mix up the results of one exchange, the fifth: it is that of the third layer's
+    experts when converted blocks are checked (they alone and with their block, layer by layer),
+    and no exchange of the training."""
     own, calls = ExpertParallel._exchange, itertools.count()
 
     def exchange(self, tokens_ND, expert_N):
         output_ND = own(self, tokens_ND, expert_N)
-        wrong = next(calls) == 2 and torch.distributed.get_rank() == 1
+        wrong = next(calls) == 4 and torch.distributed.get_rank() == 1
         return output_ND.roll(1, dims=0) if wrong else output_ND
 
     ExpertParallel._exchange = exchange

@@ -1,4 +1,4 @@
-"""The conversion in one process, whose group of ranks is itself: what it keeps, checks and refuses.
+"""The conversion in one process, whose group of ranks is itself: what it keeps and refuses.
 
 What several ranks compute is compared family by family in tests/families.
 """
@@ -6,16 +6,13 @@ What several ranks compute is compared family by family in tests/families.
 from dataclasses import replace
 
 import pytest
-import torch
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from stages.errors import StageFailed
 from stages.finetune.loop import start_distributed
-from stages.models.expert_parallel import check_blocks, convert, observe_blocks
+from stages.models.expert_parallel import convert
 from stages.models.families import FAMILIES
 from stages.models.tiny import tiny_model, tiny_tokenizer
-
-PATH = "model.layers.2.mlp.experts"
 
 
 @pytest.fixture
@@ -27,7 +24,6 @@ def model(monkeypatch):
 
 def test_modules_and_parameters_stay_the_same_objects(model):
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    before = observe_blocks(model)
     convert(model, 1, grouped_mm=True)
     assert {name: id(m) for name, m in model.named_modules()} == {
         name: id(m) for name, m in modules.items()
@@ -35,24 +31,13 @@ def test_modules_and_parameters_stay_the_same_objects(model):
     assert {name: id(p) for name, p in model.named_parameters()} == {
         name: id(p) for name, p in parameters.items()
     }
-    assert isinstance(model.get_submodule(PATH), MixtralExperts)
-    assert list(before) == [f"model.layers.{i}.mlp.experts" for i in range(4)]
-    check_blocks(model, before)
+    assert isinstance(model.get_submodule("model.layers.2.mlp.experts"), MixtralExperts)
 
 
 @pytest.mark.parametrize("grouped_mm", [True, False])
 def test_grouped_products_are_used_when_asked_for(model, grouped_mm):
     convert(model, 1, grouped_mm=grouped_mm)
     assert model.config._experts_implementation == ("grouped_mm" if grouped_mm else "eager")
-
-
-def test_a_layer_that_computes_something_else_is_named(model):
-    before = observe_blocks(model)
-    convert(model, 1, grouped_mm=True)
-    with torch.no_grad():
-        model.get_submodule(PATH).down_proj[3, 5] *= 1.01
-    with pytest.raises(StageFailed, match=r"model\.layers\.2\.mlp\.experts: the expert-parallel"):
-        check_blocks(model, before)
 
 
 def test_a_size_that_does_not_divide_the_experts_is_refused(model):
