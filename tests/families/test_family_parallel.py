@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.finetune.evidence import Evidence
+from stages.finetune.knobs import Knobs
 from stages.finetune.spec import FinetuneSpec, TrainSet
 from stages.models.families import FAMILIES
 from stages.models.size import measure
@@ -24,6 +26,7 @@ from tests.stages.finetune.reference import (
     assert_same_training,
     counts_otherwise,
     curve,
+    plain,
     weights,
 )
 from tests.stages.finetune.runs import Run, launch, process_group
@@ -84,7 +87,8 @@ def folders(selected, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def compared(folders, tmp_path_factory) -> Path:
-    """What each rank saw of each family, plain and spread over two ranks."""
+    """What each rank saw of each family: plain, whole as it is trained, and spread over two ranks.
+    """
     output = tmp_path_factory.mktemp("compared")
     context = torch.multiprocessing.spawn(
         _compare, args=(folders, output, output / "store"), nprocs=2, join=False
@@ -121,8 +125,16 @@ def _differences(name: str, folder: Path, rank: int) -> dict[str, float]:
 
     generator = torch.Generator().manual_seed(rank)
     tokens = torch.randint(3, 259, (2, 24 + rank), generator=generator)  # ranks differ in length
-    plain = _everything(name, load(folder), tokens)
-    found = {"logit_size": plain["logits"].abs().max().item()}
+    expected = _everything(name, plain(folder), tokens)
+    found = {"logit_size": expected["logits"].abs().max().item()}
+
+    def compare(layout: str, seen: dict[str, torch.Tensor]) -> None:
+        for what, value in seen.items():
+            difference = (value - expected[what]).abs().max() / expected[what].abs().max()
+            found[f"{what}, {layout}"] = difference.item()
+
+    whole = load(folder)
+    compare("whole", _everything(name, whole, tokens, Knobs(whole, spec(name), Evidence())))
     for grouped in (True, False):
         model, entry, asked = load(folder), FAMILIES[name], set()
         before, paths = roles(model), list(entry.modules(model, "expert"))
@@ -131,9 +143,7 @@ def _differences(name: str, folder: Path, rank: int) -> dict[str, float]:
         convert(model, 2, grouped_mm=grouped)
         assert list(entry.modules(model, "expert")) == paths
         assert all(before[name] == role for name, role in roles(model).items())
-        for what, value in _everything(name, model, tokens).items():
-            difference = (value - plain[what]).abs().max() / plain[what].abs().max()
-            found[f"{what}, grouped {grouped}"] = difference.item()
+        compare(f"grouped {grouped}", _everything(name, model, tokens))
         assert asked == set(paths)  # hooks of before still see the same arguments
         found[f"all to one expert, grouped {grouped}"] = _crowded(name, model, folder, tokens)
     return found
@@ -167,16 +177,22 @@ def _note(asked: set[str], path: str, *_) -> None:
     asked.add(path)
 
 
-def _everything(name: str, model, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+def _everything(
+    name: str, model, tokens: torch.Tensor, knobs: Knobs | None = None
+) -> dict[str, torch.Tensor]:
     """Logits, loss, auxiliary loss (this project's, where transformers has none that counts the
-    chosen experts), and the gradient that each router gets of the latter."""
+    chosen experts), and the gradient that each router gets of the latter. With ``knobs`` all of it
+    as in training, which takes its own auxiliary loss wherever it knows the choice."""
     from stages.finetune.router_losses import load_balancing_loss
     from stages.models.routes import routed
 
     entry = FAMILIES[name]
-    ours = counts_otherwise(entry)
+    ours, watching = counts_otherwise(entry), routed(model)
     balance = {} if ours else {"output_router_logits": True}
-    with routed(model) if ours else nullcontext() as routes:
+    if knobs is not None:
+        knobs.attach()
+        ours, watching = knobs.knows_choice, knobs.forward()
+    with watching if ours else nullcontext() as routes:
         out = model(tokens, labels=tokens, use_cache=False, **balance)
     seen = {"logits": out.logits.detach(), "loss": out.loss.detach()}
     parts = [load_balancing_loss(routes)] if ours else [out[n] for n in entry.auxiliary_loss]
@@ -196,7 +212,7 @@ def _everything(name: str, model, tokens: torch.Tensor) -> dict[str, torch.Tenso
 
 
 @families(PARALLEL)
-def test_two_ranks_compute_what_plain_transformers_does(name, compared):
+def test_whole_models_and_two_ranks_compute_what_plain_transformers_does(name, compared):
     for rank in (0, 1):
         result = json.loads((compared / f"{name}_{rank}.json").read_text())
         assert "crashed" not in result, result["crashed"]
