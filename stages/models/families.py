@@ -79,6 +79,8 @@ _MOE = (
         normalised=False,
     ),
     decoder("deepseek_v3", sparse_layers=after("first_k_dense_replace", 3), **_DEEPSEEK_V3),
+    decoder("deepseek_v32", sparse_layers=listed(3), **_DEEPSEEK_V3),
+    decoder("glm_moe_dsa", sparse_layers=listed(3), **_DEEPSEEK_V3),
     decoder("glm4_moe", sparse_layers=after("first_k_dense_replace", 1), **_DEEPSEEK_V3),
     decoder("glm4_moe_lite", sparse_layers=listed(1), **_DEEPSEEK_V3),
     decoder(
@@ -104,12 +106,7 @@ _MOE = (
         choice_bias="model.layers.*.mlp.expert_bias",
         masks_by_position=False,
     ),
-    decoder(
-        "hy_v3",
-        shared="mlp.shared_experts",
-        sparse_layers=listed(1),
-        scores="sigmoid",
-    ),
+    decoder("hy_v3", shared="mlp.shared_experts", sparse_layers=listed(1), scores="sigmoid"),
     decoder("minimax_m2", scores="sigmoid", auxiliary_loss=_AUX, **_LOCAL),
     decoder(
         "laguna",
@@ -121,6 +118,7 @@ _MOE = (
     ),
     decoder("granitemoe", **_GRANITE),
     decoder("granitemoeshared", mixers=(), shared="shared_mlp", **_GRANITE),
+    decoder("granitemoe_swa", mixers=(), shared="shared_mlp", **_GRANITE),
     decoder(
         "gpt_oss",
         router="router",

@@ -25,6 +25,9 @@ _LATENT = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 16,
 }
+# Each query attends to the keys that a scorer of its own ranks first: as in released models, to all
+# of a sequence that is trained on. Which of two equal scores comes first is a matter of rounding.
+_INDEXED = _LATENT | {"index_topk": 64, "index_head_dim": 32, "index_n_heads": 16}
 
 _ENCODER_DECODER = {
     "d_model": 64,
@@ -60,6 +63,20 @@ TINY: dict[str, dict] = {
     | _LATENT
     | _GROUPED
     | {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "deepseek_v32": _MOE
+    | _INDEXED
+    | _GROUPED
+    | _TWO_SPARSE
+    | {"n_routed_experts": 8, "n_shared_experts": 1},
+    "glm_moe_dsa": _MOE
+    | _INDEXED
+    | _GROUPED
+    | _TWO_SPARSE
+    | {
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "indexer_types": ["full", "shared", "full", "shared"],
+    },
     "glm4_moe": _MOE
     | _GROUPED
     | {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 16},
@@ -96,6 +113,14 @@ TINY: dict[str, dict] = {
     "granitemoe": _SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "granitemoeshared": _SHAPE
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64},
+    "granitemoe_swa": _SHAPE
+    | {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 64,
+        "sliding_window": 64,
+        "attention_multiplier": 0.25,  # by default 1, too sharp to follow for ten steps
+    },
     "gpt_oss": _SHAPE
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 64},
     "phimoe": _SHAPE
