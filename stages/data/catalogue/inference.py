@@ -93,7 +93,8 @@ SETS: dict[str, Published] = {
         licence="CC BY-SA 4.0 (SNLI)",
         splits={
             "test": Split(
-                web=Web("https://nlp.stanford.edu/projects/snli/snli_1.0_test_hard.jsonl")
+                web=Web("https://nlp.stanford.edu/projects/snli/snli_1.0_test_hard.jsonl"),
+                rows=3_261,
             )
         },
         forms=(STANFORD, _BOSS),

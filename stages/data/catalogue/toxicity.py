@@ -71,7 +71,7 @@ SETS: dict[str, Published] = {
         title="Implicit hate: posts of extremist groups",
         citation="ElSherief et al. 2021, Latent Hatred, EMNLP",
         licence="not stated in its repository",
-        splits={"test": Split()},
+        splits={"test": Split(rows=21_480)},
         forms=(
             Form(
                 {"text": "post", "label": "class"},

@@ -41,11 +41,12 @@ SETS: dict[str, Published] = {
         licence="Apache-2.0",
         splits={
             "test": Split(files=("generation/validation-*.parquet",), rows=817),
-            # The authors' revision, for the binary form; neither commit nor count was confirmed.
+            # The authors' revision, for the binary form, counted in a copy; no commit was confirmed.
             "revised": Split(
                 web=Web(
                     "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
-                )
+                ),
+                rows=790,
             ),
         },
         forms=(
