@@ -87,7 +87,9 @@ def _fetch_hub(hub: Hub, patterns: tuple[str, ...]) -> list[Path]:
         if urlsplit(about.location).netloc != urlsplit(url).netloc:
             headers.pop("authorization", None)  # the token is for the hub alone
         large = about.etag if re.fullmatch(r"[0-9a-f]{64}", about.etag or "") else None
-        _fetch(about.location, listing.parent / name, large, headers, about.size)
+        # A branch may have moved on under what an earlier try left.
+        size = about.size if hub.pinned else None
+        _fetch(about.location, listing.parent / name, large, headers, size)
     listing.write_text(json.dumps(names))
     return [listing.parent / name for name in names]
 

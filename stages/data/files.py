@@ -94,7 +94,7 @@ def columns(path: Path, where: str) -> list[str]:
             case ".csv" | ".tsv":
                 names = _csv_header(path)
             case ".jsonl":
-                names = list(next(_objects(path), {}))
+                names = list(dict.fromkeys(name for row in _objects(path) for name in row))
             case ".parquet":
                 names = pa.parquet.read_schema(path).names
             case ".arrow":

@@ -121,10 +121,19 @@ class Published:
         part = self.splits[split]
         hub = (self.hub.repository, self.hub.revision) if self.hub and part.files else None
         web = (part.web.url, part.web.sha256) if part.web else None
+        return _digest([hub, part.files, web, *self._reading])
+
+    def pin_of(self, digest: str) -> str:
+        """The same of a user's file, by the sha256 of its content."""
+        return _digest([digest, *self._reading])
+
+    @property
+    def _reading(self) -> list:
+        """All that decides which rows are made of a file."""
         forms = [(f.columns, f.labels, f.unlabelled, f.keep) for f in self.forms]
         derived = [form.derived for form in self.forms if form.derived > 1]
-        content = json.dumps([hub, part.files, web, forms, self.harmful, *derived], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        quoted = [place for place, form in enumerate(self.forms) if form.quoted]
+        return [forms, self.harmful, *derived, *([{"quoted": quoted}] if quoted else [])]
 
     def pinned(self, split: str) -> bool | None:
         """Whether what is brought cannot change; None where nothing can be brought."""
@@ -141,3 +150,7 @@ class Published:
         if self.hub is not None and part.files:
             return f"hub:{self.hub.repository}@{self.hub.revision}"
         return "your own files"
+
+
+def _digest(content: list) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -143,14 +143,18 @@ def check(spec: DataSpec, field: str) -> str | None:
         if not source.path.exists():
             return None
         read(source.published, [source.path], where)
-        return files.digest(source.path)
+        return _content(source)
     if isinstance(source, LocalFile):
         _read_file(source.path, spec, where)
-        return _digest(source.path)
+        return _content(source)
     return None
 
 
-def _digest(path: Path) -> str:
+def _content(source: CatalogueSet | LocalFile) -> str:
+    """sha256 of a user's file or folder, and of how it is read where a declaration says that."""
+    if isinstance(source, CatalogueSet):
+        return source.published.pin_of(files.digest(source.path))
+    path = source.path
     return images.digest(path) if images.holds_images(path) else files.digest(path)
 
 
@@ -210,15 +214,15 @@ def load(spec: DataSpec) -> Loaded:
         return Loaded(conform(table, chosen, spec, where), rows.dropped, source.licence)
     if isinstance(source, LocalFile):
         table = _read_file(source.path, spec, where)
-        _check_unchanged(source.path, spec, where)
+        _check_unchanged(source, spec, where)
         note = _stray([source.path]) if spec.task != "images" else ""
         return Loaded(table, {}, "that of the user's file", note=note)
     table = _read_hub(source, spec, where)
     return Loaded(table, {}, f"see the data set's page, {source.repository}")
 
 
-def _check_unchanged(path: Path, spec: DataSpec, where: str) -> None:
-    if spec.content is not None and _digest(path) != spec.content:
+def _check_unchanged(source: CatalogueSet | LocalFile, spec: DataSpec, where: str) -> None:
+    if spec.content is not None and _content(source) != spec.content:
         raise StageFailed(f"{where}: the file was edited after the plan was made; run it again")
 
 
@@ -233,7 +237,7 @@ def _load_published(source: CatalogueSet, spec: DataSpec, where: str) -> Loaded:
             raise StageFailed(
                 f"{where}: there is no such file; put {published.files} there{ask}"
             )
-        _check_unchanged(source.path, spec, where)
+        _check_unchanged(source, spec, where)
     found = read(published, paths, where)
     expected = published.splits[split].rows
     notes = [_stray(paths) if published.task != "images" else ""]

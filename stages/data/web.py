@@ -67,6 +67,7 @@ def _state(url: str, headers: dict[str, str]) -> tuple[str | None, int | None]:
     # A weak tag stands for any content of the same meaning, so not for the same bytes.
     validator = tag if tag.startswith('"') else answer.headers.get("Last-Modified")
     size = answer.headers.get("Content-Length")
-    if answer.status_code != 200 or validator is None or size is None:
+    # 0 is what some servers say of a file that they make only when it is asked for.
+    if answer.status_code != 200 or validator is None or not int(size or 0):
         return None, None
     return validator, int(size)

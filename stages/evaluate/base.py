@@ -229,6 +229,10 @@ class Evaluation(Spec):
         """What of an answer self-consistency counts: answers with the same vote agree."""
         return " ".join(text.casefold().split())
 
+    def voter(self, data: dict[str, pd.DataFrame]) -> Callable[[Request, str], str]:
+        """``vote``, or one that needs the data."""
+        return self.vote
+
     def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:
         """Every request that the evaluation needs, in a fixed order; ids are unique."""
         raise NotImplementedError

@@ -63,8 +63,8 @@ def _texts(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
     return [normalise("\n".join(map(str, row))) for row in rows]
 
 
-CHAT_CHOICES = {"choices": "without their blank after a chat template"}
-"""For the ``wordings`` of evaluations that once gave choices with it."""
+CHAT_CHOICES = {"choices": "where the chat template puts an answer, thoughts closed"}
+"""For the ``wordings`` of evaluations whose choices are scored in a chat."""
 
 
 def wording(*texts: object) -> str:

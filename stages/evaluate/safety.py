@@ -5,6 +5,7 @@ version stands in every score row. Further judges (``judges.py``) score how harm
 Jailbreaks put every prompt into other words: a template around it, or a suffix after it.
 """
 
+from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -90,9 +91,11 @@ class Refusal(Evaluation):
             for row in asked.itertuples()
         ]
 
-    def vote(self, request: Request, text: str) -> str:
-        """What the refusal rule says of the answer."""
-        return refusal.judge(request.context, stripped(text)[0]).outcome
+    def voter(self, data: dict[str, pd.DataFrame]) -> Callable[[Request, str], str]:
+        """What the refusal rule says of the answer to what is wanted, however it is put."""
+        asked = self._asked(data)
+        wanted = dict(zip(asked["example_id"], asked["request"], strict=True))
+        return lambda request, text: refusal.judge(wanted[request.id], stripped(text)[0]).outcome
 
     def judge_models(self) -> dict[str, ModelJudge]:
         """The judges that are models, by name."""

@@ -172,8 +172,9 @@ def prompt(tokenizer: Tokenizer, request: Request) -> tuple[str, bool]:
     """The text that the model is given, and whether the tokenizer adds its special tokens to it.
 
     A chat context goes through the tokenizer's chat template, if it has one, as the user's turn,
-    followed by the request's reply as the assistant's. Raises StageFailed for a reply or a
-    conversation without one.
+    followed by the request's reply as the assistant's; the text ends where the assistant goes on,
+    for choices where the template puts an answer. Raises StageFailed for a reply or a conversation
+    without one.
     """
     if request.messages:
         if not tokenizer.chat_template:
@@ -184,6 +185,9 @@ def prompt(tokenizer: Tokenizer, request: Request) -> tuple[str, bool]:
         return _special(tokenizer, conversation(tokenizer, json.loads(request.messages)))
     if request.chat and tokenizer.chat_template:
         turns = [{"role": "user", "content": request.context}]
+        if begins_answer(tokenizer, request):
+            turns.append({"role": "assistant", "content": _ANSWER})
+            return conversation(tokenizer, turns).removesuffix(_ANSWER), False
         if request.reply is not None:
             turns.append({"role": "assistant", "content": request.reply})
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -200,6 +204,18 @@ def _special(tokenizer: Tokenizer, text: str) -> tuple[str, bool]:
     """A text, and whether it is still without its beginning."""
     begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     return text, not begun
+
+
+def begins_answer(tokenizer: Tokenizer, request: Request) -> bool:
+    """Whether the choices of a request are beginnings of an assistant's answer (and not what a
+    judge says of one): they then stand where the chat template puts an answer, after a thought that
+    it opens, or in harmony's final channel."""
+    in_turn = request.chat and bool(tokenizer.chat_template)
+    return in_turn and bool(request.choices) and request.reply is None
+
+
+_ANSWER = "ANSWER"
+"""Stands for an answer while a chat is laid out."""
 
 
 def conversation(tokenizer: Tokenizer, turns: list[dict[str, str]]) -> str:
@@ -232,12 +248,11 @@ def encode(tokenizer: Tokenizer, request: Request, longest: int) -> list[Encoded
 
     White space at the end of the context belongs to the choices. Context and choice are tokenised
     together and cut where the context's own tokens end. The blank that parts a choice from a prompt
-    falls away after a chat template, where the choice begins the assistant's turn (a judge's words
-    are taken as they are).
+    falls away after a chat template, which itself says whether an answer begins with one.
     """
     context, special = prompt(tokenizer, request)
     choices = request.choices
-    if request.chat and request.reply is None and tokenizer.chat_template:
+    if begins_answer(tokenizer, request):
         choices = tuple(choice.removeprefix(" ") or choice for choice in choices)
     stripped = context.rstrip()
     head, *wholes = tokenizer(

@@ -136,7 +136,7 @@ def _collected(
     by_id = {response.id: response for response in responses}
     if isinstance(evaluation.technique, SelfConsistency):
         asked = evaluation.requests(data)
-        return by_id | collected(evaluation.technique, asked, by_id, evaluation.vote)
+        return by_id | collected(evaluation.technique, asked, by_id, evaluation.voter(data))
     return by_id
 
 

@@ -282,14 +282,16 @@ def test_rows_are_the_published_ones_up_to_the_limit_and_else_unknown(tmp_path):
     found = estimator(FOLDER / "paper.yaml", tmp_path)
     assert found.rows("snli", "r1") == pytest.approx(0.1111 * 550_152)
     assert found.rows("civil", "train") == 60_000
-    assert found.rows("snli_hard", "test") is None and found.rows("amazon", "train") == 30_000
-    # 10,000 pairs are known, those of SNLI-hard are not.
-    asked = found.asked(found.plan.sweep.evaluations["snli_hard"])
-    whole = found.asked(found.plan.sweep.evaluations["anli"])
-    assert not asked.whole and whole.whole
-    assert whole.read / asked.read == pytest.approx((10_000 + 3_200) / 10_000)
+    assert found.rows("snli_hard", "test") == 3_261 and found.rows("amazon", "train") == 30_000
+    hard, rounds, contracts = (found.asked(found.plan.sweep.evaluations[name])
+                               for name in ("snli_hard", "anli", "boss_nli"))
+    assert rounds.read / hard.read == pytest.approx((10_000 + 3_200) / (10_000 + 3_261))
+    # The contracts' pairs are not known.
+    assert found.rows("contract_nli", "test") is None
+    assert hard.whole and rounds.whole and not contracts.whole
+    assert contracts.read / hard.read == pytest.approx((9_815 + 5_000 + 3_200) / (10_000 + 3_261))
     assert work_text(found.work(
-        found.plan.nodes["evaluate/t5-base-none-snli_hard"])).startswith("at least ")
+        found.plan.nodes["evaluate/t5-base-none-boss_nli"])).startswith("at least ")
 
 
 def test_several_samples_and_jailbreaks_multiply(tmp_path):

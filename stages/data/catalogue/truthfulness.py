@@ -41,7 +41,7 @@ SETS: dict[str, Published] = {
         licence="Apache-2.0",
         splits={
             "test": Split(files=("generation/validation-*.parquet",), rows=817),
-            # The authors' revision, for the binary form, counted in a copy; no commit was confirmed.
+            # The authors' revision, for the binary form; counted in a copy, its commit unknown.
             "revised": Split(
                 web=Web(
                     "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -81,6 +82,21 @@ def test_a_pin_changes_with_what_is_read():
     anli = CATALOGUE["anli_r1"]
     pins = {anli.pin(split) for split in anli.splits} | {CATALOGUE["anli_r2"].pin("test")}
     assert len(pins) == 4
+
+
+def test_a_users_file_is_read_anew_where_its_declaration_has_changed(monkeypatch):
+    brought = spec("anli_r1#test", ORIGINALS / "anli_test.jsonl")
+    before = sources.check(brought, "data.x")
+    assert sources.load(brought.model_copy(update={"content": before})).table.num_rows == 2
+    anli = CATALOGUE["anli_r1"]
+    swapped = {"e": "neutral", "n": "entailment", "c": "contradiction"}
+    changed = tuple(replace(form, labels=form.labels | {
+        name: swapped[name] for name in form.labels if name in swapped}) for form in anli.forms)
+    monkeypatch.setitem(CATALOGUE, "anli_r1", replace(anli, forms=changed))
+    assert sources.check(brought, "data.x") != before
+    monkeypatch.setitem(CATALOGUE, "anli_r1", replace(anli, forms=tuple(
+        replace(form, quoted=True) for form in anli.forms)))
+    assert sources.check(brought, "data.x") != before
 
 
 def test_published_counts_are_compared_and_a_difference_is_told():

@@ -234,6 +234,22 @@ def test_without_a_checksum_a_file_that_changed_begins_anew(entered, breaking):
     assert breaking.asked[3:] == [("bytes=64-", '"two"')] and breaking.ranges[-1] == 0
 
 
+def test_a_size_of_none_is_not_believed(entered, breaking, monkeypatch):
+    """Of what a server makes when it is asked for, it may say 0 bytes beforehand."""
+    entered(sha256=None)
+    breaking.cut, breaking.down = 0, False
+    from huggingface_hub import get_session
+
+    class Silent:
+        def head(self, *arguments, **options):
+            answer = get_session().head(*arguments, **options)
+            answer.headers["Content-Length"] = "0"
+            return answer
+
+    monkeypatch.setattr("huggingface_hub.get_session", Silent)
+    assert load().files == {"here.json": DIGEST}
+
+
 def test_a_weak_tag_tells_nothing_about_bytes(entered, breaking):
     entered(sha256=None)
     breaking.tag = 'W/"one"'

@@ -173,6 +173,24 @@ def test_check_returns_the_digest_of_what_is_read(tmp_path):
     assert sources.check(hub, "data.x") is None
 
 
+def test_columns_that_later_rows_begin_are_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"question": "Who?", "choices": ["a", "b"], "answer": 0, "id": "x"},
+            {"question": "What?", "choices": ["a", "b"], "answer": 1, "id": "y",
+             "context": "A passage."}]  # fmt: skip
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    asked = DataSpec(task="multiple_choice", source=f"file:{path}")
+    assert sources.load(asked).table["context"].to_pylist() == ["", "A passage."]
+    # Ids must be there for all or for none.
+    path.write_text("\n".join(json.dumps(row) for row in (dict(rows[0], id=None), rows[1])))
+    with pytest.raises(BadInput, match="id"):
+        sources.load(asked)
+    del rows[0]["id"]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(BadInput, match="id"):
+        sources.load(asked)
+
+
 def test_a_file_edited_after_the_plan_is_refused(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("text,label\nfine,pos\n")

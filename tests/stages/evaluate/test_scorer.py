@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from stages.errors import BadInput
 from stages.evaluate.base import Request
-from stages.evaluate.scorer import Encoded, build_tree, packable_length, score
+from stages.evaluate.scorer import Encoded, build_tree, encode, packable_length, score
 from stages.models import families
 from stages.models.tiny import tiny_model, tiny_tokenizer
 
@@ -27,6 +27,42 @@ REQUESTS = [
     Request("chat words", "Sentiment:", (" good", " bad", " "), chat=True),
     Request("one choice", "A passage that is somewhat longer than the others.", (" Yes",)),
 ]
+
+
+ROLES = "{% for m in messages %}{% if m.role == 'user' %}"
+TEMPLATES = {
+    # An answer begins with a blank, and a prompt ends without one.
+    "[INST] Is it? [/INST] {}": ROLES + (
+        "[INST] {{ m.content }} [/INST]{% else %}{{ ' ' + m.content }}</s>{% endif %}{% endfor %}"),
+    # The prompt opens a thought; answers stand after it.
+    "<u>Is it?<a>{}": ROLES + (
+        "<u>{{ m.content }}{% else %}<a>{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<a><think>\n{% endif %}"),
+    # Harmony: the prompt ends before the name of a channel.
+    ("<|start|>user<|message|>Is it?<|end|><|start|>assistant<|channel|>final"
+     "<|message|>{}"): ROLES + (
+        "<|start|>user<|message|>{{ m.content }}<|end|>{% else %}<|start|>assistant<|channel|>final"
+        "<|message|>{{ m.content }}<|return|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant{% endif %}"),
+}
+
+
+@pytest.mark.parametrize("text", TEMPLATES)
+def test_choices_stand_where_a_chat_template_puts_an_answer(text):
+    """Whatever its prompts for generation end with; a judge's words are taken as they are."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATES[text]
+
+    def read(request):
+        return [tokenizer.decode(choice.tokens) for choice in encode(tokenizer, request, 999)]
+
+    for choices in (("Yes", "No"), (" Yes", " No")):
+        assert read(Request("a", "Is it?", choices, chat=True)) == [
+            text.format("Yes"), text.format("No")]
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "So"}],
+        tokenize=False, add_generation_prompt=True)
+    assert read(Request("a", "Is it?", (" safe",), chat=True, reply="So")) == [asked + " safe"]
 
 
 @pytest.fixture(scope="module")
