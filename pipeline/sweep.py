@@ -12,7 +12,7 @@ from stages.evaluate.registry import AnyEvaluation
 from stages.finetune.recipe import Recipe as StageRecipe
 from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec
 from stages.models.vision_spec import VisionSpec
-from stages.spec import Spec
+from stages.spec import Seed, Seeds, Spec
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]
 UNTUNED = "none"
@@ -187,7 +187,7 @@ class Statistics(Spec):
 
     resamples: Annotated[int, Field(ge=100)] = 2000
     """Bootstrap resamples."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Sweep(Spec):
@@ -195,7 +195,7 @@ class Sweep(Spec):
 
     name: Name
     description: str = ""
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    seeds: Seeds = (0,)
     """Each fine-tune is done once per seed."""
     datasets: dict[Name, Dataset]
     models: dict[Name, Model]

@@ -8,11 +8,24 @@ and how fast the work is done (workers, devices, micro-batch); they are marked w
         workers: Annotated[int, RUN_TIME] = 1
 """
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 RUN_TIME = "run time: does not change results"
+
+
+def distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    """The seeds; ValueError where one stands twice, since its results would count as two draws."""
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("names a seed twice; keep one")
+    return seeds
+
+
+Seed = Annotated[int, Field(ge=0)]
+"""NumPy's generators take no negative one."""
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(distinct)]
+"""Seeds of independent trainings."""
 
 
 class Spec(BaseModel):

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from stages.spec import Spec
+from stages.spec import Seed, Seeds, Spec, distinct
 
 Side = Literal["moe", "dense"]
 FRESH_SEEDS = 3
@@ -159,7 +159,7 @@ class Budget(Spec):
     """What one side of the pairs gets where it differs from the other."""
 
     trials: Annotated[int, Field(ge=1)] | None = None
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
+    seeds: Seeds | None = None
 
 
 class Search(Spec):
@@ -173,15 +173,17 @@ class Search(Spec):
     """One, or several for a Pareto front."""
     algorithm: AnyAlgorithm = Random()
     trials: Annotated[int, Field(ge=1)]
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    seeds: Seeds = (0,)
     """Each trial is trained once per seed; its objective is the mean."""
-    final_seeds: Annotated[tuple[int, ...], Field(min_length=FRESH_SEEDS)] = (101, 102, 103)
+    final_seeds: Annotated[
+        tuple[Seed, ...], Field(min_length=FRESH_SEEDS), AfterValidator(distinct)
+    ] = (101, 102, 103)
     """Seeds with which winners are trained again for the test split; none of ``seeds``."""
     front: Annotated[int, Field(ge=1)] = 3
     """Most members of a Pareto front that are trained again."""
     budget: dict[Side, Budget] = {}
     """Where one side of the pairs gets other trials or seeds; the report says so."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the draws."""
 
     @model_validator(mode="after")
@@ -190,8 +192,6 @@ class Search(Spec):
         used = sorted(seen & set(self.final_seeds))
         if used:
             raise ValueError(f"final_seeds names {used[0]}, which the trials use; choose others")
-        if len(set(self.final_seeds)) < len(self.final_seeds):
-            raise ValueError("final_seeds names a seed twice; keep one")
         return self
 
     def trials_of(self, side: Side) -> int:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from stages.evaluate.registry import AnyEvaluation
-from stages.spec import Spec
+from stages.spec import Seed, Seeds, Spec
 
 UNTUNED = "none"
 """The recipe name of a model that was not fine-tuned; it has the single seed 0."""
@@ -75,11 +75,11 @@ class CompareSpec(Spec):
     """The models of a recipe that not all of them have."""
     evaluations_of: dict[str, tuple[str, ...]] = {}
     """The evaluations of a recipe that is not scored by all of them."""
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    seeds: Seeds
     evaluations: Annotated[dict[str, AnyEvaluation], Field(min_length=1)]
     resamples: Annotated[int, Field(ge=100)]
     """Bootstrap resamples, and random permutations where no exact test exists."""
-    seed: int = 0
+    seed: Seed = 0
     hypotheses: AskedHypotheses = None
     upcycled: tuple[str, ...] = ()
     """Models whose experts were made of one dense block each, and start alike."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stages.spec import Spec
+from stages.spec import Seed, Spec
 
 Task = Literal[
     "classification",
@@ -84,7 +84,7 @@ class DataSpec(Spec):
     rows_per_label: dict[str, Annotated[int, Field(gt=0)]] = {}
     """Most rows kept of each label of a split, drawn likewise, before ``rows`` (tasks with
     labels)."""
-    seed: int = 0
+    seed: Seed = 0
     corruption: Corruption | None = None
     """Images only: the same rows, corrupted."""
 

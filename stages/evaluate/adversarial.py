@@ -13,6 +13,7 @@ from stages.evaluate.base import Metric, Request, Response, mean_of
 from stages.evaluate.character_edits import Operation, Surrogate, edited_pair
 from stages.evaluate.classification import Classification, check_labels, correct
 from stages.evaluate.examples import difference, qualified
+from stages.spec import Seed
 
 SUBSETS = ("clean", "adversarial", "random")
 
@@ -28,7 +29,7 @@ class CharacterEdits(Classification):
     edits: Annotated[int, Field(ge=1)] = 4
     """Character edits per text."""
     operations: Annotated[tuple[Operation, ...], Field(min_length=1)] = get_args(Operation)
-    seed: int = 0
+    seed: Seed = 0
 
     axis: ClassVar[str] = "adversarial"
     primary: ClassVar[str] = "adversarial_accuracy"

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from stages.evaluate import hygiene, refusal
 from stages.evaluate.base import Evaluation, Metric, Request, Response, mean_of
 from stages.evaluate.examples import difference, qualified, results
+from stages.spec import Seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ class HeldPrompts(Evaluation):
     chat: bool = True
     """Ask through the tokenizer's chat template."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
-    seed: int = 0
+    seed: Seed = 0
 
     axis: ClassVar[str] = "safety"
     VERSION: ClassVar[int] = refusal.VERSION

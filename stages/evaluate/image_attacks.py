@@ -29,6 +29,7 @@ from stages.evaluate import hygiene
 from stages.evaluate.base import Metric, Request, Response, mean_of
 from stages.evaluate.examples import results
 from stages.evaluate.labelled_images import LabelledImages
+from stages.spec import Seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,7 +81,7 @@ class ImageAttacks(LabelledImages):
     checked: Annotated[int, Field(ge=0)] = 16
     """Images on which each attack is checked: with twice the effort, and without a bound. 0 leaves
     the checks out that need further attacks."""
-    seed: int = 0
+    seed: Seed = 0
 
     axis: ClassVar[str] = "adversarial"
     VERSION: ClassVar[int] = 4

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from stages.evaluate.labelled_images import LabelledImages
 from stages.evaluate.probes import Geometry, Interventions, Lipschitz
+from stages.spec import Seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ class ImageInterventions(Interventions, LabelledImages):
     asked about the attacked ones."""
     steps: Annotated[int, Field(ge=1)] = 20
     """Of that attack."""
-    seed: int = 0
+    seed: Seed = 0
 
     def procedure(
         self, model: "PreTrainedModel", tokenizer: "ImageProcessor", rows: Sequence[dict]
@@ -47,7 +48,7 @@ class ImageGeometry(Geometry, LabelledImages):
     """Of an l-infinity attack (``pgd``, one start) whose loss rise the routing term is correlated
     with, of images in [0, 1]."""
     steps: Annotated[int, Field(ge=1)] = 20
-    seed: int = 0
+    seed: Seed = 0
 
     def procedure(
         self, model: "PreTrainedModel", tokenizer: "ImageProcessor", rows: Sequence[dict]
@@ -66,7 +67,7 @@ class ImageLipschitz(Lipschitz, LabelledImages):
     kind: Literal["image_lipschitz"] = "image_lipschitz"
     radius: Annotated[float, Field(gt=0)] = 0.5
     """Of the l2 ball around an image in [0, 1]."""
-    seed: int = 0
+    seed: Seed = 0
 
     def procedure(
         self, model: "PreTrainedModel", tokenizer: "ImageProcessor", rows: Sequence[dict]

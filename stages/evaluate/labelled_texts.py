@@ -15,6 +15,7 @@ from stages.evaluate.base import Evaluation, Request
 from stages.evaluate.classification import check_labels
 from stages.evaluate.examples import qualified
 from stages.evaluate.prompting import CHAT_CHOICES
+from stages.spec import Seed
 
 
 class LabelledTexts(Evaluation):
@@ -26,7 +27,7 @@ class LabelledTexts(Evaluation):
     """A name in ``stages/data/templates.py``; its last column is what changes."""
     chat: bool = False
     """Put the prompt through the tokenizer's chat template."""
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _no_technique(self) -> "LabelledTexts":

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from stages.data.schema import normalise
 from stages.errors import StageFailed
-from stages.spec import Spec
+from stages.spec import Seed, Spec
 
 
 class Shots(Spec):
@@ -19,7 +19,7 @@ class Shots(Spec):
     dataset: str
     split: str = "train"
     count: Annotated[int, Field(ge=1)]
-    seed: int = 0
+    seed: Seed = 0
     """Chooses the rows and their order, the same for every question."""
 
     @property

@@ -10,6 +10,7 @@ from pydantic import Field
 from stages.evaluate.base import Metric, Request, Response, mean_of
 from stages.evaluate.examples import results
 from stages.evaluate.labelled_images import LabelledImages
+from stages.spec import Seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +47,7 @@ class Sharpness(LabelledImages):
     """Random vectors of the trace."""
     tolerance: Annotated[float, Field(gt=0)] = 1e-3
     """Relative, of the eigenvalue."""
-    seed: int = 0
+    seed: Seed = 0
 
     axis: ClassVar[str] = "adversarial"
     primary: ClassVar[str] = "eigenvalue"

@@ -15,6 +15,7 @@ from stages.evaluate.examples import results
 from stages.evaluate.labelled_images import LabelledImages
 from stages.evaluate.labelled_texts import LabelledTexts
 from stages.probe.specialisation import information, purity
+from stages.spec import Seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ class Specialisation(Evaluation):
     tokens chose each expert.
     """
 
-    seed: int = 0
+    seed: Seed = 0
     """Of the permutations."""
 
     axis: ClassVar[str] = "adversarial"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from stages.errors import StageFailed
-from stages.spec import Spec
+from stages.spec import Seed, Spec
 
 if TYPE_CHECKING:
     from stages.evaluate.base import Request, Response
@@ -82,7 +82,7 @@ class SelfConsistency(Spec):
     kind: Literal["self_consistency"]
     samples: Annotated[int, Field(ge=2)] = 5
     temperature: Annotated[float, Field(gt=0)] = 0.7
-    seed: int = 0
+    seed: Seed = 0
 
 
 AnyTechnique = Annotated[

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from stages.data.templates import TEMPLATES
 from stages.finetune.recipe import VISION_WEIGHTS, Recipe, TrainSet
-from stages.spec import RUN_TIME
+from stages.spec import RUN_TIME, Seed
 
 __all__ = ["FinetuneSpec", "Recipe", "TrainSet"]
 
@@ -25,7 +25,7 @@ class FinetuneSpec(Recipe):
 
     VERSION: ClassVar[int] = 2
 
-    seed: int = 0
+    seed: Seed = 0
     until: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many of the steps, with the schedule of all of them."""
 

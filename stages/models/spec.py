@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from stages.spec import Spec
+from stages.spec import Seed, Spec
 
 
 class SourceSpec(Spec):
@@ -15,7 +15,7 @@ class SourceSpec(Spec):
     initialised model of a few thousand parameters with a byte tokenizer, for tests)."""
     content: str | None = None
     """Digest of a ``file:`` or ``pack:`` source, filled in by the planner."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the random weights of a ``tiny:`` model."""
     labels: Annotated[int, Field(ge=2)] | Annotated[tuple[str, ...], Field(min_length=2)] | None = (
         None
@@ -109,7 +109,7 @@ class UpcycleSpec(Spec):
     for splits: the mean input weights of an expert's neurons, so that a token goes where they match
     it (MoEfication), at a tenth of the length of random rows, so that the chosen
     experts start with nearly even weights."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 class WidenSpec(Spec):
@@ -132,7 +132,7 @@ class WidenSpec(Spec):
     """As in upcycling, of the neurons that have a copy."""
     noise: Annotated[float, Field(ge=0)] = 0.01
     """As in upcycling, on the neurons that have a copy."""
-    seed: int = 0
+    seed: Seed = 0
 
     def added(self, neurons: int, count: int) -> int:
         """Neurons added to each feed-forward block of ``neurons``, in a model of ``count`` layers.

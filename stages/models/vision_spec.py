@@ -8,7 +8,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from stages.models.spec import EveryNth, Layers, indices
-from stages.spec import Spec
+from stages.spec import Seed, Spec
 
 
 class Size(NamedTuple):
@@ -87,7 +87,7 @@ class VisionSpec(Spec):
     ]
     """What a member has of its own: an equal share of the experts (E³, ``vision_moe.py``; the
     default of a model with experts), or everything (a deep ensemble, ``vision_ensembles.py``)."""
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "VisionSpec":

@@ -122,6 +122,15 @@ WRONG = {
         "search.space.warmup_steps: is over before a population changes; remove it"),
     "seeds not fresh": (
         {"seeds": [101]}, "final_seeds names 101, which the trials use; choose others"),
+    "a seed twice": ({"seeds": [3, 3]}, "search.seeds: names a seed twice; keep one"),
+    "a seed twice on one side": (
+        {"budget": {"moe": {"seeds": [3, 3]}}},
+        "search.budget.moe.seeds: names a seed twice; keep one"),
+    "a fresh seed twice": (
+        {"final_seeds": [7, 8, 8]}, "search.final_seeds: names a seed twice; keep one"),
+    "negative seed": ({"seeds": [-3]}, "search.seeds.0: input should be greater than or equal to"),
+    "negative seed of the draws": (
+        {"seed": -1}, "search.seed: input should be greater than or equal to 0; found -1"),
     "too few fresh seeds": ({"final_seeds": [8, 9]}, "search.final_seeds: tuple should have at "
                             "least 3 items"),
     "recipe that no plan takes": (

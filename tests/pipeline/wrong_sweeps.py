@@ -29,6 +29,15 @@ WRONG = {
     "rate of zero": (
         {"recipes.sft.learning_rate": 0}, "recipes.sft.learning_rate", "greater than 0"),
     "no seeds": ({"seeds": []}, "seeds", "at least 1 item"),
+    "a seed twice": ({"seeds": [0, 1, 0]}, "seeds: names a seed twice", "keep one"),
+    "negative seed": ({"seeds": [-1]}, "seeds.0", "greater than or equal to 0; found -1"),
+    "negative seed of the statistics": (
+        {"statistics": {"seed": -1}}, "statistics.seed", "greater than or equal to 0; found -1"),
+    "negative seed of a data set": (
+        {"datasets.reviews.seed": -1}, "datasets.reviews.seed", "equal to 0; found -1"),
+    "negative seed of an evaluation": (
+        {"evaluations.questions.technique": {"kind": "self_consistency", "seed": -1}},
+        "evaluations.questions.technique.seed", "equal to 0; found -1"),
     "bad name": ({"name": "a/b"}, "name: 'a/b' is no name", "use letters"),
     "bad schedule": (
         {"recipes.sft.schedule": "cosinus"}, "recipes.sft.schedule.kind: unknown schedule",
