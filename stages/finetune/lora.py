@@ -10,13 +10,15 @@ from transformers import PreTrainedModel
 from stages.errors import StageFailed
 from stages.finetune.parameters import trained_roles
 from stages.finetune.recipe import Lora
+from stages.models.families import family
 from stages.models.routing import replaced
 
 ADAPTER = "default"
 
 
 def adapt(model: PreTrainedModel, recipe: Lora) -> LoraModel:
-    """Give every matrix of the roles an adapter; the modules keep their paths.
+    """Give every matrix of the roles that a gradient reaches an adapter; the modules keep their
+    paths.
 
     The adapters are drawn from PyTorch's random state and start without effect. Fused experts and
     routers without a linear layer are adapted as parameters, one adapter per expert.
@@ -26,12 +28,12 @@ def adapt(model: PreTrainedModel, recipe: Lora) -> LoraModel:
             f"lora.roles: the head of this {model.config.model_type} is tied to its embedding, "
             "so an adapter of one would also change the other; remove head and embedding"
         )
-    role_of = trained_roles(model)
+    entry, role_of = family(model), trained_roles(model)
     modules, parameters = [], []
     for path, module in model.named_modules():
         for name, weight in module.named_parameters(recurse=False):
             role = role_of.get(f"{path}.{name}")  # none for a tied head
-            if role not in recipe.roles:
+            if role not in recipe.roles or entry.has_no_gradient(f"{path}.{name}"):
                 continue
             if isinstance(module, nn.Linear | nn.Embedding):
                 modules.append(path)

@@ -37,7 +37,7 @@ def freeze(model: PreTrainedModel, recipe: Recipe) -> None:
                 f"({reason}); remove it from the recipe's train, freeze and lora.roles"
             )
     for name, parameter in model.named_parameters():
-        trained = recipe.trains(role_of[name]) and not entry.biases_choice(name)
+        trained = recipe.trains(role_of[name]) and not entry.has_no_gradient(name)
         parameter.requires_grad_(trained)
 
 

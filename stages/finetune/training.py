@@ -289,10 +289,7 @@ class Training:
     ) -> None:
         if self.turns is not None:
             waiting, self.turns.part = self.turns.part, "router"
-        # A router may hold weights that this loss does not see: LLaMA-MoE's noise, while it is off.
-        gradients = torch.autograd.grad(
-            auxiliary, trained, retain_graph=True, materialize_grads=True
-        )
+        gradients = torch.autograd.grad(auxiliary, trained, retain_graph=True)
         if self.turns is not None:
             self.turns.part = waiting
         norm = torch.nn.utils.get_total_norm(gradients)

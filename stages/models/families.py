@@ -43,6 +43,7 @@ _DEEPSEEK_V3 = {
     "scores": "sigmoid",
     "normalised": "norm_topk_prob",
 }
+_INDEXED = {"no_gradient": "model.layers.*.self_attn.indexer.*.*"}
 _GRANITE = {
     "block": "block_sparse_moe",
     "router": "router",
@@ -79,8 +80,8 @@ _MOE = (
         normalised=False,
     ),
     decoder("deepseek_v3", sparse_layers=after("first_k_dense_replace", 3), **_DEEPSEEK_V3),
-    decoder("deepseek_v32", sparse_layers=listed(3), **_DEEPSEEK_V3),
-    decoder("glm_moe_dsa", sparse_layers=listed(3), **_DEEPSEEK_V3),
+    decoder("deepseek_v32", sparse_layers=listed(3), **_DEEPSEEK_V3, **_INDEXED),
+    decoder("glm_moe_dsa", sparse_layers=listed(3), **_DEEPSEEK_V3, **_INDEXED),
     decoder("glm4_moe", sparse_layers=after("first_k_dense_replace", 1), **_DEEPSEEK_V3),
     decoder("glm4_moe_lite", sparse_layers=listed(1), **_DEEPSEEK_V3),
     decoder(
@@ -103,7 +104,7 @@ _MOE = (
         shared="mlp.shared_experts",
         sparse_layers=after("num_dense_layers", 1),
         scores="sigmoid",
-        choice_bias="model.layers.*.mlp.expert_bias",
+        no_gradient="model.layers.*.mlp.expert_bias",
         masks_by_position=False,
     ),
     decoder("hy_v3", shared="mlp.shared_experts", sparse_layers=listed(1), scores="sigmoid"),
@@ -113,7 +114,7 @@ _MOE = (
         shared="mlp.shared_experts",
         sparse_layers=listed(1),
         scores="sigmoid",
-        choice_bias="model.layers.*.mlp.gate.e_score_correction_bias",
+        no_gradient="model.layers.*.mlp.gate.e_score_correction_bias",
         auxiliary_loss=_AUX,
     ),
     decoder("granitemoe", **_GRANITE),
@@ -142,7 +143,7 @@ _MOE = (
         sparse_layers=ernie_layers,
         num_experts="moe_num_experts",
         top_k="moe_k",
-        choice_bias="model.layers.*.mlp.gate.moe_statics.e_score_correction_bias",
+        no_gradient="model.layers.*.mlp.gate.moe_statics.e_score_correction_bias",
         auxiliary_loss=_AUX,
     ),
     decoder("hunyuan_v1_moe", shared="mlp.shared_mlp", top_k="moe_topk"),
@@ -210,6 +211,7 @@ _MOE = (
         "llama_moe",  # stages/models/llama_moe.py
         top_k="num_selects",
         scores="softmax of the chosen",
+        no_gradient="model.layers.*.mlp.gate.weight_noise.weight",
         no_export="it is a class of this project, which other programs lack",
     ),
     Family(

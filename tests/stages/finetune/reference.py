@@ -37,7 +37,8 @@ def plain(folder):
     config = AutoConfig.from_pretrained(folder)
     model = auto_class(config).from_pretrained(folder, dtype=torch.float32)
     for name, parameter in model.named_parameters():
-        if name.endswith(("expert_bias", "e_score_correction_bias")):  # as before it was saved
+        biases = name.endswith(("expert_bias", "e_score_correction_bias"))  # as before saving
+        if biases or ".indexer." in name:  # which selects what attention reads
             parameter.requires_grad_(False)
     return model
 
@@ -94,8 +95,9 @@ def reference(spec, folder, inputs):
                              else sum(out[part] for part in entry.auxiliary_loss))
                 balances.append(auxiliary / (spec.batch_size // spec.micro_batch))
         (sum(losses) + spec.auxiliary_loss_weight * sum(balances)).backward()
-        for parameter in trained:  # an expert that no token was for
-            if parameter.grad is None:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                assert "expert" in name, f"{name} has no gradient"  # one that no token was for
                 parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(trained, spec.gradient_clipping)
         rows.append((step + 1, sum(losses).item(), norm.item(), optimizer.param_groups[0]["lr"],

@@ -38,14 +38,17 @@ def adapted(model):
 
 @pytest.mark.parametrize("name", MOE)
 def test_backbone_adapters_stand_at_the_backbone_alone(name):
-    """Not at routed experts, whose matrices older layouts call by the names of a dense layer's."""
+    """Not at routed experts, whose matrices older layouts call by the names of a dense layer's, nor
+    at indexers, which no gradient reaches."""
     model = tiny(name)
     roles = trained_roles(model)
     wanted = {f"{path}.weight" for path, module in model.named_modules()
-              if isinstance(module, torch.nn.Linear) and roles.get(f"{path}.weight") == "backbone"}
+              if isinstance(module, torch.nn.Linear) and roles.get(f"{path}.weight") == "backbone"
+              and not path.rpartition(".")[0].endswith(".indexer")}
     adapt(model, Lora(roles=("backbone",), rank=2))
     found = adapted(model)
     assert wanted <= found and {roles[each] for each in found} == {"backbone"}
+    assert not any(".indexer." in each for each in found)
 
 
 @pytest.mark.parametrize("name", MOE)

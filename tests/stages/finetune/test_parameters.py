@@ -38,20 +38,36 @@ def trained(model):
 def test_freezing_the_router_freezes_the_routers_and_nothing_else(name):
     model = model_of(name)
     routers = {id(p) for router, _ in blocks(model).values() for p in router.parameters()}
-    biases = {id(p) for n, p in model.named_parameters() if FAMILIES[name].biases_choice(n)}
+    still = {id(p) for n, p in model.named_parameters() if FAMILIES[name].has_no_gradient(n)}
     freeze(model, recipe(freeze=["router"]))
-    assert {id(p) for p in model.parameters() if not p.requires_grad} == routers | biases
+    assert {id(p) for p in model.parameters() if not p.requires_grad} == routers | still
     freeze(model, recipe(train=["router"]))
-    assert {id(p) for p in model.parameters() if p.requires_grad} == routers - biases
+    assert {id(p) for p in model.parameters() if p.requires_grad} == routers - still
 
 
-@pytest.mark.parametrize("name", ["afmoe", "laguna", "ernie4_5_moe"])
-def test_what_shifts_the_choice_alone_is_never_trained(name):
+@pytest.mark.parametrize("name", ["afmoe", "laguna", "ernie4_5_moe", "llama_moe"])
+def test_what_no_gradient_reaches_in_a_router_is_never_trained(name):
     model = model_of(name)
     freeze(model, recipe())
     still = {n for n, p in model.named_parameters() if not p.requires_grad}
     assert len(still) == len(blocks(model))
-    assert all(n.endswith(("expert_bias", "e_score_correction_bias")) for n in still)
+    untrained = ("expert_bias", "e_score_correction_bias", "weight_noise.weight")
+    assert all(n.endswith(untrained) for n in still)
+
+
+@pytest.mark.parametrize(("name", "indexers"), [("deepseek_v32", 4), ("glm_moe_dsa", 2)])
+def test_indexers_keep_their_weights_under_weight_decay(name, indexers):
+    """All else has a gradient, or decays."""
+    model = model_of(name)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    freeze(model, recipe())
+    model(input_ids=torch.arange(3, 20)[None], use_cache=False).logits.square().sum().backward()
+    parts = groups(model, recipe())
+    assert all(p.grad is not None for part in parts for p in part["params"])
+    torch.optim.AdamW(parts, lr=0.01, weight_decay=0.1).step()
+    kept = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+    assert kept == {n for n in before if ".indexer." in n} and len(kept) == 5 * indexers
+    assert count(model)["frozen"] == {"backbone": sum(before[n].numel() for n in kept)}
 
 
 def test_projections_called_gate_are_no_routers():

@@ -92,7 +92,7 @@ def test_both_losses_reach_the_routers_of_every_family_and_head(name, headed):
     balance = sum(out[part] for part in own) if own else load_balancing_loss(seen)
     routers = [p for path in entry.modules(model, "router")
                for n, p in model.get_submodule(path).named_parameters(prefix=path)
-               if p.requires_grad and not entry.biases_choice(n)]  # fmt: skip
+               if p.requires_grad and not entry.has_no_gradient(n)]  # fmt: skip
     assert len(routers) >= len(seen) > 0
     for loss in (balance, z_loss(seen)):
         gradients = torch.autograd.grad(loss, routers, retain_graph=True)
