@@ -22,7 +22,7 @@ KNOBS = (
 class Evidence:
     """Collects measurements of the knobs; means over all that is reported while ``open``.
 
-    The loop opens it for the first optimiser step that a process does, so that measuring costs
+    It is open for the first optimiser step of a process that is applied, so that measuring costs
     nothing later on.
     """
 
@@ -36,12 +36,20 @@ class Evidence:
         self.facts[knob] |= facts
 
     def mean(self, knob: str, what: str, values: torch.Tensor | float) -> None:
-        """Part of a mean over the first step."""
+        """Part of a mean over the step."""
         if self.open:
             values = torch.as_tensor(values).detach().float()
             entry = self._sums[knob, what]
             entry[0] += values.sum().item()
             entry[1] += values.numel()
+
+    def end_step(self, applied: bool) -> None:
+        """Closes with a step that was applied; what a step before it that was not finite measured
+        is forgotten."""
+        if applied:
+            self.open = False
+        elif self.open:
+            self._sums.clear()
 
     def measured(self, knob: str) -> dict[str, Any]:
         """All that is known of a knob."""

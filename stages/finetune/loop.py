@@ -114,6 +114,11 @@ def train(spec: FinetuneSpec, inputs: dict[str, Path], output: Path, callbacks: 
                 callbacks.report(metrics, Path(folder))
         else:
             callbacks.report(metrics, None)
+    if training.skipped == len(curve):
+        raise StageFailed(
+            f"none of the {last} steps was applied: the loss or the gradient of each was not "
+            "finite; lower learning_rate, or look for broken rows in the train sets"
+        )
 
     model = training.engine.module
     logits = training_logits(model, probe)

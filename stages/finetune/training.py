@@ -120,7 +120,7 @@ class Training:
         bad = [(name, v) for name, v in watched.items() if not math.isfinite(v)]
         if bad:
             self._count_nonfinite(step, *bad[0])
-        self.evidence.open = False
+        self.evidence.end_step(applied=not bad)
         seconds = time.perf_counter() - start
         tokens = sum(self.examples[i].tokens for i in batch)
         return {
