@@ -245,6 +245,17 @@ class MicroBatch:
             return routings
         return [routing.only(self._real(routing.layer)) for routing in routings]
 
+    def by_sequence(self, routings: list[Routing]) -> list[list[Routing]]:
+        """What the sparse blocks decided for the real tokens of each sequence of padded rows, from
+        that for the real tokens of all."""
+        rows, parts = len(self.arguments["attention_mask"]), []
+        for routing in routings:
+            lengths = self._real(routing.layer).view(rows, -1).sum(1).tolist()
+            tensors = (routing.logits, routing.experts, routing.weights)
+            split = zip(*(tensor.split(lengths) for tensor in tensors), strict=True)
+            parts.append([Routing(routing.layer, *each) for each in split])
+        return [list(sequence) for sequence in zip(*parts, strict=True)]
+
     def real_logits(self, logits: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Router logits by layer (tokens, E), of the real tokens alone."""
         if not self.real:

@@ -25,6 +25,12 @@ def load_balancing_loss(routings: list[Routing]) -> torch.Tensor:
     return sum(map(_balance, stacks.values()))
 
 
+def balance_by_sequence(sequences: list[list[Routing]]) -> torch.Tensor:
+    """Mean over sequences of the load-balancing loss of each one's tokens alone, a scalar: what
+    transformers has for Switch Transformers where a batch holds no padding."""
+    return torch.stack([load_balancing_loss(routings) for routings in sequences]).mean()
+
+
 def _balance(routings: list[Routing]) -> torch.Tensor:
     experts = routings[0].logits.shape[-1]
     chosen = torch.cat([routing.experts.flatten() for routing in routings])

@@ -36,7 +36,7 @@ from stages.finetune.evidence import Evidence
 from stages.finetune.knobs import Knobs
 from stages.finetune.parameters import Turns, trained_roles
 from stages.finetune.recipe import ImageAdversary, Trades
-from stages.finetune.router_losses import load_balancing_loss, z_loss
+from stages.finetune.router_losses import balance_by_sequence, load_balancing_loss, z_loss
 from stages.finetune.spec import FinetuneSpec
 from stages.finetune.telemetry import RoutingTelemetry, model_flops_utilisation
 from stages.finetune.validating import negative_log_likelihood
@@ -74,10 +74,6 @@ class Training:
         role_of = trained_roles(model)
         self.routers = [p for n, p in model.named_parameters() if role_of[n] == "router"]
         self.weighed = {n: AUXILIARY[n] for n in AUXILIARY if getattr(self.spec, n)}
-        # A family whose choice cannot be seen computes the load-balancing loss itself.
-        self.own_loss = () if self.knobs.knows_choice else family(model).auxiliary_loss
-        asks = self.own_loss and "auxiliary_loss_weight" in self.weighed
-        self.own_argument = {"output_router_logits": True} if asks else {}
         # At stage 0 this class reduces the gradients itself, and clips them afterwards.
         self.zero = self.engine.zero_optimization_stage() > 0
         self.engine.enable_backward_allreduce = self.zero
@@ -182,7 +178,7 @@ class Training:
             torch.manual_seed(seed + 1)  # the same masks in every ascent
             engine.set_gradient_accumulation_boundary(last and ascent == ascents - 1)
             with self.knobs.forward() as routings:
-                out = engine(**arguments, use_cache=False, **self.own_argument)
+                out = engine(**arguments, use_cache=False)
             routings = part.without_padding(routings)
             for routing in routings if self.spec.router.capacity is not None else ():
                 none = routing.weights == 0
@@ -201,7 +197,7 @@ class Training:
                 loss = loss + trades.router_beta * turned / answers
                 self.evidence.mean("adversarial", "router_divergence", turned / len(examples))
             for knob in self.weighed:
-                auxiliary = self._auxiliary(knob, routings, out, part)
+                auxiliary = self._auxiliary(knob, routings, part)
                 if self.evidence.open:
                     self._witness(knob, part, routings, auxiliary)
                 losses.append(auxiliary / parts)
@@ -243,13 +239,11 @@ class Training:
         logits = (self.knobs.clean.get(r.layer, r.logits) for r in routings)
         return router_divergence([each.chunk(2) for each in logits], images)
 
-    def _auxiliary(
-        self, knob: str, routings: list[Routing], out, part: MicroBatch
-    ) -> torch.Tensor:
+    def _auxiliary(self, knob: str, routings: list[Routing], part: MicroBatch) -> torch.Tensor:
         """The loss of a knob over one forward pass, unweighted."""
         _, of = self.weighed[knob]
-        if self.own_argument and of is load_balancing_loss:
-            return sum(out[name] for name in self.own_loss)
+        if of is load_balancing_loss and family(self.engine.module).balanced_by_sequence:
+            return balance_by_sequence(part.by_sequence(routings))
         # The load is a probability over the noise, so its loss must know it.
         if of is load_loss:
             return of(routings, part.real_logits(self.knobs.clean), self.knobs.noise)
@@ -266,11 +260,8 @@ class Training:
         elif self.engine.zero_optimization_partition_weights():
             # Gathering weights for a backward pass of one's own is not foreseen, so that of the
             # logits stands for it, as far as they reach the loss directly.
-            if self.own_argument and self.weighed[knob][1] is load_balancing_loss:
-                self.evidence.note(knob, routers="not measured under ZeRO stage 3")
-                return
             free = [replace(r, logits=r.logits.detach().requires_grad_()) for r in routings]
-            loss = self._auxiliary(knob, free, None, part)
+            loss = self._auxiliary(knob, free, part)
             gradients = torch.autograd.grad(loss, [routing.logits for routing in free])
             norm = torch.nn.utils.get_total_norm(gradients)
             self.evidence.mean(knob, "router_logit_gradient_norm", norm)
@@ -278,9 +269,9 @@ class Training:
             # The encoder's states are among the engine's outputs, which allow no backward pass but
             # its own.
             with self.knobs.forward() as again:
-                out = model(**part.arguments, use_cache=False, **self.own_argument)
+                model(**part.arguments, use_cache=False)
             again = part.without_padding(again)
-            self._measure(knob, trained, self._auxiliary(knob, again, out, part))
+            self._measure(knob, trained, self._auxiliary(knob, again, part))
         else:
             self._measure(knob, trained, auxiliary)
 

@@ -291,6 +291,7 @@ _MOE = (
         weights=1,
         index=None,
         auxiliary_loss=("encoder_aux_loss", "decoder_aux_loss"),
+        balanced_by_sequence=True,
         capacity=True,
         encoder_decoder=True,
         attention_dropout=False,

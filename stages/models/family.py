@@ -78,6 +78,8 @@ class Family:
     auxiliary_loss: tuple[str, ...] = ()
     """What ``forward(output_router_logits=True)`` calls the load-balancing loss, unweighted, or its
     parts, whose sum it is; empty where it returns none."""
+    balanced_by_sequence: bool = False
+    """That loss is the mean over a batch's sequences of each one's, not one over all tokens."""
     capacity: bool = False
     """Experts drop tokens beyond a capacity, so that a token's output depends on the tokens that
     share its batch: sequences must not be packed together."""

@@ -182,8 +182,8 @@ def _everything(
 ) -> dict[str, torch.Tensor]:
     """Logits, loss, auxiliary loss (this project's, where transformers has none that counts the
     chosen experts), and the gradient that each router gets of the latter. With ``knobs`` all of it
-    as in training, which takes its own auxiliary loss wherever it knows the choice."""
-    from stages.finetune.router_losses import load_balancing_loss
+    as in training, which always takes its own auxiliary loss."""
+    from stages.finetune.router_losses import balance_by_sequence, load_balancing_loss
     from stages.models.routes import routed
 
     entry = FAMILIES[name]
@@ -191,11 +191,17 @@ def _everything(
     balance = {} if ours else {"output_router_logits": True}
     if knobs is not None:
         knobs.attach()
-        ours, watching = knobs.knows_choice, knobs.forward()
+        ours, watching = True, knobs.forward()
     with watching if ours else nullcontext() as routes:
         out = model(tokens, labels=tokens, use_cache=False, **balance)
     seen = {"logits": out.logits.detach(), "loss": out.loss.detach()}
-    parts = [load_balancing_loss(routes)] if ours else [out[n] for n in entry.auxiliary_loss]
+    if not ours:
+        parts = [out[part] for part in entry.auxiliary_loss]
+    elif entry.balanced_by_sequence:
+        apart = zip(*(routing.split(len(tokens)) for routing in routes), strict=True)
+        parts = [balance_by_sequence(list(map(list, apart)))]
+    else:
+        parts = [load_balancing_loss(routes)]
     sum(parts).backward()
     seen["auxiliary loss"] = sum(parts).detach()
     for path, router in entry.modules(model, "router").items():

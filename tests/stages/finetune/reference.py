@@ -91,8 +91,12 @@ def reference(spec, folder, inputs):
             )
             losses.append(nll / answers)
             if spec.auxiliary_loss_weight:
-                auxiliary = (_balance(routes, micro) if ours
-                             else sum(out[part] for part in entry.auxiliary_loss))
+                if ours:
+                    auxiliary = _balance(routes, micro)
+                elif entry.model_type == "switch_transformers":
+                    auxiliary = _by_sequence(out, micro)
+                else:
+                    auxiliary = sum(out[part] for part in entry.auxiliary_loss)
                 balances.append(auxiliary / (spec.batch_size // spec.micro_batch))
         (sum(losses) + spec.auxiliary_loss_weight * sum(balances)).backward()
         for name, parameter in model.named_parameters():
@@ -162,6 +166,20 @@ def _balance(routes, micro):
         chosen.append(experts.sum(1).float())
     frequency, probability = torch.cat(chosen).mean(0), torch.cat(probabilities).mean(0)
     return len(frequency) * (frequency * probability).sum()
+
+
+def _by_sequence(out, micro):
+    """Experts times the sum of f_e P_e of each sequence's real tokens alone, encoder's and
+    decoder's added, as a mean over the sequences."""
+    losses = []
+    for part in ("encoder", "decoder"):
+        logits = torch.stack(out[f"{part}_router_logits"])  # layers, rows, tokens, experts
+        for row, example in enumerate(micro):
+            prompt = len(example.input_ids) - example.answer
+            real = logits[:, row, : prompt if part == "encoder" else example.answer].flatten(0, 1)
+            share = torch.nn.functional.one_hot(real.argmax(-1), real.shape[-1]).float().mean(0)
+            losses.append(len(share) * (share * real.softmax(-1).mean(0)).sum())
+    return sum(losses) / len(micro)
 
 
 def _seq2seq(model, micro, balance):

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
+from stages.finetune.batches import Example, micro_batch
 from stages.finetune.evidence import Evidence
 from stages.finetune.head import with_head
 from stages.finetune.knobs import Knobs
 from stages.finetune.recipe import Recipe, TrainSet
-from stages.finetune.router_losses import load_balancing_loss, z_loss
+from stages.finetune.router_losses import balance_by_sequence, load_balancing_loss, z_loss
 from stages.models.families import FAMILIES, family
 from stages.models.routing import Routing, blocks, intercept
 from stages.models.tiny import tiny_model, tiny_tokenizer
@@ -52,6 +53,28 @@ def test_load_balancing_equals_transformers(name):
     assert load_balancing_loss(seen).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_of_switch_it_is_transformers_own_of_each_sequence_without_padding():
+    model = tiny_model("switch_transformers", tiny_tokenizer(), seed=3)
+    knobs = Knobs(model, Recipe(**RECIPE), Evidence())
+    knobs.attach()
+
+    def losses(*lengths):
+        """This project's over a micro-batch, and transformers' own."""
+        rows = [Example(tuple(range(3, 3 + n)), answer=n // 3) for n in lengths]
+        part = micro_batch(rows, model.config, torch.device("cpu"))
+        with torch.no_grad(), knobs.forward() as seen:
+            out = model(**part.arguments, output_router_logits=True)
+        ours = balance_by_sequence(part.by_sequence(part.without_padding(seen)))
+        return ours.item(), (out.encoder_aux_loss + out.decoder_aux_loss).item()
+
+    alone = [losses(n) for n in (60, 21, 33)]
+    for ours, transformers in (*alone, losses(21, 21)):
+        assert ours == pytest.approx(transformers, rel=1e-5)
+    ours, transformers = losses(60, 21, 33)
+    assert ours == pytest.approx(sum(loss for loss, _ in alone) / 3, rel=1e-5)
+    assert abs(transformers / ours - 1) > 1e-3  # which counts padding
+
+
 @pytest.mark.parametrize("name", ["minimax_m2", "laguna", "ernie4_5_moe"])
 def test_where_a_bias_moves_the_choice_the_chosen_experts_count(name):
     model, seen = tiny_model(name, tiny_tokenizer(), seed=3), []
@@ -84,17 +107,13 @@ def test_both_losses_reach_the_routers_of_every_family_and_head(name, headed):
     asked = {"labels": tokens[:, :9]} if entry.encoder_decoder else {}
     knobs = Knobs(model, Recipe(**RECIPE), Evidence())
     knobs.attach()
-    if not knobs.knows_choice:  # Switch computes the loss itself
-        asked |= {"output_router_logits": True}
     with knobs.forward() as seen:
-        out = model(input_ids=tokens, **asked, use_cache=False)
-    own = () if knobs.knows_choice else entry.auxiliary_loss
-    balance = sum(out[part] for part in own) if own else load_balancing_loss(seen)
+        model(input_ids=tokens, **asked, use_cache=False)
     routers = [p for path in entry.modules(model, "router")
                for n, p in model.get_submodule(path).named_parameters(prefix=path)
                if p.requires_grad and not entry.has_no_gradient(n)]  # fmt: skip
     assert len(routers) >= len(seen) > 0
-    for loss in (balance, z_loss(seen)):
+    for loss in (load_balancing_loss(seen), z_loss(seen)):
         gradients = torch.autograd.grad(loss, routers, retain_graph=True)
         assert all(gradient.norm() > 1e-6 for gradient in gradients)
 
