@@ -81,6 +81,40 @@ def attention_dropout(modules: list[nn.Module], p: float) -> Iterator[None]:
             module.attention_dropout = own
 
 
+@contextmanager
+def watched_attention(
+    modules: dict[str, nn.Module], watch: Callable[[str, float], None]
+) -> Iterator[None]:
+    """Each module's path and the probability of every dropout of attention weights that runs in it
+    (0 outside training) are told to ``watch``."""
+
+    def noting(path: str, forward: Callable) -> Callable:
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with _SeenDropout(path, watch):
+                return forward(*args, **kwargs)
+
+        return inside
+
+    with ExitStack() as undo:
+        for path, module in modules.items():
+            undo.enter_context(replaced(module, "forward", noting(path, module.forward)))
+        yield
+
+
+class _SeenDropout(TorchFunctionMode):
+    def __init__(self, path: str, watch: Callable[[str, float], None]):
+        self.path, self.watch = path, watch
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.watch(self.path, given.get("dropout_p", 0.0))
+        # Attention weights have four axes, outputs that a block drops as well have three.
+        elif func is F.dropout and args[0].ndim == 4:
+            self.watch(self.path, given["p"] if given["training"] else 0.0)
+        return func(*args, **given)
+
+
 def attention_modules(model: PreTrainedModel) -> list[str]:
     """Paths of the modules whose ``attention_dropout`` their forward pass reads in training."""
     return [path for path, m in model.named_modules() if hasattr(m, "attention_dropout")]

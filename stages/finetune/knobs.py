@@ -18,6 +18,7 @@ from stages.finetune.dropout import (
     output_dropout,
     residual_modules,
     sum_dropout,
+    watched_attention,
 )
 from stages.finetune.evidence import Evidence
 from stages.finetune.recipe import Recipe
@@ -48,8 +49,8 @@ class Knobs:
         self.sums: list[tuple[nn.Module, str]] = []
         """Methods that add up the experts' outputs, where the experts do not."""
         self.sees_choice = self.knows_choice = False
-        if self.attention:
-            evidence.note("dropout.attention", modules=len(self.attention))
+        self.dropping: set[str] = set()
+        """Attention modules in which dropout was seen."""
 
     def attach(self) -> None:
         """Find the routers and experts of the model as it will be trained, adapters included."""
@@ -77,8 +78,11 @@ class Knobs:
                 p, name = recipe.dropout.residual, "dropout.residual"
                 undo.enter_context(output_dropout(name, modules, p, self._zeros))
             if recipe.dropout.attention is not None:
-                modules = [self.model.get_submodule(path) for path in self.attention]
-                undo.enter_context(attention_dropout(modules, recipe.dropout.attention))
+                modules = {path: self.model.get_submodule(path) for path in self.attention}
+                p = recipe.dropout.attention
+                undo.enter_context(attention_dropout(list(modules.values()), p))
+                if self.evidence.open:
+                    undo.enter_context(watched_attention(modules, self._drops))
             yield routings
 
     def _intercept_routing(self, undo: ExitStack, routings: list[Routing]) -> None:
@@ -182,6 +186,11 @@ class Knobs:
         self.evidence.mean("experts.drop", "share_of_experts_dropped", ~kept)
         self.evidence.mean("experts.drop", "share_of_choices_dropped", ~kept[found.experts])
         return found.change(weights=found.weights * kept[found.experts] / (1 - p))
+
+    def _drops(self, path: str, probability: float) -> None:
+        self.dropping.add(path)
+        self.evidence.note("dropout.attention", modules=len(self.dropping))
+        self.evidence.mean("dropout.attention", "probability", probability)
 
     def _zeros(self, knob: str, output: torch.Tensor) -> None:
         if self.evidence.open:

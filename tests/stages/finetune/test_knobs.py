@@ -218,6 +218,15 @@ def test_residual_dropout_acts_on_both_blocks_of_each_layer(models):
     assert share == pytest.approx(0.1, abs=0.01)
 
 
+def test_attention_dropout_has_no_evidence_without_a_forward_pass(models):
+    evidence = Evidence()
+    knobs = Knobs(models["llama"], recipe(dropout={"attention": 0.5}), evidence)
+    knobs.attach()
+    with knobs.forward():
+        pass
+    assert evidence.measured("dropout.attention") == {}
+
+
 def test_attention_dropout_acts_in_training_mode(models):
     model = models["llama"]
     own = model.model.layers[0].self_attn.attention_dropout
@@ -227,7 +236,9 @@ def test_attention_dropout_acts_in_training_mode(models):
         assert (logits - plain(model)).abs().max() > 1e-2
     finally:
         model.eval()
-    assert evidence.measured("dropout.attention") == {"modules": 4}
+    assert evidence.measured("dropout.attention") == {"modules": 4, "probability": 0.5}
+    _, _, evidence = run(model, dropout={"attention": 0.5})
+    assert evidence.measured("dropout.attention") == {"modules": 4, "probability": 0.0}
     assert model.model.layers[0].self_attn.attention_dropout == own
 
 
