@@ -131,7 +131,9 @@ def check_blocks(model: nn.Module, before: dict[str, Call]) -> None:
             arguments, named = _moved(seen.arguments, weight), _moved(seen.named, weight)
             output = _first(module(*arguments, **named)).float()
         expected = seen.output.to(weight.device)
-        by_token = (output - expected).abs().flatten(0, -2).amax(-1) / expected.abs().max()
+        # A block that was initialised as the identity adds nothing.
+        largest = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        by_token = (output - expected).abs().flatten(0, -2).amax(-1) / largest
         exact = weight.dtype == torch.float32
         if path in experts:
             what, share, allowed = "expert-parallel layer", 1.0, 1e-5 if exact else 0.05
@@ -139,7 +141,9 @@ def check_blocks(model: nn.Module, before: dict[str, Call]) -> None:
             share, allowed = (0.99, 1e-5) if exact else (2 / 3, 0.02)
             what = "block with its router and all experts"
         difference = by_token.quantile(share)
-        # All ranks raise together, for a rank that goes on alone would wait for ever.
+        # All ranks raise together, for a rank that goes on alone would wait for ever. The largest
+        # of a number and NaN may be the number.
+        difference = difference.nan_to_num(nan=math.inf, posinf=math.inf)
         torch.distributed.all_reduce(difference, op=torch.distributed.ReduceOp.MAX)
         if not difference <= allowed:
             raise StageFailed(

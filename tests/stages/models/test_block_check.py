@@ -104,3 +104,18 @@ def test_a_block_with_a_wrong_router_or_shared_expert_is_named(name, path, prese
     preset(model.get_submodule(path))
     with pytest.raises(StageFailed, match=rf"{path}: the block with its router and all experts"):
         check_blocks(model, before)
+
+
+def test_a_block_that_adds_nothing_yet_is_compared_as_well():
+    model = tiny_model("mixtral", tiny_tokenizer(), seed=3)
+    experts = model.get_submodule(f"{MIXTRAL}.experts")
+    with torch.no_grad():
+        experts.down_proj.zero_()
+    before = observe_blocks(model)
+    convert(model, 1, grouped_mm=True)
+    check_blocks(model, before)
+    for value, size in ((1e-3, r"\S+"), (float("nan"), "inf")):
+        with torch.no_grad():
+            model.get_submodule(f"{MIXTRAL}.experts").down_proj[1] = value
+        with pytest.raises(StageFailed, match=rf"{MIXTRAL}\.experts: .* differs .* by {size} of"):
+            check_blocks(model, before)
