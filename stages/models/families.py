@@ -36,6 +36,7 @@ _UNEQUAL = (
 )
 _NO_VLLM = "vLLM has no class of its own for it"
 _AUX = ("aux_loss",)
+_FIRST = "first_k_dense_replace"
 _LOCAL = {"num_experts": "num_local_experts"}
 _DEEPSEEK_V3 = {
     "shared": "mlp.shared_experts",
@@ -75,25 +76,20 @@ _MOE = (
     decoder(
         "deepseek_v2",
         shared="mlp.shared_experts",
-        sparse_layers=after("first_k_dense_replace", 0),
+        sparse_layers=after(_FIRST, 0),
         num_experts="n_routed_experts",
         normalised=False,
     ),
-    decoder("deepseek_v3", sparse_layers=after("first_k_dense_replace", 3), **_DEEPSEEK_V3),
-    decoder("deepseek_v32", sparse_layers=listed(3), **_DEEPSEEK_V3, **_INDEXED),
-    decoder("glm_moe_dsa", sparse_layers=listed(3), **_DEEPSEEK_V3, **_INDEXED),
-    decoder("glm4_moe", sparse_layers=after("first_k_dense_replace", 1), **_DEEPSEEK_V3),
+    decoder("deepseek_v3", sparse_layers=after(_FIRST, 3), **_DEEPSEEK_V3),
+    decoder("deepseek_v32", sparse_layers=listed(3, _FIRST), **_DEEPSEEK_V3, **_INDEXED),
+    decoder("glm_moe_dsa", sparse_layers=listed(3, _FIRST), **_DEEPSEEK_V3, **_INDEXED),
+    decoder("glm4_moe", sparse_layers=after(_FIRST, 1), **_DEEPSEEK_V3),
     decoder("glm4_moe_lite", sparse_layers=listed(1), **_DEEPSEEK_V3),
-    decoder(
-        "dots1",
-        sparse_layers=after("first_k_dense_replace", 0),
-        no_vllm=_NO_VLLM,
-        **_DEEPSEEK_V3,
-    ),
+    decoder("dots1", sparse_layers=after(_FIRST, 0), no_vllm=_NO_VLLM, **_DEEPSEEK_V3),
     decoder("solar_open", no_vllm=_NO_VLLM, **_DEEPSEEK_V3),
     decoder(
         "exaone_moe",
-        sparse_layers=listed(1),
+        sparse_layers=listed(1, _FIRST),
         **_DEEPSEEK_V3 | {"num_experts": "num_experts"},
     ),
     decoder("mimo_v2_flash", sparse_layers=listed(1), **_DEEPSEEK_V3 | {"shared": ""}),
@@ -151,7 +147,7 @@ _MOE = (
     decoder(
         "cohere2_moe",
         shared="mlp.shared_experts",
-        sparse_layers=listed(0),
+        sparse_layers=listed(0, _FIRST),
         scores="softmax of the chosen",
     ),
     decoder(

@@ -13,13 +13,15 @@ def after(field: str, default: int) -> Callable[[Mapping], tuple[int, ...]]:
     return lambda config: tuple(range(config.get(field, default), config["num_hidden_layers"]))
 
 
-def listed(dense: int) -> Callable[[Mapping], tuple[int, ...]]:
-    """The layers that ``mlp_layer_types`` calls sparse; without it, all but the first ``dense``."""
+def listed(dense: int, field: str = "") -> Callable[[Mapping], tuple[int, ...]]:
+    """The layers that ``mlp_layer_types`` calls sparse; without it, all but the first ones, whose
+    number is a field of the configuration that the architecture reads, or else ``dense``."""
 
     def layers(config: Mapping) -> tuple[int, ...]:
-        count = config["num_hidden_layers"]
-        kinds = config.get("mlp_layer_types") or ["dense"] * dense + ["sparse"] * (count - dense)
-        return tuple(i for i in range(count) if kinds[i] == "sparse")
+        kinds = config.get("mlp_layer_types")
+        if kinds is None:
+            return after(field, dense)(config)
+        return tuple(i for i in range(config["num_hidden_layers"]) if kinds[i] == "sparse")
 
     return layers
 

@@ -42,6 +42,22 @@ def test_an_untied_head_has_a_role_of_its_own():
     assert roles(meta_model("gpt_neox"))["lm_head.weight"] == "head"
 
 
+LISTED = ("deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "exaone_moe", "mimo_v2_flash", "hy_v3",
+          "laguna", "mellum", "cohere2_moe")  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [{}, {"first_k_dense_replace": 2}])
+@pytest.mark.parametrize("name", LISTED)
+def test_layers_that_a_raw_configuration_does_not_list_are_those_of_transformers(name, fields):
+    """Some read the number of dense layers, others always have their own."""
+    raw = {"model_type": name, "num_hidden_layers": 5, **fields}
+    kinds = AutoConfig.for_model(**raw).mlp_layer_types
+    expected = tuple(i for i, kind in enumerate(kinds) if kind == "sparse")
+    assert FAMILIES[name].sparse_layers(raw) == expected
+    reads = name in ("deepseek_v32", "glm_moe_dsa", "exaone_moe", "cohere2_moe")
+    assert not (reads and fields) or expected == (2, 3, 4)
+
+
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_each_family_finds_its_parts_in_the_model_that_transformers_builds(name):
     model = tiny_model(name, TOKENIZER, seed=0) if name in TINY else meta_model(name)
