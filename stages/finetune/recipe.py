@@ -338,7 +338,11 @@ class Recipe(Spec):
     def depends_on_micro_batch(self) -> bool:
         """Whether the size of the micro-batches changes more than rounding: the auxiliary losses
         are means over a micro-batch, random numbers are drawn for each one, and a capacity may be
-        one of all its tokens."""
+        one of all its tokens.
+
+        By the recipe alone, as a plan is made before a download tells the architecture: what one
+        has of its own (dropout, NLLB-MoE's capacity, the experts that Phi-MoE's routers draw) is
+        left out, and README names it."""
         return bool(
             any(getattr(self, name) for name in AUXILIARY_WEIGHTS) or self.random
             or self.router.assignment == "balanced" or self.router.capacity
