@@ -10,7 +10,7 @@ from pipeline.sweep_file import located
 from stages.data import downloads
 from stages.data.sources import CatalogueSet, parse
 from stages.evaluate.registry import for_decoders
-from stages.models.known import CANNOT_RUN
+from stages.models.known import cannot_run
 from stages.models.sources import describe
 from stages.models.spec import SourceSpec
 
@@ -105,16 +105,17 @@ def _reads_first(plan: Plan, node: Node, folder: Path) -> bool:
 
 
 def _not_to_be_had(plan: Plan, folder: Path) -> Iterator[str]:
-    """Data that must be asked for or brought, models that cannot be run, and what an architecture
-    cannot do."""
+    """Data that must be asked for or brought, models and judges that cannot be run, and what an
+    architecture cannot do."""
     for node in plan.nodes.values():
         what = for_decoders(node.spec.evaluation) if node.stage == "evaluate" else ""
         if what and _reads_first(plan, node, folder):
             yield f"  gap       {node.name}: {what} is for decoders, this is an encoder-decoder"
-        if node.stage == "model":
-            reason = CANNOT_RUN.get(getattr(node.spec, "source", "").partition("@")[0])
+        if node.stage in ("model", "judge"):
+            reason = cannot_run(getattr(node.spec, "source", ""))
             if reason:
-                yield f"  cannot run {node.name}: {reason}; its nodes will be gaps"
+                what = "nodes" if node.stage == "model" else "scores"
+                yield f"  cannot run {node.name}: {reason}; its {what} will be gaps"
         if node.stage != "data":
             continue
         source = parse(located(node.spec.source, folder), format=node.spec.format)

@@ -371,6 +371,29 @@ CANNOT_RUN: dict[str, str] = {
 }
 """Source without its revision to why nothing can be run of it."""
 
+CONVERTED: dict[str, str] = {
+    "hub:llama-moe/LLaMA-MoE-v1-3_0B-2_16@main": "refs/pr/2",
+    "hub:llama-moe/LLaMA-MoE-v1-3_5B-4_16@main": "refs/pr/3",
+    "hub:llama-moe/LLaMA-MoE-v1-3_5B-2_8@main": "refs/pr/2",
+    # Not commit 0345cf1: its tokenizer is one that was taken back.
+    "hub:openlm-research/open_llama_3b@main": "refs/pr/1",
+    "hub:openlm-research/open_llama_7b@main": "refs/pr/8",
+    "hub:deepseek-ai/deepseek-llm-7b-base@main": "refs/pr/3",
+    "hub:safepaca/absolute-harmfulness-predictor-redteam@main": "refs/pr/1",
+}
+"""Source without safetensors to the revision with a conversion that was offered to its repository,
+as copies of the hub's pages show."""
+
+
+def cannot_run(source: str) -> str | None:
+    """Why nothing can be run of a source, or None where nothing speaks against it."""
+    if source in CONVERTED:
+        return (
+            f"its weights are pickle files, which are never read; name @{CONVERTED[source]}, a "
+            "conversion"
+        )
+    return CANNOT_RUN.get(source.partition("@")[0])
+
 
 def known(source: str) -> Known | None:
     """The entry of a source, whatever its revision."""

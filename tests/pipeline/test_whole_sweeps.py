@@ -21,9 +21,10 @@ from stages.errors import BadInput
 from stages.evaluate.base import AXES
 from stages.finetune.batches import select_rows
 from stages.models.card import ModelCard
-from stages.models.known import CANNOT_RUN, KNOWN, known
+from stages.models.known import CANNOT_RUN, CONVERTED, KNOWN, cannot_run, known
 from stages.models.load import auto_class
 from stages.models.size import measure
+from stages.models.sources import check_files
 
 FOLDER = SWEEPS / "moe_rbench"
 
@@ -195,6 +196,25 @@ def test_what_must_be_asked_for_or_cannot_run_is_told(tmp_path, capsys):
     assert ratios == ["1.09", "1.46", "0.83", "1.78", "0.41", "0.39"]
     assert [line for line in head.splitlines() if line.rstrip().endswith(tuple(ratios))
             or ")" in line and any(f"   {r}" in line for r in ratios)]
+
+
+def test_revisions_of_pickle_files_are_told_and_no_sweep_names_one(tmp_path, capsys):
+    named = {source for file in FOLDER.rglob("*.yaml")
+             for source in re.findall(r"hub:[\w.-]+/[\w.-]+@[\w./-]+", file.read_text())}
+    assert not named & CONVERTED.keys()
+    for source, revision in CONVERTED.items():
+        conversion = f"{source.partition('@')[0]}@{revision}"
+        assert conversion in named and check_files(conversion) is None
+        assert cannot_run(conversion) is None and known(conversion) == known(source)
+    judge = "hub:safepaca/absolute-harmfulness-predictor-redteam@"
+    file = tmp_path / "modern.yaml"
+    text = (FOLDER / "modern.yaml").read_text().replace(f"{judge}refs/pr/1", f"{judge}main")
+    file.write_text(text.replace("7b-base@refs/pr/3", "7b-base@main"))
+    assert main(["plan", str(file), "--store", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    for name, pull, what in (("deepseek-7b", 3, "nodes"), ("redteam", 1, "scores")):
+        assert (f"  cannot run {name}: its weights are pickle files, which are never read; name "
+                f"@refs/pr/{pull}, a conversion; its {what} will be gaps") in told
 
 
 @pytest.mark.parametrize("source", [s for s, entry in KNOWN.items() if entry.config])
