@@ -299,7 +299,8 @@ def _report(options: argparse.Namespace) -> int:
     if options.examples is not None:
         from stages.compare.examples import write_examples
 
-        inputs = {role: store.fetch(folder) for role, folder in job.inputs.items()}
+        inputs = {role: store.fetch(folder) for role, folder in job.inputs.items()
+                  if role.startswith("scores/")}
         print(f"{write_examples(node.spec, inputs, options.examples):,} scores of examples in "
               f"{options.examples}")
     return 0 if outcome.status == "done" else 1

@@ -143,7 +143,7 @@ def finish_lines(plan: Plan, outcomes: dict[str, Outcome], store: Store) -> list
 
 def score_lines(plan: Plan, outcomes: dict[str, Outcome], store: Store) -> list[str]:
     """The metrics of each evaluation of one model."""
-    from stages.evaluate.partial import left_out
+    from stages.evaluate.partial import left_out, unasked
 
     lines = []
     for node in plan.nodes.values():
@@ -156,7 +156,8 @@ def score_lines(plan: Plan, outcomes: dict[str, Outcome], store: Store) -> list[
         folder = store.fetch(node.folder)
         summary = json.loads((folder / "summary.json").read_text())
         lines += ["", f"{node.spec.evaluation.axis} · {node.key}"]
-        if missing := left_out(node.spec.evaluation):
+        evaluation = node.spec.evaluation
+        if missing := (*left_out(evaluation), *unasked(evaluation)):
             lines.append(f"  without {', '.join(missing)}")
         width = max(map(len, summary), default=0)
         for name, found in summary.items():

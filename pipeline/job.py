@@ -17,6 +17,7 @@ from pipeline.plan import Node, Plan
 from pipeline.store import PROGRESS, Store
 from pipeline.sweep import MachineKind
 from stages.errors import BadInput, StageFailed
+from stages.evaluate.spec import JUDGE
 
 STAGES = {
     "data": "stages.data.stage",
@@ -99,7 +100,9 @@ def report_folder(sweep: str) -> str:
 def compute(job: Job, store: Store, output: Path) -> None:
     """Call the stage on local folders."""
     run = importlib.import_module(STAGES[job.node.stage]).run
-    inputs = {role: store.fetch(folder) for role, folder in job.inputs.items()}
+    # A report says what came of a judge, and asks it nothing.
+    inputs = {role: store.fetch(folder, weights=not role.startswith(JUDGE))
+              for role, folder in job.inputs.items()}
     extra = {"gaps": job.gaps} if job.node.stage == "compare" else {}
     with beside_the_sweep(job):
         run(job.node.spec, inputs, output, **extra)

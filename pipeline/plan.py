@@ -92,16 +92,20 @@ class Plan:
         return Node(stage, name, spec, inputs, resources, fingerprint)
 
     def leave_out(self, key: str, roles: Iterable[str]) -> bool:
-        """Put in an evaluation's place the one on its other data sets; False where there is none.
+        """Put in an evaluation's place the one on its other data sets, by its other judges; False
+        where there is none.
 
         ``roles`` are those of its inputs that cannot be had. The result has a fingerprint and a
         folder of its own, and the comparison knows which metrics it lacks.
         """
         node, missing = self.nodes[key], set(roles)
-        names = {role.removeprefix("data/") for role in missing if role.startswith("data/")}
-        if node.stage != "evaluate" or len(names) < len(missing):
+        names, judges = (
+            {role.removeprefix(kind) for role in missing if role.startswith(kind)}
+            for kind in ("data/", JUDGE)
+        )
+        if node.stage != "evaluate" or len(names) + len(judges) < len(missing):
             return False
-        rest = without(node.spec.evaluation, names)
+        rest = without(node.spec.evaluation, names, judges)
         if rest is None:
             return False
         spec = node.spec.model_copy(update={"evaluation": rest})
@@ -147,6 +151,8 @@ def build(
                 inputs |= builder.checkpoint_and_scores(model, recipe, seed)
     for name in dict.fromkeys(builder.datasets_used):
         inputs[f"data/{name}"] = builder.dataset(name)
+    inputs |= {f"{JUDGE}{node.name}": key
+               for key, node in builder.plan.nodes.items() if node.stage == "judge"}
     spec = CompareSpec(
         title=sweep.description or sweep.name,
         pairs=tuple(Pair(name=p.name, moe=p.moe, dense=p.dense) for p in sweep.pairs),

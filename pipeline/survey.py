@@ -65,7 +65,8 @@ def survey(plan: Plan, store: Store) -> dict[str, State]:
 
 
 def leave_out_missing(plan: Plan, store: Store) -> None:
-    """Put in the place of each unfinished evaluation the one on the data sets that are finished."""
+    """Put in the place of each unfinished evaluation the one on the data sets, and by the judges,
+    that are finished."""
     states = survey(plan, store)
     for key, node in list(plan.nodes.items()):
         roles = [role for role, k in node.inputs.items() if states[k].status != "done"]

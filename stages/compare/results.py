@@ -2,7 +2,8 @@
 
 A missing score table is a gap: its rows are there, with the reason and without a number. Where
 some seeds of several are missing, the row is over the seeds that both models have and says so. A
-metric that reads a data set which could not be had is a gap too, whatever the tables hold.
+metric that reads a data set or a judge which could not be had is a gap too, whatever the tables
+hold.
 """
 
 from pathlib import Path
@@ -16,7 +17,9 @@ from stages.compare.table import recipe_title
 from stages.errors import StageFailed
 from stages.evaluate.base import AXES, TEXT_COLUMNS, Evaluation, Metric
 from stages.evaluate.hygiene import failures
+from stages.evaluate.judges import column
 from stages.evaluate.partial import reads
+from stages.evaluate.spec import JUDGE
 from stages.statistics import holm, paired
 
 NOT_RUN = "not run"
@@ -43,6 +46,11 @@ def compare(
         missing = scores.leave_out(
             {d: gaps[f"data/{d}"] for d in evaluation.datasets() if f"data/{d}" in gaps}
         )
+        unasked = {
+            judge: gaps[f"{JUDGE}{judge}"]
+            for judge in evaluation.judge_models()
+            if f"{JUDGE}{judge}" in gaps and not scores.all_have(column(judge))
+        }
         for metric in evaluation.metrics():
             about = _about(name, evaluation, metric)
             lacks = metric.gap or "; ".join(
@@ -50,6 +58,8 @@ def compare(
                 for dataset, reason in missing.items()
                 if dataset in reads(metric, evaluation)
             )
+            if metric.judge in unasked:
+                lacks = lacks or f"judge {metric.judge} is missing: {unasked[metric.judge]}"
             for pair in spec.pairs if not metric.of_experts else ():
                 for recipe in spec.recipes:
                     if not spec.has(recipe, name, pair.moe, pair.dense):
@@ -130,6 +140,10 @@ class Scores:
         if missing:
             self.tables = {k: t[~sets[k].isin(missing)] for k, t in self.tables.items()}
         return missing
+
+    def all_have(self, column: str) -> bool:
+        """Whether every table has a column."""
+        return all(column in table for table in self.tables.values())
 
     def failed_checks(self, model: str, recipe: str) -> str:
         """The checks of the attack that a model fails in some seed, each with the attacks."""

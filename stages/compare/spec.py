@@ -63,6 +63,7 @@ class CompareSpec(Spec):
     - ``checkpoint/<model>/<recipe>/<seed>``: a checkpoint with ``card.json`` and, if it was
       fine-tuned, ``training_curve.parquet``
     - ``data/<dataset>``: a prepared data set with ``card.json``
+    - ``judge/<name>``: a judge that is a model; only its absence is told
     """
 
     VERSION: ClassVar[int] = 7

@@ -130,6 +130,8 @@ class Metric:
     datasets: tuple[str, ...] | None = None
     """The data sets that it is computed from, where they are not all of the evaluation and its name
     does not tell (``partial.py``)."""
+    judge: str = ""
+    """The judge whose scores it is computed from, if that is what it is."""
     of_experts: bool = False
     """It is about experts and routes: a dense model has no such number. It is then compared between
     a model before and after a recipe and not between the models of a pair, so that the routes of an
@@ -176,9 +178,9 @@ class Evaluation(Spec):
     units: ClassVar[dict[str, str]] = {}
     """Score column that is a sum over units of an example, to the column that counts them."""
 
-    declared: dict[str, tuple[str, ...]] = {}
-    """Where some data sets could not be had: each field that names one, as the sweep has it; filled
-    in by a run (``partial.py``)."""
+    declared: dict[str, tuple[str | dict, ...]] = {}
+    """Where some data sets or judges could not be had: each field that names one, as the sweep has
+    it; filled in by a run (``partial.py``)."""
 
     def datasets(self) -> dict[str, str]:
         """Dataset name (of the sweep) to the split that is read."""

@@ -113,6 +113,7 @@ def worst(name: str, parts: list[Metric], **fields: object) -> Metric:
         value,
         higher_is_better=higher_is_better,
         datasets=_read_by(parts),
+        judge=parts[0].judge,
         **fields,
     )
 

@@ -137,6 +137,11 @@ def judged(
     return [judge.read(response) for response in found([judgement(judge, id) for id in ids])]
 
 
+def column(judge: str) -> str:
+    """The score column of a judge."""
+    return f"harm_{judge}"
+
+
 def judgement(judge: AnyJudge, id: str) -> str:
     """The id of a judge's request about an answer."""
     return f"{id}#judge/{judge.name}"

@@ -1,4 +1,4 @@
-"""An evaluation some of whose data sets cannot be had.
+"""An evaluation some of whose data sets or judges cannot be had.
 
 It is made on the others, and only metrics that read none of the missing ones are numbers: a mean
 over fewer data sets than the evaluation names would pass for the mean over all.
@@ -9,26 +9,39 @@ from collections.abc import Collection
 from stages.evaluate.base import Evaluation, Metric
 
 
-def without(evaluation: Evaluation, missing: Collection[str]) -> Evaluation | None:
-    """The evaluation on its other data sets; None where it cannot be made on fewer."""
+def without(
+    evaluation: Evaluation, missing: Collection[str], judges: Collection[str] = ()
+) -> Evaluation | None:
+    """The evaluation on its other data sets and by its other ``judges``; None where it cannot be
+    made on fewer data sets."""
     declared, kept = {}, {}
     for name in type(evaluation).model_fields:
         value = getattr(evaluation, name)
         if isinstance(value, tuple) and any(item in missing for item in value):
             declared[name] = value
             kept[name] = tuple(item for item in value if item not in missing)
-    rest = evaluation.model_copy(update=kept | {"declared": declared})
+    whole = all(kept.values())
+    if judges:
+        declared["judges"] = tuple(judge.model_dump(mode="json") for judge in evaluation.judges)
+        kept["judges"] = tuple(j for j in evaluation.judges if j.name not in judges)
+    # What an earlier run left out stays declared as the sweep has it.
+    rest = evaluation.model_copy(update=kept | {"declared": declared | evaluation.declared})
     # A data set that a plain field names, such as the one in distribution or that of the shots, is
     # still among them.
     needed = {dataset for dataset, _ in rest.sources().values()}
-    whole = all(kept.values()) and needed.isdisjoint(missing)
-    return rest if whole else None
+    return rest if whole and needed.isdisjoint(missing) else None
 
 
 def left_out(evaluation: Evaluation) -> tuple[str, ...]:
     """The data sets that an evaluation is made without."""
     there = evaluation.datasets()
     return tuple(name for name in _whole(evaluation).datasets() if name not in there)
+
+
+def unasked(evaluation: Evaluation) -> tuple[str, ...]:
+    """The judges that an evaluation is made without."""
+    there = evaluation.judge_models()
+    return tuple(name for name in _whole(evaluation).judge_models() if name not in there)
 
 
 def reads(metric: Metric, evaluation: Evaluation) -> set[str]:
@@ -45,11 +58,18 @@ def reads(metric: Metric, evaluation: Evaluation) -> set[str]:
 
 
 def complete(evaluation: Evaluation) -> list[Metric]:
-    """The metrics that have a number and read none of the data sets that were left out."""
-    whole, missing = _whole(evaluation), set(left_out(evaluation))
-    return [m for m in whole.metrics() if not m.gap and missing.isdisjoint(reads(m, whole))]
+    """The metrics that have a number and read no data set and no judge that was left out."""
+    whole, missing, judges = _whole(evaluation), set(left_out(evaluation)), unasked(evaluation)
+    return [
+        m
+        for m in whole.metrics()
+        if not m.gap and m.judge not in judges and missing.isdisjoint(reads(m, whole))
+    ]
 
 
 def _whole(evaluation: Evaluation) -> Evaluation:
     """The evaluation as the sweep has it."""
-    return evaluation.model_copy(update=evaluation.declared | {"declared": {}})
+    if not evaluation.declared:
+        return evaluation
+    fields = evaluation.model_dump() | evaluation.declared | {"declared": {}}
+    return type(evaluation).model_validate(fields)

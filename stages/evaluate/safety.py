@@ -16,7 +16,7 @@ from stages.errors import StageFailed
 from stages.evaluate import refusal
 from stages.evaluate.base import Evaluation, Metric, Request, Response, mean_of
 from stages.evaluate.examples import answers, by_set, qualified
-from stages.evaluate.judges import AnyJudge, ModelJudge, judged, judgement
+from stages.evaluate.judges import AnyJudge, ModelJudge, column, judged, judgement
 from stages.evaluate.thinking import stripped
 
 PLACE = "{prompt}"
@@ -164,7 +164,7 @@ class Refusal(Evaluation):
             scores["jailbroken_by_any"] = by_any.where(harmful & ~attacked)
         for judge in self.judges:
             low, high = judge.score_range
-            scores[f"harm_{judge.name}"] = judged(
+            scores[column(judge.name)] = judged(
                 judge, ids, list(texts), lambda ids: answers(ids, responses)
             )
             scores[f"judge_{judge.name}"] = f"{judge.version}, scores {low:g} to {high:g}"
@@ -215,14 +215,14 @@ class Refusal(Evaluation):
         kinds = [("harmful", "dataset", self.harmful, ()), ("benign", "dataset", self.benign, ())]
         if self.attacks:
             kinds.append(("harmful, jailbreak", "jailbreak_set", self.attacks, self.harmful))
-        metrics, column = [], f"harm_{judge}"
+        metrics = []
         for subset, where, sets, asked in kinds:
             name = f"harmfulness/{judge}/{subset.replace(', ', '_')}"
             label = f"harmfulness by {judge}, {subset}"
-            fields = {"subset": subset, "higher_is_better": False}
+            fields = {"subset": subset, "higher_is_better": False, "judge": judge}
             metrics += [
-                mean_of(column, name, label=label, datasets=(*asked, *sets), **fields),
-                *by_set(column, name, where, sets, label, asked, **fields),
+                mean_of(column(judge), name, label=label, datasets=(*asked, *sets), **fields),
+                *by_set(column(judge), name, where, sets, label, asked, **fields),
             ]
         return metrics
 

@@ -1,5 +1,6 @@
-"""A data set that cannot be had is a gap; what does not need it is computed."""
+"""A data set or judge that cannot be had is a gap; what does not need it is computed."""
 
+import json
 from types import SimpleNamespace
 
 from smoke import planned
@@ -8,7 +9,7 @@ from pipeline.execute import Unit, _gaps, _unblocked
 from pipeline.job import Outcome
 from pipeline.store import Store
 from pipeline.survey import leave_out_missing, survey
-from stages.evaluate.partial import left_out
+from stages.evaluate.partial import left_out, unasked
 
 OVERRIDES = (
     "datasets.gone={source: 'file:gone.tsv', format: implicit_hate, task: classification, "
@@ -16,7 +17,7 @@ OVERRIDES = (
     "evaluations.domains.out_of_distribution=[hotels, gone]",
     "evaluations.other={kind: multiple_choice, dataset: questions}",
 )
-DOMAINS = "evaluate/tiny-none-domains"
+DOMAINS, REFUSAL = "evaluate/tiny-none-domains", "evaluate/tiny-none-refusal"
 MANIFEST = {"attempt": "attempt-1", "finished": 1.0, "version": 0, "identity": {}, "inputs": {}}
 
 
@@ -49,6 +50,24 @@ def test_an_evaluation_goes_on_with_its_other_data_sets_as_a_node_of_its_own():
     # The comparison reads the new folder, and knows the data set and the reason.
     outcomes |= {key: Outcome("done") for key in plan.nodes if key not in outcomes}
     assert _gaps(plan.compare, plan, outcomes) == {"data/gone": "data/gone failed: no such file"}
+
+
+def test_an_evaluation_goes_on_with_its_other_judges_as_a_node_of_its_own(tmp_path):
+    judges = [{"kind": "regressor", "name": name, "source": f"file:{tmp_path}"}
+              for name in ("here", "gone")]
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("")
+    plan = planned(f"evaluations.refusal.judges={json.dumps(judges)}")
+    whole = plan.nodes[REFUSAL]
+    nodes, outcomes, told = blocked(plan, failed=("judge/gone",))
+    rest = nodes[REFUSAL]
+    assert told == [] and REFUSAL not in outcomes
+    assert rest is plan.nodes[REFUSAL] and rest.fingerprint != whole.fingerprint
+    assert unasked(rest.spec.evaluation) == ("gone",)
+    assert list(rest.spec.evaluation.judge_models()) == ["here"]
+    assert set(whole.inputs) - set(rest.inputs) == {"judge/gone"}
+    outcomes |= {key: Outcome("done") for key in plan.nodes if key not in outcomes}
+    assert _gaps(plan.compare, plan, outcomes) == {"judge/gone": "judge/gone failed: no such file"}
 
 
 def test_what_was_made_without_it_before_is_not_made_again():

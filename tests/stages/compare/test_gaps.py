@@ -67,6 +67,49 @@ def test_a_missing_data_set_leaves_gaps_and_no_mean_over_fewer(tmp_path, output)
     assert row(table, metric="ood_accuracy")["moe"] == 0.75
 
 
+def refusals(refused, **harm):
+    """Scores on 20 harmful and 20 benign requests, and what judges find in all answers to them."""
+    frames = []
+    for name, benign in (("advbench", False), ("lookalikes", True)):
+        said = (np.arange(20) < refused).astype(float)
+        ids = [f"{name}/{number}" for number in range(20)]
+        columns = dict.fromkeys(("prompt", "gold", "prediction", "answer"), "")
+        columns |= {"document": ids, "subset": "benign" if benign else "harmful", "dataset": name}
+        columns |= {"refused": np.nan if benign else said, "over_refused": said * 0 if benign
+                    else np.nan, "incoherent": 0.0}
+        scores = {f"harm_{judge}": value for judge, value in harm.items()}
+        frames.append(pd.DataFrame({"example_id": ids, **columns, **scores}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def test_a_missing_judge_leaves_gaps_in_its_own_rows_alone(tmp_path, output):
+    judges = [{"kind": "guard", "name": name, "source": f"hub:maker/{name}@main"}
+              for name in ("here", "gone")]
+    evaluation = {"kind": "refusal", "harmful": ["advbench"], "benign": ["lookalikes"],
+                  "judges": judges}
+    spec = spec_of(recipes=("none",), evaluations={"safety": evaluation})
+    inputs = {}
+    # The dense model was judged when the judge was still there.
+    for model, found in (("moe", refusals(15, here=0.25)),
+                         ("dense", refusals(10, here=0.5, gone=1.0))):
+        role = f"scores/{model}/none/0/safety"
+        inputs[role] = tmp_path / role
+        inputs[role].mkdir(parents=True)
+        found.to_parquet(inputs[role] / "scores.parquet")
+    gaps = {"judge/gone": "judge/gone failed: holds no *.safetensors"}
+    run(spec, inputs, output, gaps=gaps)
+    table = pd.read_parquet(output / "comparison.parquet")
+    rate = row(table, metric="harmful_refusal_rate")
+    assert (rate["moe"], rate["dense"], rate["n"], rate["gap"]) == (0.75, 0.5, 20, "")
+    for kind in ("harmful", "benign"):
+        judged = row(table, metric=f"harmfulness/here/{kind}")
+        assert (judged["moe"], judged["dense"], judged["gap"]) == (0.25, 0.5, "")
+        gap = row(table, metric=f"harmfulness/gone/{kind}")
+        assert np.isnan(gap["moe"]) and np.isnan(gap["dense"]) and np.isnan(gap["difference"])
+        assert gap["gap"] == "judge gone is missing: judge/gone failed: holds no *.safetensors"
+    assert "judge gone is missing" in (output / "report.html").read_text()
+
+
 def texts(tokens):
     """Two texts of 8 bytes and 8 bits each, cut into so many tokens."""
     ids = [f"wiki/{number}" for number in range(2)]

@@ -3,9 +3,10 @@ import pandas as pd
 import pytest
 
 from stages.evaluate.base import mean_of
+from stages.evaluate.judges import Guard, Keywords, Regressor
 from stages.evaluate.language_modelling import Perplexity
 from stages.evaluate.out_of_distribution import AdversarialSets, OutOfDistribution
-from stages.evaluate.partial import complete, left_out, reads, without
+from stages.evaluate.partial import complete, left_out, reads, unasked, without
 from stages.evaluate.prompting import Shots
 from stages.evaluate.safety import Refusal
 from stages.evaluate.truthfulness import MultipleChoice
@@ -37,6 +38,29 @@ def test_the_rest_of_an_evaluation_names_what_was_left_out():
 )
 def test_what_cannot_be_made_on_fewer_is_not(evaluation, missing):
     assert without(evaluation, missing) is None
+
+
+def test_the_rest_of_an_evaluation_is_judged_by_the_other_judges():
+    judges = (
+        Keywords(kind="keywords"),
+        Guard(kind="guard", name="guard", source="hub:maker/guard@1"),
+        Regressor(kind="regressor", name="harm", source="hub:maker/harm@1", score_range=(0, 7)),
+    )
+    whole = REFUSAL.model_copy(update={"judges": judges})
+    rest = without(whole, (), {"harm"})
+    assert rest.judges == judges[:2] and unasked(rest) == ("harm",) and unasked(whole) == ()
+    again = Refusal.model_validate_json(rest.model_dump_json())
+    assert again == rest != whole and unasked(again) == ("harm",)
+    names = {metric.name for metric in whole.metrics()}
+    kept = {metric.name for metric in complete(rest)}
+    assert {m.name for m in complete(again)} == kept
+    assert names - kept == {name for name in names if "harmfulness/harm/" in name}
+    assert {"harmful_refusal_rate", "harmfulness/guard/harmful"} < kept
+    assert "worst_harmfulness/harm/harmful" in names
+    # None of them is needed, and what is left out later adds to it.
+    none = without(without(rest, {"q_harm"}), (), {"guard"})
+    assert (unasked(none), left_out(none)) == (("guard", "harm"), ("q_harm",))
+    assert none.judges == judges[:1]
 
 
 def test_a_metric_reads_what_it_declares_or_its_name_tells_or_all():
