@@ -10,8 +10,9 @@ from pipeline.sweep_file import located
 from stages.data import downloads
 from stages.data.sources import CatalogueSet, parse
 from stages.evaluate.registry import for_decoders
+from stages.evaluate.techniques import ExpertCount
 from stages.models.known import cannot_run
-from stages.models.sources import describe
+from stages.models.sources import Facts, describe, uncounted
 from stages.models.spec import SourceSpec
 
 
@@ -95,22 +96,31 @@ def _pairs(plan: Plan, estimator: Estimator) -> Iterator[str]:
 
 
 
-def _reads_first(plan: Plan, node: Node, folder: Path) -> bool:
-    """Whether the model of an evaluation is known to be an encoder-decoder."""
+def _facts(plan: Plan, node: Node, folder: Path) -> Facts:
+    """What is known of the model of an evaluation that comes from a source; nothing of others."""
     while node.stage != "model":
         node = plan.nodes[node.inputs["checkpoint" if node.stage == "evaluate" else "model"]]
     if not isinstance(node.spec, SourceSpec):
-        return False
-    return describe(SourceSpec(source=located(node.spec.source, folder))).reads_first
+        return Facts()
+    return describe(SourceSpec(source=located(node.spec.source, folder)))
+
+
+def _unable(plan: Plan, node: Node, folder: Path) -> str:
+    """What of an evaluation its model cannot do, with the reason; empty where there is nothing."""
+    what = for_decoders(node.spec.evaluation)
+    if what and _facts(plan, node, folder).reads_first:
+        return f"{what} is for decoders, this is an encoder-decoder"
+    if isinstance(node.spec.evaluation.technique, ExpertCount):
+        return uncounted(_facts(plan, node, folder))
+    return ""
 
 
 def _not_to_be_had(plan: Plan, folder: Path) -> Iterator[str]:
     """Data that must be asked for or brought, models and judges that cannot be run, and what an
     architecture cannot do."""
     for node in plan.nodes.values():
-        what = for_decoders(node.spec.evaluation) if node.stage == "evaluate" else ""
-        if what and _reads_first(plan, node, folder):
-            yield f"  gap       {node.name}: {what} is for decoders, this is an encoder-decoder"
+        if node.stage == "evaluate" and (reason := _unable(plan, node, folder)):
+            yield f"  gap       {node.name}: {reason}"
         if node.stage in ("model", "judge"):
             reason = cannot_run(getattr(node.spec, "source", ""))
             if reason:

@@ -25,7 +25,7 @@ from stages.evaluate.text_attacks import TextAttacks
 from stages.finetune.sets import TrainSet
 from stages.models import sources as model_sources
 from stages.models.families import FAMILIES
-from stages.models.sources import Facts
+from stages.models.sources import Facts, uncounted
 from stages.models.spec import SourceSpec
 
 
@@ -306,6 +306,12 @@ class EvaluationChecks:
         if isinstance(technique, Contrastive) and technique.amateur not in self.sweep.models:
             yield f"{field}.amateur: {self.unknown('model', technique.amateur)}"
         dense = {pair.dense for pair in self.sweep.pairs}
+        if isinstance(technique, ExpertCount):
+            # Where some of them can, those that cannot are gaps, which the plan names.
+            reasons = {n: uncounted(self.facts.get(n)) for n in scored if n not in dense}
+            if all(reasons.values()):
+                yield from (f"{field}.kind: {name}: {reason}; remove technique"
+                            for name, reason in reasons.items())
         for name in scored:
             facts = self.facts.get(name, Facts())
             if isinstance(technique, ExpertCount) and name not in dense:

@@ -294,8 +294,8 @@ Predictor = Plain | LayerContrast | ModelContrast
 def expert_count(model: PreTrainedModel, technique: ExpertCount) -> Iterator[None]:
     """The model with another number of experts per token, inside the context.
 
-    Raises StageFailed for a dense model, for a number beyond its experts, and where a router goes
-    on choosing another number.
+    Raises StageFailed for a dense model, for a number beyond its experts, for a family that has no
+    number to set, and where a router goes on choosing another number.
     """
     entry = family(model)
     routers = entry.modules(model, "router") if entry.is_moe else {}
@@ -310,12 +310,10 @@ def expert_count(model: PreTrainedModel, technique: ExpertCount) -> Iterator[Non
             f"technique.top_k: {technique.top_k} is more than the {experts} experts of a layer; "
             f"give 1 to {experts}"
         )
-    seen = entry.index is not None
-    settable = seen or entry.router_decides_top_k
-    if not settable or any(not hasattr(router, "top_k") for router in routers.values()):
+    if not entry.counts_experts:
         raise StageFailed(
-            f"technique.top_k: the routers of {model.config.model_type} have no number of experts "
-            "to set; evaluate without expert_count"
+            f"technique.top_k: {entry.model_type} {entry.no_weighing}, so their number per token "
+            "cannot be set; evaluate without expert_count"
         )
     before = {router: router.top_k for router in routers.values()}
 
@@ -326,6 +324,7 @@ def expert_count(model: PreTrainedModel, technique: ExpertCount) -> Iterator[Non
                 f"{technique.top_k} experts though told so; evaluate without expert_count"
             )
 
+    seen = entry.index is not None
     hooks = [router.register_forward_hook(observe) for router in before if seen]
     try:
         for router in before:

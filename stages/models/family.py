@@ -146,6 +146,11 @@ class Family:
         return self.index is None and not self.capacity
 
     @property
+    def counts_experts(self) -> bool:
+        """Whether evaluation may set the experts per token (``decoding.expert_count``)."""
+        return self.is_moe and (self.router_decides_top_k or not self.no_weighing)
+
+    @property
     def no_weighing(self) -> str:
         """Why it cannot be told how experts would be weighed that the router did not choose; empty
         where it can (``routing.weighing``)."""

@@ -48,6 +48,15 @@ class Facts:
         return self.family in FAMILIES and FAMILIES[self.family].encoder_decoder
 
 
+def uncounted(facts: Facts | None) -> str:
+    """Why the number of experts per token of a Mixture-of-Experts model cannot be set; empty where
+    it can, or where that is not known."""
+    entry = FAMILIES.get(facts.family) if facts else None
+    if entry is None or not entry.is_moe or entry.counts_experts:
+        return ""
+    return f"{entry.model_type} {entry.no_weighing}, so their number per token cannot be set"
+
+
 def describe(
     spec: SourceSpec | UpcycleSpec | WidenSpec | VisionSpec, dense: Facts | None = None
 ) -> Facts:

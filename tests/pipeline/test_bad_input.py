@@ -78,6 +78,10 @@ RELEASED = {
     "what neither of a pair can do": (
         SWITCH | {"evaluations.questions.technique": {"kind": "dola"}},
         "evaluations.questions.technique.kind: dola is for decoders, tiny is an encoder-decoder"),
+    "another number of experts where there is none": (
+        SWITCH | {"evaluations.questions.technique": {"kind": "expert_count", "top_k": 1}},
+        "evaluations.questions.technique.kind: tiny-moe: switch_transformers chooses its experts "
+        "inside its blocks, so their number per token cannot be set; remove technique"),
     "a partner of the wrong kind": (
         {"models.tiny-wide": {"source": "hub:allenai/OLMo-1B-hf@main"}, "pairs.0.moe": "tiny-wide"},
         "pairs.0.moe: tiny-wide is a dense model"),
