@@ -3,7 +3,7 @@
 A missing score table is a gap: its rows are there, with the reason and without a number. Where
 some seeds of several are missing, the row is over the seeds that both models have and says so. A
 metric that reads a data set or a judge which could not be had is a gap too, whatever the tables
-hold.
+hold, and so is a row whose tables are not of the same examples.
 """
 
 from pathlib import Path
@@ -196,9 +196,8 @@ class Scores:
                 resamples=self.spec.resamples,
                 seed=self.spec.seed,
             )
-        except StageFailed as error:
-            models = f"{first[0][0]} and {second[0][0]}"
-            raise StageFailed(f"{self.evaluation}, {models}: {error}") from None
+        except StageFailed as error:  # the tables differ in their examples
+            return self.paired(first, second, metric, names, str(error))
         for name, level in zip(names, (found.first, found.second), strict=True):
             row |= {name: level.value}
             row |= {f"{name}_ci_low": level.ci_low, f"{name}_ci_high": level.ci_high}

@@ -207,10 +207,23 @@ def test_nothing_to_compare_is_an_error(inputs, output):
         run(spec_of(), only_data, output)
 
 
-def test_scores_of_other_examples_are_refused_naming_evaluation_and_models(inputs, output):
+def test_scores_of_other_examples_are_gaps_of_their_rows_alone(inputs, output):
+    run(spec_of(), inputs, output)
+    before = pd.read_parquet(output / "comparison.parquet")
     sciq(45).iloc[1:].to_parquet(inputs["scores/dense/sft/0/sciq"] / "scores.parquet")
-    with pytest.raises(StageFailed, match="sciq, moe and dense: .* example ids .sciq/0"):
-        run(spec_of(), inputs, output)
+    (output / "again").mkdir()
+    run(spec_of(), inputs, output / "again")
+    table = pd.read_parquet(output / "again" / "comparison.parquet")
+    there = (table["evaluation"] == "sciq") & (table["recipe"] == "sft")
+    assert 0 < there.sum() < len(table)
+    for found in table[there].to_dict("records"):
+        assert found["gap"] == (
+            f"{found['metric']}: the two score tables differ in 1 example ids (sciq/0); evaluate "
+            "both on the same data")
+        assert np.isnan(found["moe"]) and np.isnan(found["difference"]) and found["n"] == 0
+    columns = ["moe", "dense", "difference", "p_value", "n", "gap"]
+    pd.testing.assert_frame_equal(table.loc[~there, columns], before.loc[~there, columns])
+    assert "differ in 1 example ids" in (output / "again" / "report.html").read_text()
 
 
 class _Page(HTMLParser):
