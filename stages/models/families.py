@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-_UNEQUAL = (
-    "ten steps differ from those of a plain loop by up to 2e-3 of the loss, which is not understood"
-)
 _NO_VLLM = "vLLM has no class of its own for it"
 _AUX = ("aux_loss",)
 _FIRST = "first_k_dense_replace"
@@ -52,6 +49,12 @@ _GRANITE = {
     "auxiliary_loss": _AUX,
     **_LOCAL,
 }
+_QWEN = {
+    "shared": "mlp.shared_expert",
+    "shared_gate": "mlp.shared_expert_gate",
+    "auxiliary_loss": _AUX,
+}
+_QWEN3_NEXT = _QWEN | {"mixers": ("self_attn", "linear_attn"), "recurrent": True}
 _GPT_NEOX = "gpt_neox.layers.*.attention gpt_neox.layers.*.mlp"
 _VISION = {"modality": "image", "head": "classifier", "embedding": "vit.embeddings"}
 _MEMBERS = _VISION | {"head": "members.*.classifier", "embedding": "members.*.vit.embeddings"}
@@ -59,11 +62,9 @@ _MOE = (
     decoder("mixtral", auxiliary_loss=_AUX, **_LOCAL),
     decoder(
         "qwen2_moe",
-        shared="mlp.shared_expert",
-        shared_gate="mlp.shared_expert_gate",
         sparse_layers=qwen2_moe_layers,
         normalised="norm_topk_prob",
-        auxiliary_loss=_AUX,
+        **_QWEN,
     ),
     decoder(
         "qwen3_moe",
@@ -158,19 +159,13 @@ _MOE = (
         mixers=(),
         shared="shared_mlp",
         recurrent=True,
-        no_training=_UNEQUAL,
         **_GRANITE,
     ),
     decoder(
         "qwen3_next",
-        mixers=("self_attn", "linear_attn"),
-        shared="mlp.shared_expert",
-        shared_gate="mlp.shared_expert_gate",
         sparse_layers=qwen2_moe_layers,
         normalised="norm_topk_prob",
-        auxiliary_loss=_AUX,
-        recurrent=True,
-        no_training=_UNEQUAL,
+        **_QWEN3_NEXT,
     ),
     decoder(
         "jamba",
@@ -181,7 +176,6 @@ _MOE = (
         normalised=False,
         auxiliary_loss=_AUX,
         recurrent=True,
-        no_training=_UNEQUAL,
     ),
     decoder(
         "lfm2_moe",

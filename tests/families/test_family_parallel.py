@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.moe.utils import is_moe_param
 
+from stages.finetune import training
 from stages.finetune.evidence import Evidence
 from stages.finetune.knobs import Knobs
 from stages.finetune.spec import FinetuneSpec, TrainSet
@@ -34,6 +36,7 @@ from tests.stages.finetune.runs import Run, launch, process_group
 QUICK = ("mixtral", "deepseek_v3", "gpt_oss", "switch_transformers")
 PARALLEL = [n for n in TINY if FAMILIES[n].is_moe and not FAMILIES[n].no_expert_parallel]
 TRAINED = [*(n for n in PARALLEL if not FAMILIES[n].no_training), "t5"]
+STEADIED = [n for n in TRAINED if "rms_norm_eps" in TINY[n]]
 SPEC = FinetuneSpec(
     data=(TrainSet(dataset="reviews", template="sentiment"), TrainSet(dataset="refusals")),
     steps=10,
@@ -274,3 +277,48 @@ def test_a_checkpoint_goes_on_with_other_ranks_and_experts(name, layout, trained
     state = weights(trained / name)
     for key, value in weights(trained / f"{name}-{layout}").items():
         torch.testing.assert_close(value, state[key], rtol=0, atol=2e-4, msg=key)
+
+
+def average_micro_batches() -> None:
+    """Let each micro-batch count the same, however many answer tokens it has."""
+    own = training.Training._micro_batch
+
+    def _micro_batch(self, examples, **told):
+        told["answers"] = told["parts"] * sum(example.answer for example in examples)
+        return own(self, examples, **told)
+
+    training.Training._micro_batch = _micro_batch
+
+
+def drop_gradients() -> None:
+    """Let each rank lose the gradient of one matrix of one of its experts."""
+    own = training.reduce_and_clip
+
+    def reduce_and_clip(model, largest):
+        next(p for p in model.parameters() if is_moe_param(p)).grad[0] = 0
+        return own(model, largest)
+
+    training.reduce_and_clip = reduce_and_clip
+
+
+@pytest.fixture(scope="session")
+def mistaken(folders, data, tmp_path_factory) -> Path:  # noqa: F811
+    """Five steps of the families whose shape is kept from amplifying rounding, with a mistake."""
+    output = tmp_path_factory.mktemp("mistaken")
+    for mistake in (average_micro_batches, drop_gradients):
+        runs = []
+        for name in sorted(folders.keys() & set(STEADIED)):
+            folder = output / f"{name}-{mistake.__name__}"
+            folder.mkdir()
+            planned = spec(name).model_copy(update={"until": 5})
+            runs.append(Run(planned, {"model": folders[name], **data}, folder, prepare=mistake))
+        launch(2, runs, output / f"{mistake.__name__}-store")
+    return output
+
+
+@pytest.mark.parametrize("mistake", ["average_micro_batches", "drop_gradients"])
+@families(STEADIED)
+def test_a_mistake_still_shows_where_rounding_is_kept_small(name, mistake, mistaken, trained):
+    wrong, right = curve(mistaken / f"{name}-{mistake}"), curve(finished(trained / name))[:5]
+    for column, tolerance in (("loss", 1e-5), ("gradient_norm", 1e-4)):
+        assert (wrong[column] / right[column] - 1).abs().max() > 10 * tolerance

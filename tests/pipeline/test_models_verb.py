@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 from pipeline.models import model_lines
 from stages.models.families import FAMILIES
 
 
-def test_every_architecture_stands_once_with_its_reasons():
+def test_every_architecture_stands_once_with_its_reasons(monkeypatch):
+    refusing = replace(FAMILIES["jamba"], no_training="its steps are not exact")
+    monkeypatch.setitem(FAMILIES, "jamba", refusing)
     lines = model_lines()
     names = [line.split()[0] for line in lines[1:] if line and ":" not in line]
     assert sorted(names) == sorted(FAMILIES)
@@ -17,8 +20,7 @@ def test_every_architecture_stands_once_with_its_reasons():
     assert deepseek == ["deepseek_v3", "✓", "✓", "✓", "·", "✓"]
     nllb = next(line for line in lines if line.startswith("nllb-moe")).split()
     assert nllb == ["nllb-moe", "✓", "✓", "✓", "✓", "✓"]
-    refused = [line for line in lines if line.startswith("jamba: no train: ")]
-    assert refused[0].endswith(FAMILIES["jamba"].no_training)
+    assert "jamba: no train: its steps are not exact" in lines
 
 
 def test_the_verb_imports_neither_torch_nor_ray():

@@ -1,14 +1,18 @@
-"""Sequences of one row do not see each other in the dense families that are trained so."""
+"""Sequences of one row do not see each other in the dense families that are trained so, and those
+of one padded batch not in recurrent ones."""
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.finetune.batches import Example
+from stages.finetune.batches import Example, micro_batch, pack
 from stages.finetune.export import padded_logits, training_logits
 from stages.models.families import FAMILIES
+from stages.models.tiny import tiny_model, tiny_tokenizer
+from stages.models.tiny_shapes import TINY
 
 DENSE = [n for n, f in FAMILIES.items() if f.packs and not f.is_moe]
+RECURRENT = [n for n in TINY if FAMILIES[n].recurrent]
 SHAPE = {
     "vocab_size": 99,
     "hidden_size": 64,
@@ -41,3 +45,28 @@ def test_packed_rows_give_the_logits_of_padded_ones(name):
     packed, padded = training_logits(model, examples()), padded_logits(model, examples())
     torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
     assert padded.std() > 0.05
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_carry_their_state_into_a_packed_row_and_nothing_over_padding(name):
+    """Neither into the logits nor, however short a sequence beside others, into the gradient."""
+    model, device = tiny_model(name, tiny_tokenizer(), seed=3), torch.device("cpu")
+    passes = []
+    for batches in ([examples()], [[example] for example in examples()]):
+        model.zero_grad()
+        logits = []
+        for batch in batches:
+            part = micro_batch(batch, model.config, device)
+            out = model(**part.arguments, use_cache=False).logits[part.answers]
+            torch.nn.functional.cross_entropy(out, part.targets, reduction="sum").backward()
+            logits.append(out.detach())
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        passes.append((torch.cat(logits), gradients))
+    (together, gradients), (alone, expected) = passes
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    for path, gradient in expected.items():
+        assert (gradients[path] - gradient).norm() <= 1e-4 * gradient.norm(), path
+    with torch.no_grad():
+        row, _ = pack(examples(), device)
+        packed = model(**row, use_cache=False).logits[0]
+    assert (packed - alone).abs().max() > 1e-2
