@@ -37,7 +37,9 @@ def register(model_type: str) -> None:
         language_model = AutoModelForCausalLM._model_mapping[config]
         family = language_model.__mro__[1]  # its own PreTrainedModel
         # transformers looks into the module of a class for what its experts can do.
-        same = {n: getattr(language_model, n) for n in ("base_model_prefix", "__module__")}
+        # Of a family that also sees, the PreTrainedModel has another configuration.
+        names = ("base_model_prefix", "config_class", "__module__")
+        same = {n: getattr(language_model, n) for n in names}
         made = type(architecture(config()), (GenericForSequenceClassification, family), same)
         # Without exist_ok, transformers passes over a class for a configuration of its own.
         AutoModelForSequenceClassification.register(config, made, exist_ok=True)

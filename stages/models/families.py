@@ -167,6 +167,7 @@ _MOE = (
         normalised="norm_topk_prob",
         **_QWEN3_NEXT,
     ),
+    decoder("qwen3_5_moe_text", **_QWEN3_NEXT),
     decoder(
         "jamba",
         block="feed_forward",

@@ -180,6 +180,7 @@ TINY: dict[str, dict] = {
         "mamba_chunk_size": 16,
     },
     "qwen3_next": _GATED_DELTA,
+    "qwen3_5_moe_text": _GATED_DELTA,
     "jamba": _SHAPE
     | _STEADY
     | {
