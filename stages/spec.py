@@ -15,8 +15,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 RUN_TIME = "run time: does not change results"
 
 
-def distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
-    """The seeds; ValueError where one stands twice, since its results would count as two draws."""
+def independent(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    """The seeds; ValueError where one is negative or stands twice, since its results would count as
+    two draws."""
+    if min(seeds) < 0:
+        raise ValueError(f"names {min(seeds)}, and a seed is 0 or more; take another")
     if len(set(seeds)) < len(seeds):
         raise ValueError("names a seed twice; keep one")
     return seeds
@@ -24,7 +27,7 @@ def distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
 
 Seed = Annotated[int, Field(ge=0)]
 """NumPy's generators take no negative one."""
-Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(distinct)]
+Seeds = Annotated[tuple[int, ...], Field(min_length=1), AfterValidator(independent)]
 """Seeds of independent trainings."""
 
 

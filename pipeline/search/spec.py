@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from stages.spec import Seed, Seeds, Spec, distinct
+from stages.spec import Seed, Seeds, Spec, independent
 
 Side = Literal["moe", "dense"]
 FRESH_SEEDS = 3
@@ -176,7 +176,7 @@ class Search(Spec):
     seeds: Seeds = (0,)
     """Each trial is trained once per seed; its objective is the mean."""
     final_seeds: Annotated[
-        tuple[Seed, ...], Field(min_length=FRESH_SEEDS), AfterValidator(distinct)
+        tuple[int, ...], Field(min_length=FRESH_SEEDS), AfterValidator(independent)
     ] = (101, 102, 103)
     """Seeds with which winners are trained again for the test split; none of ``seeds``."""
     front: Annotated[int, Field(ge=1)] = 3

@@ -128,7 +128,7 @@ WRONG = {
         "search.budget.moe.seeds: names a seed twice; keep one"),
     "a fresh seed twice": (
         {"final_seeds": [7, 8, 8]}, "search.final_seeds: names a seed twice; keep one"),
-    "negative seed": ({"seeds": [-3]}, "search.seeds.0: input should be greater than or equal to"),
+    "negative seed": ({"seeds": [-3]}, "search.seeds: names -3, and a seed is 0 or more; take"),
     "negative seed of the draws": (
         {"seed": -1}, "search.seed: input should be greater than or equal to 0; found -1"),
     "too few fresh seeds": ({"final_seeds": [8, 9]}, "search.final_seeds: tuple should have at "

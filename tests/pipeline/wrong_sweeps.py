@@ -30,7 +30,7 @@ WRONG = {
         {"recipes.sft.learning_rate": 0}, "recipes.sft.learning_rate", "greater than 0"),
     "no seeds": ({"seeds": []}, "seeds", "at least 1 item"),
     "a seed twice": ({"seeds": [0, 1, 0]}, "seeds: names a seed twice", "keep one"),
-    "negative seed": ({"seeds": [-1]}, "seeds.0", "greater than or equal to 0; found -1"),
+    "negative seed": ({"seeds": [-1]}, "seeds: names -1", "a seed is 0 or more; take another"),
     "negative seed of the statistics": (
         {"statistics": {"seed": -1}}, "statistics.seed", "greater than or equal to 0; found -1"),
     "negative seed of a data set": (
