@@ -55,6 +55,17 @@ def test_what_no_gradient_reaches_in_a_router_is_never_trained(name):
     assert all(n.endswith(untrained) for n in still)
 
 
+@pytest.mark.parametrize("name", MOE)
+def test_a_gradient_reaches_all_that_is_trained(name):
+    """But for experts, which may get no token."""
+    model, tokens = model_of(name).train(), torch.arange(3, 20)[None]
+    freeze(model, recipe())
+    asked = {"decoder_input_ids": tokens} if FAMILIES[name].encoder_decoder else {}
+    model(input_ids=tokens, **asked, use_cache=False).logits.square().sum().backward()
+    missed = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert all("expert" in n for n in missed), missed
+
+
 @pytest.mark.parametrize(("name", "indexers"), [("deepseek_v32", 4), ("glm_moe_dsa", 2)])
 def test_indexers_keep_their_weights_under_weight_decay(name, indexers):
     """All else has a gradient, or decays."""
