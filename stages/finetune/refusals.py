@@ -81,7 +81,7 @@ def _unheaded(recipe: Recipe) -> Iterator[Problem]:
         yield "adversarial", "cannot act before a classification head; remove one of them"
 
 
-READS_ROUTERS_ITSELF = ("ernie4_5_moe", "llama_moe", "moduleformer", "phimoe")
+READS_ROUTERS_ITSELF = ("llama_moe", "moduleformer", "phimoe")
 """Architectures whose routers an adapter stands around without effect, or in the way."""
 
 
