@@ -19,7 +19,11 @@ def single_model(options: argparse.Namespace) -> tuple[Sweep, str]:
         if name not in sweep.evaluations:
             raise BadInput(f"--evaluations {name}: not in {options.sweep}"
                            f"{nearest(name, list(sweep.evaluations))}")
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", options.model.rstrip("/").split("/")[-1]).strip("-.")
+    model = options.model.rstrip("/")
+    # A revision may hold slashes, as refs/pr/1 does.
+    revised = re.fullmatch(r"(?:hub:)?[\w.-]+/([\w.-]+@[\w./-]+)", model)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", revised[1] if revised else model.split("/")[-1])
+    name = name.strip("-.")
     # An amateur or a surrogate, or what it is made of, may be any model of the sweep.
     others = sweep.models if any(
         isinstance(sweep.evaluations[n].technique, Contrastive) or sweep.evaluations[n].surrogates()

@@ -102,7 +102,7 @@ def reason_for_none(evaluation, family):
     """Why a family gives no number; empty where it does."""
     technique, entry = evaluation.technique, FAMILIES[family]
     if isinstance(technique, ExpertCount):
-        return "have no number of experts to set" if family == "switch_transformers" else ""
+        return "number per token cannot be set" if family == "switch_transformers" else ""
     if entry.encoder_decoder and technique is not None:
         return f"{technique.kind} is for decoders, .*remove technique"
     if entry.encoder_decoder and evaluation.kind == "perplexity":

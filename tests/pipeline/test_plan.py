@@ -236,6 +236,16 @@ def test_evaluate_plans_only_what_the_model_and_its_evaluations_need():
 
 
 @pytest.mark.parametrize(
+    "model, expected",
+    [("owner/moe@refs/pr/2", "moe-refs-pr-2"), ("hub:owner/moe@refs/pr/2", "moe-refs-pr-2"),
+     ("owner/moe@main", "moe-main"), ("owner/moe", "moe"), ("pack:smollm2", "pack-smollm2")])
+def test_evaluate_names_a_model_after_its_source(model, expected):
+    options = Namespace(sweep=SMOKE, set=[], model=model, evaluations="questions")
+    sweep, name = single_model(options)
+    assert name == expected and list(sweep.models) == [name]
+
+
+@pytest.mark.parametrize(
     "given, reason",
     [({"evaluations": "question"}, "--evaluations question: .*did you mean 'questions'"),
      ({"model": "no such folder"}, "neither a folder here nor OWNER/NAME")])
@@ -322,7 +332,8 @@ def test_a_judge_that_is_a_model_is_one_node_for_all_that_ask_it():
     assert [k for k, n in plan.nodes.items() if n.stage == "judge"] == ["judge/harm"]
     asking = {k for k, n in plan.nodes.items() if n.inputs.get("judge/harm") == "judge/harm"}
     assert asking == {f"evaluate/{label}-refusal" for label in (
-        "tiny-none", "tiny-moe-none", "tiny-sft-seed0", "tiny-moe-sft-seed0")}
+        "tiny-none", "tiny-moe-none", "tiny-sft-seed0", "tiny-moe-sft-seed0")} | {
+            plan.compare.key}  # it tells why one is missing
 
 
 def test_probes_of_experts_are_planned_for_models_that_have_them():
