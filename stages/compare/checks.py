@@ -3,7 +3,7 @@
 import pandas as pd
 
 from stages.compare.table import recipe_title
-from stages.evaluate.hygiene import UNBOUNDED
+from stages.evaluate.hygiene import WITHOUT_BOUND
 
 
 def context(checks: pd.DataFrame) -> list[dict]:
@@ -34,7 +34,7 @@ def _table(checks: pd.DataFrame) -> dict:
             here = found[(found["model"] == key[0]) & (found["recipe"] == key[1])]
             failed = here[~here["passed"]]
             here = failed if len(failed) else here
-            values = here.sort_values("value", ascending=check == UNBOUNDED)
+            values = here.sort_values("value", ascending=check == WITHOUT_BOUND)
             cells.append(
                 {"value": f"{values.iloc[0]['value']:.2f}", "n": int(values.iloc[0]["n"]),
                  "failed": bool(len(failed))}

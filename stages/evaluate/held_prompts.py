@@ -163,7 +163,7 @@ class TargetAttack(HeldPrompts):
                         "zero_gradients", "routing_change",
                     )},
                     **checks,
-                    "check/unbounded": found.get("reached", np.nan),
+                    "check/unbounded": found.get("unbounded", np.nan),
                     "judge": refusal.VERSION,
                 }
             )  # fmt: skip

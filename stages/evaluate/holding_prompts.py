@@ -124,7 +124,7 @@ class SuffixSearch(_Prompts):
         drawn = gcg.random_replacements(
             question.tokens, places, every, generator=draws["/control"], **settings
         )
-        made, reached = {"found": found.tokens, "random": drawn}, {}
+        made, free = {"found": found.tokens, "random": drawn}, {}
         if row["checked"]:
             for name, more in (
                 ("further", search(found.last, "", every)),
@@ -132,14 +132,18 @@ class SuffixSearch(_Prompts):
             ):
                 made[name] = max(found, more, key=lambda each: each.score).tokens
             made["fewer"] = search(question.tokens, "/fewer", max(1, every // 2)).tokens
+
+            def likelihood(embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                """The target's log-probability, which is climbed and judged alike."""
+                likely = victim.logprobs(embedded[:, start:], question, beginning)[:, 0]
+                return likely, likely.detach()
+
             best = ascend(
-                lambda embedded: (
-                    victim.logprobs(embedded[:, start:], question, beginning)[:, 0],
-                ) * 2,
-                table[question.tokens], question.editable, UNBOUNDED * scale(table, "l2"),
-                norm="l2", steps=FREE_STEPS, restarts=1, generator=draws["/free"], goal=LIKELIER,
+                likelihood, table[question.tokens], question.editable,
+                UNBOUNDED * scale(table, "l2"), norm="l2", steps=FREE_STEPS, restarts=1,
+                generator=draws["/free"], goal=LIKELIER,
             ).margin  # fmt: skip
-            reached = {"reached": float(best > LIKELIER)}
+            free = {"unbounded": float(best > LIKELIER)}
         suffixes = {name: self._suffix(tokens, places) for name, tokens in made.items()}
         with torch.no_grad():
             losses = [
@@ -155,7 +159,7 @@ class SuffixSearch(_Prompts):
             "answers": dict(zip(asked, answers, strict=True)),
             **dict(zip(("loss_first", "loss", "loss_random"), losses, strict=True)),
             **spent,
-            **reached,
+            **free,
             "zero_gradients": found.zero_gradients,
             "routing_change": sum(change) / len(change) if change else float("nan"),
         }

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-UNBOUNDED = "unbounded"
+WITHOUT_BOUND = "unbounded"
+"""Name of the check that must break all."""
 SLACK = 0.02
 """Share of the examples that may contradict a check."""
 
@@ -50,7 +51,7 @@ def unbounded(attack: str, success: np.ndarray) -> dict[str, object]:
     """Without a bound everything can be broken."""
     rate = float(success.mean())
     return check(
-        attack, UNBOUNDED, rate, rate == 1.0, len(success),
+        attack, WITHOUT_BOUND, rate, rate == 1.0, len(success),
         "share of examples broken without a bound; must be all",
     )  # fmt: skip
 
@@ -90,7 +91,7 @@ def failures(checks: Iterable[dict]) -> str:
             of_check = worst.setdefault(row["check"], {})
             known = of_check.get(row["attack"], row)
             # Of what must break all, the worst is what breaks the fewest.
-            worse = min if row["check"] == UNBOUNDED else max
+            worse = min if row["check"] == WITHOUT_BOUND else max
             of_check[row["attack"]] = worse(known, row, key=lambda found: found["value"])
     return "; ".join(
         f"{check} (" + ", ".join(f"{a}: {r['value']:.2f} of {r['n']}" for a, r in of.items()) + ")"
