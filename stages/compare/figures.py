@@ -72,7 +72,7 @@ def axis_figure(comparison: pd.DataFrame, axis: str, file: Path) -> None:
             if number == 0:
                 _head(levels, differences)
             top = end + _GAP_INCHES
-        differences.set_xlabel("paired difference, turned so that right favours the MoE")
+        differences.set_xlabel("paired difference, right: MoE better")
         figure.text(
             0.005, 1 - 0.1 / inches, AXIS_TITLES[axis], weight="bold", fontsize=12, va="top"
         )
