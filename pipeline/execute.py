@@ -221,17 +221,16 @@ def _unblocked(
     nodes = []
     for node in unit.nodes:
         gaps = _gaps(node, plan, outcomes)
-        if gaps and plan.leave_out(node.key, gaps):
-            node = plan.nodes[node.key]
-            if store.finished([node.folder]):
-                outcomes[node.key] = Outcome("done")
-                tell(Event("done", node, outcomes[node.key]))
-                continue
-        elif gaps and node.stage != "compare":
+        if gaps and node.stage != "compare" and not plan.leave_out(node.key, gaps):
             outcomes[node.key] = Outcome("blocked", next(iter(gaps.values())))
             tell(Event("blocked", node, outcomes[node.key]))
             continue
-        nodes.append(node)
+        now = plan.nodes[node.key]
+        if now is not node and node.stage != "compare" and store.finished([now.folder]):
+            outcomes[node.key] = Outcome("done")
+            tell(Event("done", now, outcomes[node.key]))
+            continue
+        nodes.append(now)
     return nodes
 
 

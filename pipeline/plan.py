@@ -92,13 +92,18 @@ class Plan:
         return Node(stage, name, spec, inputs, resources, fingerprint)
 
     def leave_out(self, key: str, roles: Iterable[str]) -> bool:
-        """Put in an evaluation's place the one on its other data sets, by its other judges; False
-        where there is none.
+        """Put in a node's place the one that does without inputs; False where there is none.
 
-        ``roles`` are those of its inputs that cannot be had. The result has a fingerprint and a
-        folder of its own, and the comparison knows which metrics it lacks.
+        ``roles`` are those of its inputs that cannot be had. An evaluation is made on its other
+        data sets and by its other judges; the comparison knows which metrics it lacks. A data set
+        does without those that it is kept disjoint from unasked: nothing is trained on what cannot
+        be had. The result has a fingerprint and a folder of its own.
         """
         node, missing = self.nodes[key], set(roles)
+        if node.stage == "data" and self.sweep.datasets[node.name].disjoint_from is None:
+            inputs = {role: k for role, k in node.inputs.items() if role not in missing}
+            self._replace(node, node.spec, inputs)
+            return True
         names, judges = (
             {role.removeprefix(kind) for role in missing if role.startswith(kind)}
             for kind in ("data/", JUDGE)
@@ -110,8 +115,18 @@ class Plan:
             return False
         spec = node.spec.model_copy(update={"evaluation": rest})
         inputs = {role: k for role, k in node.inputs.items() if role not in missing}
-        self.nodes[key] = self.node(node.stage, node.name, spec, inputs, node.resources)
+        self._replace(node, spec, inputs)
         return True
+
+    def _replace(self, node: Node, spec: Spec, inputs: dict[str, str]) -> None:
+        """Another node of the same name, and the fingerprints of all that it is an input of."""
+        changed = {node.key}
+        self.nodes[node.key] = self.node(node.stage, node.name, spec, inputs, node.resources)
+        for later in list(self.nodes.values()):
+            if changed.intersection(later.inputs.values()):
+                changed.add(later.key)
+                self.nodes[later.key] = self.node(
+                    later.stage, later.name, later.spec, later.inputs, later.resources)
 
     @property
     def compare(self) -> Node:

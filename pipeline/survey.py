@@ -65,13 +65,14 @@ def survey(plan: Plan, store: Store) -> dict[str, State]:
 
 
 def leave_out_missing(plan: Plan, store: Store) -> None:
-    """Put in the place of each unfinished evaluation the one on the data sets, and by the judges,
-    that are finished."""
-    states = survey(plan, store)
-    for key, node in list(plan.nodes.items()):
-        roles = [role for role, k in node.inputs.items() if states[k].status != "done"]
-        if states[key].status != "done" and roles:
-            plan.leave_out(key, roles)
+    """Put in the place of each unfinished evaluation, and each unfinished data set, the one that
+    does without what is not finished."""
+    for stage in ("data", "evaluate"):
+        states = survey(plan, store)
+        for key, node in list(plan.nodes.items()):
+            roles = [role for role, k in node.inputs.items() if states[k].status != "done"]
+            if node.stage == stage and states[key].status != "done" and roles:
+                plan.leave_out(key, roles)
 
 
 def _difference(manifest: dict, node: Node, plan: Plan) -> str:

@@ -24,8 +24,8 @@ class Dataset(DataSpec):
 
     disjoint_from: tuple[Name, ...] | None = None
     """Rows whose normalised text occurs in one of these data sets are dropped and counted. Where it
-    is not given, a published data set that no recipe trains on is kept disjoint from all that one
-    does; ``[]`` keeps the rows."""
+    is not given, texts of another source that no recipe trains on are kept disjoint from all texts
+    that one does; ``[]`` keeps the rows."""
 
 
 class Upcycle(UpcycleSpec):
@@ -220,7 +220,8 @@ class Sweep(Spec):
         """The data sets whose texts a data set must not hold.
 
         A training set that the sweep keeps disjoint from evaluation sets is never implied for
-        another one: that could close a circle.
+        another one: that could close a circle. Nor is one of the same source, whose other splits
+        may be what is scored here, or one of images, which would be read whole.
         """
         dataset = self.datasets[name]
         if dataset.disjoint_from is not None:
@@ -228,10 +229,11 @@ class Sweep(Spec):
         trained = {train.dataset: self.datasets[train.dataset]
                    for recipe in self.recipes.values() for train in recipe.data
                    if train.dataset in self.datasets}
-        if name in trained or not (dataset.format or dataset.source.startswith("catalogue:")):
+        if name in trained or dataset.task == "images":
             return ()
         return tuple(other for other, entry in trained.items()
-                     if set(entry.disjoint_from or ()) <= set(trained))
+                     if entry.task != "images" and entry.source != dataset.source
+                     and set(entry.disjoint_from or ()) <= set(trained))
 
     @property
     def may_share(self) -> dict[str, tuple[str, ...]]:

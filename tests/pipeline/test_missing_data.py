@@ -110,3 +110,38 @@ def test_what_was_made_without_it_is_found_again(tmp_path):
     plan = planned(*OVERRIDES)
     leave_out_missing(plan, store)
     assert plan.nodes[DOMAINS].folder == whole
+
+
+def test_a_data_set_does_without_the_training_set_that_cannot_be_had(tmp_path):
+    plan = planned()
+    questions, told = "data/questions", []
+    whole = {key: node.folder for key, node in plan.nodes.items()}
+    assert set(plan.nodes[questions].inputs.values()) == {"data/reviews", "data/refusals"}
+    store = Store(str(tmp_path))
+
+    def decide(key):
+        outcomes = {k: Outcome("done") for k in plan.nodes if k.startswith(("data/", "model/"))}
+        outcomes["data/refusals"] = Outcome("failed", "no such file")
+        return _unblocked(Unit([plan.nodes[key]]), plan, outcomes, store, told.append), outcomes
+
+    (rest,), _ = decide(questions)
+    assert rest.inputs == {"disjoint/reviews": "data/reviews"}
+    # What is made of other rows has another fingerprint, and nothing else has.
+    changed = {key for key, node in plan.nodes.items() if node.folder != whole[key]}
+    assert questions in changed and "evaluate/tiny-none-questions" in changed
+    assert not {"data/harmful", "evaluate/tiny-none-refusal"} & changed
+    # Rows that a sweep asks to leave out are never left in.
+    assert plan.sweep.datasets["hotels"].disjoint_from == ("reviews",)
+    outcomes = {"data/reviews": Outcome("failed", "no such file")}
+    assert _unblocked(Unit([plan.nodes["data/hotels"]]), plan, outcomes, store, told.append) == []
+    assert outcomes["data/hotels"] == Outcome("blocked", "data/reviews failed: no such file")
+    # A second run, and a report, find what the first one made.
+    for key in ("data/reviews", questions, "model/tiny", "evaluate/tiny-none-questions"):
+        store.commit(plan.nodes[key].folder, MANIFEST)
+    first, plan = plan, planned()
+    nodes, outcomes = decide(questions)
+    assert nodes == [] and outcomes[questions].status == "done"
+    plan = planned()
+    leave_out_missing(plan, store)
+    assert plan.nodes[questions].folder == first.nodes[questions].folder
+    assert survey(plan, store)["evaluate/tiny-none-questions"].status == "done"

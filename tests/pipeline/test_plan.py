@@ -227,8 +227,9 @@ def test_evaluate_plans_only_what_the_model_and_its_evaluations_need():
     options = Namespace(sweep=SMOKE, set=[], model="tiny:mixtral", evaluations="questions")
     sweep, name = single_model(options)
     plan = build_evaluations(sweep, name, check(sweep, SMOKE))
-    assert list(plan.nodes) == [
-        "model/tiny-mixtral", "data/questions", "evaluate/tiny-mixtral-none-questions"]
+    assert list(plan.nodes) == [  # what the sweep trains on, for it is kept out of the questions
+        "model/tiny-mixtral", "data/reviews", "data/refusals", "data/questions",
+        "evaluate/tiny-mixtral-none-questions"]
     assert plan.nodes["model/tiny-mixtral"].spec.source == "tiny:mixtral"
     # The same data set as in the sweep: its result is shared.
     shared = plan.nodes["data/questions"].fingerprint
@@ -279,13 +280,13 @@ def published(*overrides: str):
         "out_of_distribution: [boss, sst2], template: sentiment}", *overrides)
 
 
-def test_a_published_data_set_needs_no_task_and_is_kept_from_what_recipes_train_on():
+def test_a_data_set_is_kept_from_what_recipes_train_on_and_a_published_one_needs_no_task():
     plan = published()
     boss, sst2 = plan.nodes["data/boss"], plan.nodes["data/sst2"]
     assert (boss.spec.task, sst2.spec.task) == ("classification", "classification")
     trained = {"disjoint/reviews": "data/reviews", "disjoint/refusals": "data/refusals"}
-    assert boss.inputs == sst2.inputs == trained
-    assert plan.nodes["data/harmful"].inputs == {}  # not a published one
+    assert boss.inputs == sst2.inputs == plan.nodes["data/harmful"].inputs == trained
+    assert plan.nodes["data/reviews"].inputs == {}  # trained on itself
     kept = published("datasets.sst2.disjoint_from=[]")
     assert kept.nodes["data/sst2"].inputs == {}
     circle = published("datasets.refusals.disjoint_from=[boss]")
@@ -294,11 +295,15 @@ def test_a_published_data_set_needs_no_task_and_is_kept_from_what_recipes_train_
 
 def test_scored_sets_that_nothing_keeps_from_the_trained_ones_are_looked_through():
     both = ("reviews/train", "refusals/train")
-    shared = published().compare.spec.may_share
+    shared = published(
+        "datasets.harmful.disjoint_from=[]",
+        "datasets.benign={task: prompts, source: 'file:smoke/refusals.jsonl'}",
+    ).compare.spec.may_share
     assert shared == {
-        "harmful/test": both, "benign/test": both, "questions/test": both,
+        "harmful/test": both,  # the rows are to be kept
+        "benign/test": ("refusals/train",),  # the same file
         "reviews/test": ("refusals/train",),  # its own splits share no text
-        "hotels/test": ("refusals/train",),  # kept disjoint from reviews; boss and sst2 from both
+        "hotels/test": ("refusals/train",),  # kept disjoint from reviews; the others from both
     }
     kept = published("datasets.sst2.disjoint_from=[]", "datasets.refusals.disjoint_from=[hotels]")
     shared = kept.compare.spec.may_share
