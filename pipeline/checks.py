@@ -57,6 +57,9 @@ class _Checks(EvaluationChecks):
         yield from self.pairs()
         yield from self.architectures()
         yield from self.recipes()
+        for name in self.sweep.trained_on:
+            if name not in self.sweep.datasets:
+                yield f"trained_on: {self.unknown('data set', name)}"
         yield from self.evaluations()
         yield from self.engine()
         yield from self.hypotheses()
@@ -89,7 +92,8 @@ class _Checks(EvaluationChecks):
                 return True
             if name not in seen and name in self.sweep.datasets:
                 seen.add(name)
-                stack.extend(self.sweep.disjoint_from(name))
+                stack += self.sweep.datasets[name].disjoint_from or ()
+                stack += self.sweep.kept_from(name)
         return False
 
     def model(self, name: str, model: Model, field: str, parents: tuple[str, ...]) -> Iterator[str]:

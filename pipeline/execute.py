@@ -19,6 +19,7 @@ from pipeline.job import PROJECT, Event, Job, Outcome, reads_files, run_stage
 from pipeline.machines import Machine, machines, placed, this_machine
 from pipeline.plan import Node, Plan
 from pipeline.store import PROGRESS, Store
+from pipeline.survey import settle
 from pipeline.sweep import Resources
 from stages.errors import BadInput
 
@@ -162,6 +163,8 @@ def execute(
             unit = running.pop(reference)
             for key, outcome in _result(reference, unit).items():
                 outcomes[key] = outcome
+                if plan.nodes[key].stage == "data" and outcome.status == "done":
+                    settle(plan, store)
                 tell(Event(outcome.status, plan.nodes[key], outcome))
         for unit in running.values():
             for node in unit.nodes:

@@ -7,7 +7,7 @@ fingerprints, so an equal fingerprint means an equal result and a finished node 
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.asked import (
     drawn,
@@ -18,7 +18,7 @@ from pipeline.asked import (
 )
 from pipeline.sweep import UNTUNED, Resources, Sweep, model_spec
 from stages.compare.spec import CompareSpec, Pair
-from stages.data.spec import DataSpec
+from stages.data.spec import TRAINED, DataSpec
 from stages.errors import BadInput
 from stages.evaluate.engines import by_vllm
 from stages.evaluate.judges import ModelJudge
@@ -46,6 +46,12 @@ class Node:
     """Role to the key of the upstream node."""
     resources: Resources
     fingerprint: str
+    content: str
+    """What stands for it in the fingerprints of what reads it: its own, but for a data set from
+    which texts that are trained on are left out. Which rows these are counts there, and not where
+    they were looked for, so that one more training set leaves scores as they are."""
+    left_out: str = ""
+    """Digest of those rows, once the data set is made and there are some."""
     found: str | None = None
     """Folder in which another sweep stored this very result, under a name of its own."""
     part_of: str | None = None
@@ -78,31 +84,38 @@ class Plan:
         return node.key
 
     def node(
-        self, stage: str, name: str, spec: Spec, inputs: dict[str, str], resources: Resources
+        self,
+        stage: str,
+        name: str,
+        spec: Spec,
+        inputs: dict[str, str],
+        resources: Resources,
+        left_out: str = "",
     ) -> Node:
         """A node with its fingerprint; its inputs are in the plan."""
-        content = {
-            "stage": stage,
-            "version": spec.VERSION,
-            "spec": spec.identity(),
-            "inputs": {role: self.nodes[key].fingerprint for role, key in inputs.items()},
-        }
-        text = json.dumps(content, sort_keys=True, allow_nan=False)
-        fingerprint = hashlib.sha256(text.encode()).hexdigest()[:12]
-        return Node(stage, name, spec, inputs, resources, fingerprint)
+        made = {"stage": stage, "version": spec.VERSION, "spec": spec.identity()}
+        # A report also tells how its data sets were made.
+        read = {role: node.fingerprint if stage == "compare" else node.content
+                for role, node in ((role, self.nodes[key]) for role, key in inputs.items())}
+        fingerprint = content = _digest(made | {"inputs": read})
+        if any(role.startswith(TRAINED) for role in inputs):
+            read = {role: of for role, of in read.items() if not role.startswith(TRAINED)}
+            rows = {"left_out": left_out} if left_out else {}
+            content = _digest(made | {"inputs": read} | rows)
+        return Node(stage, name, spec, inputs, resources, fingerprint, content, left_out)
 
     def leave_out(self, key: str, roles: Iterable[str]) -> bool:
         """Put in a node's place the one that does without inputs; False where there is none.
 
         ``roles`` are those of its inputs that cannot be had. An evaluation is made on its other
         data sets and by its other judges; the comparison knows which metrics it lacks. A data set
-        does without those that it is kept disjoint from unasked: nothing is trained on what cannot
-        be had. The result has a fingerprint and a folder of its own.
+        does without those that it is kept from unasked: nothing is trained on what cannot be had.
+        The result has a fingerprint and a folder of its own.
         """
         node, missing = self.nodes[key], set(roles)
-        if node.stage == "data" and self.sweep.datasets[node.name].disjoint_from is None:
-            inputs = {role: k for role, k in node.inputs.items() if role not in missing}
-            self._replace(node, node.spec, inputs)
+        inputs = {role: k for role, k in node.inputs.items() if role not in missing}
+        if all(role.startswith(TRAINED) for role in missing):
+            self._replace(self.node(node.stage, node.name, node.spec, inputs, node.resources))
             return True
         names, judges = (
             {role.removeprefix(kind) for role in missing if role.startswith(kind)}
@@ -114,19 +127,28 @@ class Plan:
         if rest is None:
             return False
         spec = node.spec.model_copy(update={"evaluation": rest})
-        inputs = {role: k for role, k in node.inputs.items() if role not in missing}
-        self._replace(node, spec, inputs)
+        self._replace(self.node(node.stage, node.name, spec, inputs, node.resources))
         return True
 
-    def _replace(self, node: Node, spec: Spec, inputs: dict[str, str]) -> None:
-        """Another node of the same name, and the fingerprints of all that it is an input of."""
-        changed = {node.key}
-        self.nodes[node.key] = self.node(node.stage, node.name, spec, inputs, node.resources)
+    def settle(self, key: str, left_out: str) -> None:
+        """Tell which rows a data set was made without, since they are trained on
+        (``DataCard.left_out``). Before that the plan takes it that there are none."""
+        node = self.nodes[key]
+        if node.left_out != left_out:
+            found = self.node(
+                node.stage, node.name, node.spec, node.inputs, node.resources, left_out)
+            self._replace(replace(found, found=node.found))
+
+    def _replace(self, node: Node) -> None:
+        """Another node of the same name, and the fingerprints of all that reads it."""
+        changed = {node.key} if node.content != self.nodes[node.key].content else set()
+        self.nodes[node.key] = node
         for later in list(self.nodes.values()):
             if changed.intersection(later.inputs.values()):
                 changed.add(later.key)
-                self.nodes[later.key] = self.node(
+                again = self.node(
                     later.stage, later.name, later.spec, later.inputs, later.resources)
+                self.nodes[later.key] = replace(again, part_of=later.part_of)
 
     @property
     def compare(self) -> Node:
@@ -143,6 +165,11 @@ class Plan:
                 found.add(key)
                 stack.extend(self.nodes[key].inputs.values())
         return found
+
+
+def _digest(content: dict) -> str:
+    text = json.dumps(content, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def build(
@@ -224,8 +251,8 @@ class Builder:
         if key in self.plan.nodes:
             return key
         entry = self.sweep.datasets[name]
-        inputs = {f"disjoint/{other}": self.dataset(other)
-                  for other in self.sweep.disjoint_from(name)}
+        inputs = {f"disjoint/{other}": self.dataset(other) for other in entry.disjoint_from or ()}
+        inputs |= {f"{TRAINED}{other}": self.dataset(other) for other in self.sweep.kept_from(name)}
         spec = DataSpec(**{f: getattr(entry, f) for f in DataSpec.model_fields if f != "content"},
                         content=self.contents.get(entry.source))
         return self.plan.add("data", name, spec, inputs, self.sweep.resources.data)

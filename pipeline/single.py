@@ -33,9 +33,8 @@ def single_model(options: argparse.Namespace) -> tuple[Sweep, str]:
         "models": others | {name: Model(source=_source(options.model))},
         "pairs": (),
         "recipes": {},
-        # The rows that the sweep scores, though nothing is trained here.
-        "datasets": {n: dataset.model_copy(update={"disjoint_from": sweep.disjoint_from(n)})
-                     for n, dataset in sweep.datasets.items()},
+        # The same rows as in the sweep, though nothing is trained here.
+        "trained_on": tuple(sweep.trained),
         "evaluations": {n: sweep.evaluations[n] for n in wanted},
     })
     return cut, name

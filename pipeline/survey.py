@@ -5,6 +5,8 @@ from typing import Literal
 
 from pipeline.plan import Node, Plan
 from pipeline.store import Store
+from stages.data.card import CARD_FILE
+from stages.data.spec import TRAINED
 
 Status = Literal["done", "stale", "to run"]
 
@@ -34,6 +36,20 @@ def adopt(plan: Plan, store: Store) -> None:
             others = [folder for folder in alike.get(node.fingerprint, ()) if folder in done]
             if others and node.folder not in others:
                 plan.nodes[node.key] = replace(node, found=others[0])
+        if stage == "data":
+            settle(plan, store)
+
+
+def settle(plan: Plan, store: Store) -> None:
+    """Tell a plan which rows its finished data sets were made without, as they are trained on."""
+    kept = [key for key, node in plan.nodes.items()
+            if any(role.startswith(TRAINED) for role in node.inputs)]
+    done = store.finished(plan.nodes[key].folder for key in kept)
+    for key in kept:
+        folder = plan.nodes[key].folder
+        if folder in done:
+            card = store.read_json(f"{store.attempt_of(folder)}/{CARD_FILE}")
+            plan.settle(key, card["left_out"])
 
 
 def survey(plan: Plan, store: Store) -> dict[str, State]:

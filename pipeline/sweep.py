@@ -23,9 +23,8 @@ class Dataset(DataSpec):
     """A data set of the sweep."""
 
     disjoint_from: tuple[Name, ...] | None = None
-    """Rows whose normalised text occurs in one of these data sets are dropped and counted. Where it
-    is not given, texts of another source that no recipe trains on are kept disjoint from all texts
-    that one does; ``[]`` keeps the rows."""
+    """Rows whose normalised text occurs in one of these data sets are dropped and counted, beside
+    those with a text that is trained on (``Sweep.kept_from``). ``[]`` keeps them all."""
 
 
 class Upcycle(UpcycleSpec):
@@ -203,6 +202,8 @@ class Sweep(Spec):
     recipes: dict[Name, Recipe] = {}
     untuned: bool = True
     """Also evaluate the models as they are, before any fine-tuning."""
+    trained_on: tuple[Name, ...] = ()
+    """Data sets that models were trained on elsewhere; those that a recipe trains on are known."""
     evaluations: Annotated[dict[Name, AnyEvaluation], Field(min_length=1)]
     scoring_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the weights during evaluation."""
@@ -216,24 +217,37 @@ class Sweep(Spec):
     search: Search | None = None
     """What ``moe-reliability search`` looks for; ``run`` leaves it alone."""
 
-    def disjoint_from(self, name: str) -> tuple[str, ...]:
-        """The data sets whose texts a data set must not hold.
+    @property
+    def trained(self) -> dict[str, Dataset]:
+        """The data sets that models are trained on, here or elsewhere."""
+        here = [t.dataset for recipe in self.recipes.values() for t in recipe.data]
+        return {n: self.datasets[n] for n in (*here, *self.trained_on) if n in self.datasets}
 
-        A training set that the sweep keeps disjoint from evaluation sets is never implied for
-        another one: that could close a circle. Nor is one of the same source, whose other splits
-        may be what is scored here, or one of images, which would be read whole.
+    def kept_from(self, name: str) -> tuple[str, ...]:
+        """The data sets that are trained on and whose texts are left out of this one unasked.
+
+        Not one of the same source, whose other splits may be what is scored here, nor one of
+        images, which would be read whole, nor one that itself waits for a data set that is only
+        scored: that could close a circle.
         """
-        dataset = self.datasets[name]
-        if dataset.disjoint_from is not None:
-            return dataset.disjoint_from
-        trained = {train.dataset: self.datasets[train.dataset]
-                   for recipe in self.recipes.values() for train in recipe.data
-                   if train.dataset in self.datasets}
-        if name in trained or dataset.task == "images":
+        dataset, trained = self.datasets[name], self.trained
+        asked = dataset.disjoint_from
+        if name in trained or dataset.task == "images" or asked == ():
             return ()
-        return tuple(other for other, entry in trained.items()
-                     if entry.task != "images" and entry.source != dataset.source
-                     and set(entry.disjoint_from or ()) <= set(trained))
+        return tuple(
+            other for other, entry in trained.items()
+            if entry.task != "images" and entry.source != dataset.source
+            and other not in (asked or ()) and self._waits_for(other) <= set(trained))
+
+    def _waits_for(self, name: str) -> set[str]:
+        """The data sets that one is asked to be disjoint from, and theirs."""
+        found, stack = set(), [name]
+        while stack:
+            entry = self.datasets.get(stack.pop())
+            new = set(entry.disjoint_from or ()) - found if entry else set()
+            found |= new
+            stack += new
+        return found
 
     @property
     def may_share(self) -> dict[str, tuple[str, ...]]:
@@ -245,7 +259,8 @@ class Sweep(Spec):
         """
         trained = dict.fromkeys(
             (t.dataset, t.split) for recipe in self.recipes.values() for t in recipe.data)
-        apart = {name: self.disjoint_from(name) for name in self.datasets}
+        apart = {name: (*(entry.disjoint_from or ()), *self.kept_from(name))
+                 for name, entry in self.datasets.items()}
         found: dict[str, tuple[str, ...]] = {}
         for evaluation in self.evaluations.values():
             for name, split in evaluation.datasets().items():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pipeline.plan import Builder, Plan, Searched
 from pipeline.search.space import Space
 from pipeline.search.spec import Dimension, Objective, Pbt, Search, Side
-from pipeline.sweep import Dataset, Sweep
+from pipeline.sweep import Sweep
 from stages.errors import BadInput
 from stages.finetune.spec import Recipe
 
@@ -56,7 +56,7 @@ def reserve(sweep: Sweep) -> Sweep:
     Where a data set has none, a fifth of the documents of the split that is evaluated is put
     aside by the hash that makes splits; what the evaluation reports is the other four fifths.
     """
-    search, datasets = sweep.search, _disjoint(sweep)
+    search, datasets = sweep.search, dict(sweep.datasets)
     for name in objective_evaluations([*search.objectives, search.intermediate]):
         for dataset, split in sweep.evaluations[name].datasets().items():
             entry = datasets[dataset]
@@ -69,19 +69,18 @@ def reserve(sweep: Sweep) -> Sweep:
                 if split in limit:
                     limit[SELECTION] = -(-limit[split] // (SHARE - 1))
             datasets[dataset] = entry.model_copy(update={"splits": splits, **limits})
-    return sweep.model_copy(update={"datasets": datasets})
+    return sweep.model_copy(update={"datasets": datasets, "trained_on": _trained_on(sweep)})
 
 
-def _disjoint(sweep: Sweep) -> dict[str, Dataset]:
-    """The data sets, kept apart from whatever any trial may train on and not only the base recipe.
+def _trained_on(sweep: Sweep) -> tuple[str, ...]:
+    """Whatever any trial may train on, and not only the base recipe.
 
     Said once and for all, so that trials and winners see the same rows.
     """
     space = Space(sweep.recipes[sweep.search.base], sweep.search.space)
     tried = {f"probe {i}": space.recipe(values) for i, (_, values) in enumerate(space.probes())}
     every = sweep.model_copy(update={"recipes": {**sweep.recipes, **tried}})
-    return {name: dataset.model_copy(update={"disjoint_from": every.disjoint_from(name)})
-            for name, dataset in sweep.datasets.items()}
+    return tuple(every.trained)
 
 
 def selecting(sweep: Sweep) -> Sweep:

@@ -81,6 +81,8 @@ def model_searches(sweep: Sweep, contents: dict[str, str]) -> list[ModelSearch]:
             # Data, model, base recipe and evaluations, and with them the seeds.
             "base": [plan.nodes[key].fingerprint for each in measured
                      for key in each.evaluations.values()],
+            # Which rows of them are trained on is not known before they are made.
+            "data": [node.fingerprint for node in plan.nodes.values() if node.stage == "data"],
         }
         text = json.dumps(content, sort_keys=True)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -19,6 +19,7 @@ from pipeline.search.plan import Measured, Member, objective_evaluations, segmen
 from pipeline.search.space import Values
 from pipeline.search.spec import Objective, Pbt
 from pipeline.store import Store
+from pipeline.survey import settle
 from pipeline.sweep import Sweep
 from stages.errors import StageFailed
 
@@ -69,6 +70,7 @@ class TrialWork:
             self.sweep, self.contents, self.member.model,
             segments_of(search, [*before, recipe]), search.seeds_of(self.member.side),
             objective_evaluations([*objectives, search.intermediate]), until)
+        settle(plan, store)
         self._work(plan, measured, store)
         scores = _scores(plan, measured, store)
         curves = [_tokens(plan, each, store) for each in measured]

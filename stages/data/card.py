@@ -36,6 +36,8 @@ class DataCard(BaseModel):
     """Name to sha256 of each file that was read, for a data set of the catalogue."""
     note: str = ""
     """Where the number of rows found is not the published one."""
+    left_out: str = ""
+    """Digest of the texts that are left out since they are trained on; empty without any."""
 
     def write(self, folder: Path) -> None:
         """Write the card into a data folder."""

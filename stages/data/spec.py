@@ -19,6 +19,9 @@ Task = Literal[
     "images",
 ]
 
+DISJOINT, TRAINED = "disjoint/", "trained/"
+"""Input roles: data sets whose texts are left out, as a sweep asks or since models learn them."""
+
 # Columns of a task's Parquet files, besides `id` (unique in the data set) and `document` (rows of
 # one document are never told apart by a split and are resampled together by the bootstrap).
 TASK_COLUMNS: dict[Task, tuple[str, ...]] = {

@@ -1,15 +1,17 @@
 """Data stage: a source becomes Parquet splits that share no document and no text.
 
 In order: rows without text are left out, then all but one of the rows with the same normalised
-text, then rows whose text occurs in a ``disjoint/`` input; what is left is split by document and
-each split is cut to its number of rows. All of it depends on the rows and the seed, not on the
-order in which the source lists them.
+text, then rows whose text occurs in a ``disjoint/`` or ``trained/`` input; what is left is split
+by document and each split is cut to its number of rows. All of it depends on the rows and the
+seed, not on the order in which the source lists them.
 """
 
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,16 +21,16 @@ from stages.data.card import DataCard
 from stages.data.corruptions import corrupted
 from stages.data.schema import SCHEMAS, keys, without_text
 from stages.data.sources import load
-from stages.data.spec import DataSpec
+from stages.data.spec import DISJOINT, TRAINED, DataSpec
 from stages.errors import BadInput, StageFailed
 
 
 def run(spec: DataSpec, inputs: dict[str, Path], output: Path) -> None:
     """Prepare a data set.
 
-    Each input role ``disjoint/<dataset>`` is the folder of another prepared data set; rows that
-    stand in any of its splits are left out. Writes ``<split>.parquet`` (``SCHEMAS``) and
-    ``card.json``.
+    Each input role ``disjoint/<dataset>`` or ``trained/<dataset>`` is the folder of another
+    prepared data set; rows that stand in any of its splits are left out. Writes
+    ``<split>.parquet`` (``SCHEMAS``) and ``card.json``.
     """
     try:
         loaded = load(spec)
@@ -36,8 +38,17 @@ def run(spec: DataSpec, inputs: dict[str, Path], output: Path) -> None:
         raise StageFailed(str(error)) from error
     lacking = without_text(loaded.table)
     table = _identified(loaded.table.filter(pc.invert(lacking)), spec)
-    others = {role: folder for role, folder in inputs.items() if role.startswith("disjoint/")}
-    table, duplicates, overlap = _distinct(table, spec, others)
+    asked, trained = (
+        _texts(folder for role, folder in inputs.items() if role.startswith(kind))
+        for kind in (DISJOINT, TRAINED)
+    )
+    table, duplicates, left_out = _distinct(table, spec, asked, trained)
+    if not table.num_rows and left_out.rows:
+        others = ", ".join(role.partition("/")[2] for role in inputs)
+        raise StageFailed(
+            f"{spec.source}: each of the {left_out.rows} distinct rows has a text of {others}; "
+            "give the data set `disjoint_from: []` to keep them"
+        )
     splits = _split(table, spec)
     for split, part in splits.items():
         if part.num_rows == 0:
@@ -48,7 +59,11 @@ def run(spec: DataSpec, inputs: dict[str, Path], output: Path) -> None:
         if spec.corruption is not None:
             splits[split] = part = corrupted(part, spec.corruption, spec.seed)
         pa.parquet.write_table(part, output / f"{split}.parquet", compression="zstd")
-    dropped = {"empty": pc.sum(lacking).as_py(), "duplicates": duplicates, "overlap": overlap}
+    dropped = {
+        "empty": pc.sum(lacking).as_py(),
+        "duplicates": duplicates,
+        "overlap": left_out.rows,
+    }
     DataCard(
         source=spec.source,
         task=spec.task,
@@ -69,6 +84,7 @@ def run(spec: DataSpec, inputs: dict[str, Path], output: Path) -> None:
         citation=loaded.citation,
         files=loaded.files,
         note=loaded.note,
+        left_out=left_out.trained,
     ).write(output)
 
 
@@ -82,26 +98,39 @@ def _identified(table: pa.Table, spec: DataSpec) -> pa.Table:
     return table.select(SCHEMAS[spec.task].names).cast(SCHEMAS[spec.task]).sort_by("id")
 
 
+class LeftOut(NamedTuple):
+    """Rows that stand in other data sets."""
+
+    rows: int
+    trained: str
+    """Digest of the texts of those that are trained on and not asked for; empty without any."""
+
+
+def _texts(folders: Iterable[Path]) -> set[str]:
+    """The normalised texts of all splits of data sets."""
+    return {
+        text
+        for folder in folders
+        for path in folder.glob("*.parquet")
+        for text in keys(pa.parquet.read_table(path), DataCard.read(folder).task)
+    }
+
+
 def _distinct(
-    table: pa.Table, spec: DataSpec, others: dict[str, Path]
-) -> tuple[pa.Table, int, int]:
-    """The first row of each normalised text, less those in other data sets; and both counts."""
-    taken = set()
-    for folder in others.values():
-        task = DataCard.read(folder).task
-        for path in sorted(folder.glob("*.parquet")):
-            taken.update(keys(pa.parquet.read_table(path), task))
-    seen, kept, duplicates, overlap = set(), [], 0, 0
-    for place, key in enumerate(keys(table, spec.task)):
-        if key in seen:
-            duplicates += 1
-            continue
-        seen.add(key)
-        if key in taken:
-            overlap += 1
-        else:
-            kept.append(place)
-    return table.take(pa.array(kept, pa.int64())), duplicates, overlap
+    table: pa.Table, spec: DataSpec, asked: set[str], trained: set[str]
+) -> tuple[pa.Table, int, LeftOut]:
+    """The first row of each normalised text, less those in other data sets; how many others had
+    the same text, and what was left out."""
+    first = {key: place for place, key in reversed(list(enumerate(keys(table, spec.task))))}
+    left_out = asked.union(trained).intersection(first)
+    taught = sorted(left_out - asked)
+    kept = sorted(place for key, place in first.items() if key not in left_out)
+    digest = _hash("\n".join(taught)) if taught else ""
+    return (
+        table.take(pa.array(kept, pa.int64())),
+        table.num_rows - len(first),
+        LeftOut(len(left_out), digest),
+    )
 
 
 def _split(table: pa.Table, spec: DataSpec) -> dict[str, pa.Table]:

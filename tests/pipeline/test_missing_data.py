@@ -8,7 +8,7 @@ from smoke import planned
 from pipeline.execute import Unit, _gaps, _unblocked
 from pipeline.job import Outcome
 from pipeline.store import Store
-from pipeline.survey import leave_out_missing, survey
+from pipeline.survey import adopt, leave_out_missing, settle, survey
 from stages.evaluate.partial import left_out, unasked
 
 OVERRIDES = (
@@ -113,10 +113,9 @@ def test_what_was_made_without_it_is_found_again(tmp_path):
 
 
 def test_a_data_set_does_without_the_training_set_that_cannot_be_had(tmp_path):
-    plan = planned()
-    questions, told = "data/questions", []
-    whole = {key: node.folder for key, node in plan.nodes.items()}
-    assert set(plan.nodes[questions].inputs.values()) == {"data/reviews", "data/refusals"}
+    plan, told = planned(), []
+    questions, scores = "data/questions", "evaluate/tiny-none-questions"
+    whole = dict(plan.nodes)
     store = Store(str(tmp_path))
 
     def decide(key):
@@ -125,23 +124,53 @@ def test_a_data_set_does_without_the_training_set_that_cannot_be_had(tmp_path):
         return _unblocked(Unit([plan.nodes[key]]), plan, outcomes, store, told.append), outcomes
 
     (rest,), _ = decide(questions)
-    assert rest.inputs == {"disjoint/reviews": "data/reviews"}
-    # What is made of other rows has another fingerprint, and nothing else has.
-    changed = {key for key, node in plan.nodes.items() if node.folder != whole[key]}
-    assert questions in changed and "evaluate/tiny-none-questions" in changed
-    assert not {"data/harmful", "evaluate/tiny-none-refusal"} & changed
+    assert rest.inputs == {"trained/reviews": "data/reviews"}
+    assert rest.folder != whole[questions].folder
+    assert plan.nodes[scores].folder == whole[scores].folder  # the same rows, for all we know
     # Rows that a sweep asks to leave out are never left in.
-    assert plan.sweep.datasets["hotels"].disjoint_from == ("reviews",)
-    outcomes = {"data/reviews": Outcome("failed", "no such file")}
+    assert set(plan.nodes["data/hotels"].inputs) == {"disjoint/reviews", "trained/refusals"}
+    outcomes = {k: Outcome("failed", "no such file") for k in ("data/reviews", "data/refusals")}
     assert _unblocked(Unit([plan.nodes["data/hotels"]]), plan, outcomes, store, told.append) == []
     assert outcomes["data/hotels"] == Outcome("blocked", "data/reviews failed: no such file")
     # A second run, and a report, find what the first one made.
-    for key in ("data/reviews", questions, "model/tiny", "evaluate/tiny-none-questions"):
+    for key in ("data/reviews", questions, "model/tiny", scores):
         store.commit(plan.nodes[key].folder, MANIFEST)
+    store.write_bytes(f"{plan.nodes[questions].folder}/attempt-1/card.json", b'{"left_out": ""}')
     first, plan = plan, planned()
     nodes, outcomes = decide(questions)
     assert nodes == [] and outcomes[questions].status == "done"
     plan = planned()
     leave_out_missing(plan, store)
     assert plan.nodes[questions].folder == first.nodes[questions].folder
-    assert survey(plan, store)["evaluate/tiny-none-questions"].status == "done"
+    assert survey(plan, store)[scores].status == "done"
+
+
+def test_scores_of_other_rows_are_made_anew(tmp_path):
+    """What a finished data set was made without is read from its card."""
+    store = Store(str(tmp_path))
+    questions, scores = "data/questions", "evaluate/tiny-none-questions"
+
+    def settled(left_out):
+        plan = planned()
+        folder = plan.nodes[questions].folder
+        store.commit(folder, MANIFEST)
+        store.write_bytes(
+            f"{folder}/attempt-1/card.json", json.dumps({"left_out": left_out}).encode())
+        adopt(plan, store)
+        assert plan.nodes[questions].folder == folder
+        return plan.nodes[scores]
+
+    assert settled("") == planned().nodes[scores]
+    some, others = settled("some rows"), settled("other rows")
+    assert len({some.fingerprint, others.fingerprint, settled("").fingerprint}) == 3
+    # In a run, what was planned before the data set was made is looked up as what it is now.
+    plan = planned()
+    before = plan.nodes[scores]
+    settle(plan, store)
+    store.commit(some.folder, MANIFEST)
+    outcomes = {key: Outcome("done") for key in plan.nodes}
+    assert _unblocked(Unit([before]), plan, outcomes, store, lambda event: None) == [before]
+    store.write_bytes(
+        f"{plan.nodes[questions].folder}/attempt-1/card.json", b'{"left_out": "some rows"}')
+    settle(plan, store)
+    assert _unblocked(Unit([before]), plan, outcomes, store, lambda event: None) == []

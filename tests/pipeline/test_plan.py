@@ -284,13 +284,48 @@ def test_a_data_set_is_kept_from_what_recipes_train_on_and_a_published_one_needs
     plan = published()
     boss, sst2 = plan.nodes["data/boss"], plan.nodes["data/sst2"]
     assert (boss.spec.task, sst2.spec.task) == ("classification", "classification")
-    trained = {"disjoint/reviews": "data/reviews", "disjoint/refusals": "data/refusals"}
+    trained = {"trained/reviews": "data/reviews", "trained/refusals": "data/refusals"}
     assert boss.inputs == sst2.inputs == plan.nodes["data/harmful"].inputs == trained
     assert plan.nodes["data/reviews"].inputs == {}  # trained on itself
     kept = published("datasets.sst2.disjoint_from=[]")
     assert kept.nodes["data/sst2"].inputs == {}
+    # Those that are asked for come on top; elsewhere may be trained as well.
+    asked = published("datasets.sst2.disjoint_from=[boss]", "trained_on=[hotels]")
+    assert asked.nodes["data/sst2"].inputs == {
+        "disjoint/boss": "data/boss", **trained, "trained/hotels": "data/hotels"}
+    assert asked.nodes["data/hotels"].inputs == {"disjoint/reviews": "data/reviews"}
+    # Reviews wait for refusals, and these for what is only scored: no circle.
+    circle = published(
+        "datasets.refusals.disjoint_from=[boss]", "datasets.reviews.disjoint_from=[refusals]")
+    assert circle.nodes["data/boss"].inputs == {}
     circle = published("datasets.refusals.disjoint_from=[boss]")
-    assert circle.nodes["data/boss"].inputs == {"disjoint/reviews": "data/reviews"}
+    assert circle.nodes["data/boss"].inputs == {"trained/reviews": "data/reviews"}
+
+
+def test_scores_depend_on_the_rows_that_are_left_out_and_not_on_where_they_were_looked_for():
+    extra = ("datasets.extra={task: instructions, source: 'file:smoke/refusals.jsonl', "
+             "splits: {train: 0.5, test: 0.5}}")
+    alone, both = plan_of(extra), plan_of(
+        extra, "recipes.other={data: [{dataset: extra}], epochs: 1, batch_size: 4, "
+               "learning_rate: 0.001}")
+    questions, scores, base = "data/questions", "evaluate/tiny-none-questions", "model/tiny"
+    assert set(both.nodes[questions].inputs) - set(alone.nodes[questions].inputs) == {
+        "trained/extra"}
+    assert both.nodes[questions].fingerprint != alone.nodes[questions].fingerprint
+    assert both.nodes[scores].fingerprint == alone.nodes[scores].fingerprint
+    before = dict(both.nodes)
+    both.settle(questions, "")
+    assert both.nodes == before
+    both.settle(questions, "a digest")
+    changed = {key for key, node in both.nodes.items() if node != before[key]}
+    assert both.nodes[questions].folder == before[questions].folder
+    assert both.nodes[scores].folder != before[scores].folder and base not in changed
+    assert changed == {questions, both.compare.key} | {
+        key for key, node in both.nodes.items() if questions in node.inputs.values()}
+    alone.settle(questions, "a digest")
+    assert both.nodes[scores].fingerprint == alone.nodes[scores].fingerprint
+    both.settle(questions, "another")
+    assert both.nodes[scores].fingerprint != alone.nodes[scores].fingerprint
 
 
 def test_scored_sets_that_nothing_keeps_from_the_trained_ones_are_looked_through():
@@ -303,8 +338,7 @@ def test_scored_sets_that_nothing_keeps_from_the_trained_ones_are_looked_through
         "harmful/test": both,  # the rows are to be kept
         "benign/test": ("refusals/train",),  # the same file
         "reviews/test": ("refusals/train",),  # its own splits share no text
-        "hotels/test": ("refusals/train",),  # kept disjoint from reviews; the others from both
-    }
+    }  # the others are kept from both
     kept = published("datasets.sst2.disjoint_from=[]", "datasets.refusals.disjoint_from=[hotels]")
     shared = kept.compare.spec.may_share
     assert shared["sst2/test"] == both and "hotels/test" not in shared

@@ -172,7 +172,7 @@ def test_objectives_are_measured_on_selection_splits_only():
     for evaluation in trials.evaluations.values():
         assert set(evaluation.datasets().values()) == {"selection"}
     # Said outright, so that trials and winners see the same rows.
-    assert trials.datasets["questions"].disjoint_from == ()
+    assert trials.trained_on == ("reviews", "refusals")
     # Sets that are only evaluated give a fifth away; one that has the split keeps its own.
     assert trials.datasets["questions"].splits == {"selection": 0.2, "test": 0.8}
     assert trials.datasets["reviews"].splits == sweep.datasets["reviews"].splits

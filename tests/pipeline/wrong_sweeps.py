@@ -422,6 +422,9 @@ WRONG = {
     "disjoint from nothing": (
         {"datasets.hotels.disjoint_from": ["review"]},
         "datasets.hotels.disjoint_from: unknown data set 'review'", "did you mean 'reviews'?"),
+    "trained on nothing": (
+        {"trained_on": ["review"]}, "trained_on: unknown data set 'review'",
+        "did you mean 'reviews'?"),
     "disjoint in a circle": (
         {"datasets.reviews.disjoint_from": ["hotels"]}, "disjoint_from", "remove one of them"),
     "nothing to evaluate": (

@@ -134,6 +134,30 @@ def test_rows_of_disjoint_data_sets_are_left_out(tmp_path):
     assert set(other.rows.values()) == {5}
 
 
+def test_texts_that_are_trained_on_are_left_out_and_told_apart(tmp_path):
+    folders, sets = {}, {"asked": range(9), "trained": range(8, 12), "more": range(11, 12)}
+    for name, numbers in sets.items():
+        prepare(tmp_path / name, [{"prompt": f"Ask {i}"} for i in numbers], task="prompts")
+        folders[name] = tmp_path / name / "output"
+    rows = [{"prompt": f"ask  {i}"} for i in range(8, 20)]
+
+    def made(inputs, rows=rows):
+        folder = tmp_path / "-".join([str(len(rows)), *(r.replace("/", "-") for r in inputs)])
+        found = {role: folders[role.partition("/")[2]] for role in inputs}
+        return prepare(folder, rows, found, task="prompts")[0]
+
+    both = made(["disjoint/asked", "trained/trained"])
+    assert (both.rows, both.dropped["overlap"]) == ({"test": 8}, 4)
+    assert made(["disjoint/asked"]).left_out == ""
+    # Those of 9 to 11, for 8 is asked for; in whichever sets they stand.
+    texts = "\n".join(f"ask {i}" for i in sorted([9, 10, 11], key=str))
+    assert both.left_out == hashlib.sha256(texts.encode()).hexdigest()
+    again = made(["disjoint/asked", "trained/trained", "trained/more"])
+    assert again.left_out == both.left_out != made(["trained/more"]).left_out
+    with pytest.raises(StageFailed, match="each of the 1 distinct rows has a text of more; give"):
+        made(["trained/more"], rows[3:4])
+
+
 def test_a_question_is_the_same_only_with_its_passage(tmp_path):
     base = {"question": "What happened next?", "choices": ["a", "b"], "answer": 0}
     rows = [{**base, "context": "One."}, {**base, "context": "Two."}, {**base, "context": "ONE."}]
