@@ -43,7 +43,8 @@ class GradientAttack(ImageAttack):
     ``routing_weight`` times that. On a dense model only ``as_is`` is possible."""
     routing_weight: Annotated[float, Field(gt=0)] = 1.0
     importance_loss_weight: Annotated[float, Field(ge=0)] = 0.0
-    """The auxiliary loss is attacked as well: weight of the importance loss of the batch."""
+    """The auxiliary loss is attacked as well: weight of the importance loss of the batch,
+    summed over the layers."""
     gshard_loss_weight: Annotated[float, Field(ge=0)] = 0.0
     """The same of the GShard loss."""
     restarts: Annotated[int, Field(ge=1)] = 1

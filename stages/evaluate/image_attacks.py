@@ -84,7 +84,7 @@ class ImageAttacks(LabelledImages):
     seed: Seed = 0
 
     axis: ClassVar[str] = "adversarial"
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
     primary: ClassVar[str] = "robust_accuracy"
 
     @model_validator(mode="after")

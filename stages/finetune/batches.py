@@ -258,9 +258,10 @@ class MicroBatch:
 
     def real_logits(self, logits: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Router logits by layer (tokens, E), of the real tokens alone."""
+        flat = {layer: each.flatten(0, -2) for layer, each in logits.items()}
         if not self.real:
-            return logits
-        return {layer: each.flatten(0, -2)[self._real(layer)] for layer, each in logits.items()}
+            return flat
+        return {layer: each[self._real(layer)] for layer, each in flat.items()}
 
     def _real(self, layer: str) -> torch.Tensor:
         return next(m for part, m in self.real.items() if not part or part in layer.split("."))

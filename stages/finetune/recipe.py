@@ -283,7 +283,8 @@ class Recipe(Spec):
     """Weight of the router z-loss (ST-MoE, arXiv 2202.08906, equation 5), mean over the layers."""
     importance_loss_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the squared variation of the experts' summed probabilities (V-MoE, arXiv
-    2106.05974), as the next two over a micro-batch and the mean over the layers."""
+    2106.05974), without ``router.noise``; as the next two over a micro-batch, and the sum over the
+    layers: for the weight of a mean, divide by their number."""
     load_loss_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the squared variation of the experts' smooth loads; needs ``router.noise``."""
     gshard_loss_weight: Annotated[float, Field(ge=0)] = 0.0

@@ -54,6 +54,8 @@ class FinetuneSpec(Recipe):
         if self.depends_on_micro_batch:
             asked = self.asked_micro_batch().micro_batch
             parts["micro_batch"] = min(asked, self.batch_size // self.workers)
+        if any(getattr(self, name) for name in VISION_WEIGHTS):  # once a mean over the layers
+            parts["balancing losses"] = "sum over the layers"
         if self.experts.dropout:  # JetMoE's and MoLM's was once another one
             parts["experts.dropout"] = "of the weighted sum"
         used = sorted({train.template for train in self.reads if train.template is not None})

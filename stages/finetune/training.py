@@ -197,7 +197,8 @@ class Training:
                 loss = loss + trades.router_beta * turned / answers
                 self.evidence.mean("adversarial", "router_divergence", turned / len(examples))
             for knob in self.weighed:
-                auxiliary = self._auxiliary(knob, routings, part)
+                clean = part.real_logits(self.knobs.clean)
+                auxiliary = self._auxiliary(knob, routings, clean, part)
                 if self.evidence.open:
                     self._witness(knob, part, routings, auxiliary)
                 losses.append(auxiliary / parts)
@@ -239,14 +240,19 @@ class Training:
         logits = (self.knobs.clean.get(r.layer, r.logits) for r in routings)
         return router_divergence([each.chunk(2) for each in logits], images)
 
-    def _auxiliary(self, knob: str, routings: list[Routing], part: MicroBatch) -> torch.Tensor:
-        """The loss of a knob over one forward pass, unweighted."""
+    def _auxiliary(
+        self, knob: str, routings: list[Routing], clean: dict[str, torch.Tensor], part: MicroBatch
+    ) -> torch.Tensor:
+        """The loss of a knob over one forward pass, unweighted. ``clean`` are the logits before
+        noise that the recipe adds, by layer."""
         _, of = self.weighed[knob]
         if of is load_balancing_loss and family(self.engine.module).balanced_by_sequence:
             return balance_by_sequence(part.by_sequence(routings))
         # The load is a probability over the noise, so its loss must know it.
         if of is load_loss:
-            return of(routings, part.real_logits(self.knobs.clean), self.knobs.noise)
+            return of(routings, clean, self.knobs.noise)
+        if of is importance_loss:
+            routings = [replace(r, logits=clean.get(r.layer, r.logits)) for r in routings]
         return of(routings)
 
     def _witness(
@@ -259,10 +265,18 @@ class Training:
             self.evidence.note(knob, routers="frozen or adapted; the loss acts on what feeds them")
         elif self.engine.zero_optimization_partition_weights():
             # Gathering weights for a backward pass of one's own is not foreseen, so that of the
-            # logits stands for it, as far as they reach the loss directly.
-            free = [replace(r, logits=r.logits.detach().requires_grad_()) for r in routings]
-            loss = self._auxiliary(knob, free, part)
-            gradients = torch.autograd.grad(loss, [routing.logits for routing in free])
+            # logits before noise stands for it, as far as they reach the loss directly.
+            clean = part.real_logits(self.knobs.clean)
+            free = {
+                r.layer: clean.get(r.layer, r.logits).detach().requires_grad_() for r in routings
+            }
+            noisy = [
+                replace(r, logits=free[r.layer] + (r.logits - free[r.layer]).detach().nan_to_num())
+                for r in routings
+            ]
+            gradients = torch.autograd.grad(
+                self._auxiliary(knob, noisy, free, part), list(free.values())
+            )
             norm = torch.nn.utils.get_total_norm(gradients)
             self.evidence.mean(knob, "router_logit_gradient_norm", norm)
         elif family(model).encoder_decoder:
@@ -271,7 +285,8 @@ class Training:
             with self.knobs.forward() as again:
                 model(**part.arguments, use_cache=False)
             again = part.without_padding(again)
-            self._measure(knob, trained, self._auxiliary(knob, again, part))
+            clean = part.real_logits(self.knobs.clean)
+            self._measure(knob, trained, self._auxiliary(knob, again, clean, part))
         else:
             self._measure(knob, trained, auxiliary)
 

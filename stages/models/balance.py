@@ -1,7 +1,8 @@
 """V-MoE's auxiliary losses, which ask a router to use its experts evenly (arXiv 2106.05974).
 
-All tokens of a forward pass are one group. Each is a mean over the sparse layers, and 0 for experts
-in perfect balance, but for the GShard loss, which is then 1.
+All tokens of a forward pass are one group. Each loss is summed over the sparse layers, as in the
+authors' code (google-research/vmoe), so that a weight means the same there and here. A layer whose
+experts are in perfect balance adds 0, but to the GShard loss 1.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,12 @@ from stages.models.routing import Routing
 
 
 def importance_loss(routings: list[Routing]) -> torch.Tensor:
-    """Squared coefficient of variation of the experts' summed probabilities, a scalar."""
-    return _mean(routings, lambda p_TE: _squared_variation(p_TE.sum(0)))
+    """Squared coefficient of variation of the experts' summed probabilities, a scalar.
+
+    In V-MoE those of the router as it is: where noise was added, ``routings`` with the logits
+    without it.
+    """
+    return _sum(routings, lambda p_TE: _squared_variation(p_TE.sum(0)))
 
 
 def gshard_loss(routings: list[Routing]) -> torch.Tensor:
@@ -27,7 +32,7 @@ def gshard_loss(routings: list[Routing]) -> torch.Tensor:
         best_E = torch.bincount(p_TE.argmax(1), minlength=experts) / len(p_TE)
         return experts * (best_E * p_TE.mean(0)).sum()
 
-    return _mean(routings, loss)
+    return _sum(routings, loss)
 
 
 def load_loss(
@@ -46,13 +51,13 @@ def load_loss(
         needed_TE = (least_T1 - clean[routing.layer].float()) / noise
         chance_TE = torch.special.ndtr(-needed_TE)
         losses.append(_squared_variation(chance_TE.mean(0)))
-    return torch.stack(losses).mean()
+    return torch.stack(losses).sum()
 
 
-def _mean(
+def _sum(
     routings: list[Routing], loss: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    return torch.stack([loss(r.logits.float().softmax(-1)) for r in routings]).mean()
+    return torch.stack([loss(r.logits.float().softmax(-1)) for r in routings]).sum()
 
 
 def _squared_variation(values_E: torch.Tensor) -> torch.Tensor:

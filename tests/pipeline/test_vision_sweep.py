@@ -37,7 +37,7 @@ def test_the_study_as_it_is_written():
     trained = {node.name: node.spec for node in nodes if node.stage == "finetune"}
     assert trained["vmoe-8-scratch-seed1"].router.noise == "1/E"
     assert trained["vit-scratch-seed1"].router.noise == 0
-    left_out = {"importance_loss_weight": 0.005, "load_loss_weight": 0.005, "router.noise": "1/E"}
+    left_out = {"importance_loss_weight": 0.0025, "load_loss_weight": 0.0025, "router.noise": "1/E"}
     assert trained["vit-scratch-seed1"].dropped == left_out
     attacks = next(n for n in nodes if n.name == "vmoe-8-scratch-seed0-attacks").spec.evaluation
     assert attacks.attacks["square"].queries == 500 and attacks.budgets == (0.02, 0.05)
@@ -171,8 +171,12 @@ def test_heads_are_of_equal_size_and_ensembles_of_equal_operations():
     assert soft == sparse == dense + 8 * 64 + 7 * 10
     assert sizes["e3"][2] == pytest.approx(sizes["deep"][2], rel=1e-3)
     trained = {node.name: node.spec for node in nodes if node.stage == "finetune"}
+    # A sum over layers: the head's one, and two of e3.
     assert trained["head-soft-scratch-seed0"].importance_loss_weight == 0.01
-    asked = [n.spec.evaluation for n in nodes if n.name == "e3-scratch-seed0-sharpness_train"]
+    assert trained["e3-scratch-ensembles-seed0"].importance_loss_weight == 0.01 / 2
+    assert len(trained) == 5
+    name = "e3-scratch-ensembles-seed0-sharpness_train"
+    asked = [n.spec.evaluation for n in nodes if n.name == name]
     assert asked[0].datasets() == {"mnist": "train"}
 
 

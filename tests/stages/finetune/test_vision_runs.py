@@ -168,6 +168,22 @@ def test_noise_of_one_over_the_experts_and_all_losses_act_and_resume(runs):
         torch.testing.assert_close(value, weights(runs / "resumed")[name], rtol=0, atol=1e-6)
 
 
+def test_importance_is_that_of_the_router_without_noise(runs, folders):
+    """At the first step, whose weights are the model's: the mean over the micro-batches."""
+    model, seen = plain(folders["sparse"]).train(), []
+    (router,) = family(model).modules(model, "router").values()
+    router.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    processor = load_processor(folders["sparse"])
+    examples = load_examples(SPEC, {"data/digits": folders["digits"]}, processor)
+    batch = global_batch(len(examples), SPEC.batch_size, SPEC.seed, 0)
+    for start in range(0, SPEC.batch_size, SPEC.micro_batch):
+        part = [examples[i].image for i in batch[start : start + SPEC.micro_batch]]
+        model(pixel_values=(processor.decode(part) - 0.5) / 0.5)
+    sums = torch.stack([logits.softmax(-1).sum(0) for logits in seen])
+    expected = (sums.std(1, correction=0) / sums.mean(1)).square().mean().item()
+    assert curve(runs / "noisy")["importance_loss"][0] == pytest.approx(expected, rel=1e-5)
+
+
 def test_adversarial_training_sees_worse_images(runs):
     """On the first batch, before anything is learnt: PGD's loss is higher than that of the clean
     images, TRADES keeps theirs and adds the divergence."""

@@ -72,7 +72,7 @@ def runs(models, data, tmp_path_factory):
         for size in (1, 2):
             stage2 = "gpu_moe_expert_parallel_zero2.json"
             plan(f"{name}-stage2-{size}", deepspeed_config=stage2, expert_parallel=size, **few)
-    turns = {"alternate": {"every": 1}, "router": {"noise": 0.2}}
+    turns = {"alternate": {"every": 1}, "router": {"noise": 0.2}, "importance_loss_weight": 0.05}
     freelb = {"adversarial": {"kind": "freelb"}, "auxiliary_loss_weight": 0.0}
     for name, fields in (("turns", turns), ("freelb", freelb)):
         plan(name, **fields)
@@ -135,5 +135,6 @@ def test_knobs_see_the_routers_and_evidence_is_kept(runs):
         assert got[column].to_numpy() == pytest.approx(plain[column].to_numpy(), rel=2e-5), column
     assert got["router_change"][0] == 0 < got["router_change"][1]
     knobs = json.loads((runs / "turns" / "recipe_evidence.json").read_text())["knobs"]
-    assert knobs["auxiliary_loss_weight"]["measured"]["router_logit_gradient_norm"] > 1e-3
+    for knob in ("auxiliary_loss_weight", "importance_loss_weight"):
+        assert knobs[knob]["measured"]["router_logit_gradient_norm"] > 1e-3
     assert knobs["router.noise"]["measured"]["mean_square_of_the_noise"] > 0.03

@@ -23,7 +23,18 @@ def test_importance_is_the_squared_variation_of_summed_probabilities():
     assert importance_loss([routing(UNEVEN)]).item() == pytest.approx(0.36)
     even = routing([[0.7, 0.3], [0.3, 0.7]])
     assert importance_loss([even]).item() == pytest.approx(0, abs=1e-6)
-    assert importance_loss([routing(UNEVEN), even]).item() == pytest.approx(0.18)
+
+
+def test_losses_are_summed_over_the_layers():
+    """Six equal layers count six times, as in V-MoE's code; what is even adds 0, to GShard's 1."""
+    six, even = [routing(UNEVEN)] * 6, routing([[0.7, 0.3], [0.3, 0.7]])
+    assert importance_loss(six).item() == pytest.approx(6 * 0.36)
+    assert importance_loss([routing(UNEVEN), even]).item() == pytest.approx(0.36)
+    assert gshard_loss([routing(UNEVEN), even]).item() == pytest.approx(1.6 + 1)
+    noisy = Routing("layer", torch.tensor([[2.0, 1.0]]), torch.tensor([[0]]), torch.ones(1, 1))
+    one = load_loss([noisy], {"layer": torch.tensor([[1.5, 1.2]])}, 0.5).item()
+    six = load_loss([noisy] * 6, {"layer": torch.tensor([[1.5, 1.2]])}, 0.5).item()
+    assert six == pytest.approx(6 * one) and one > 0.1
 
 
 def test_gshard_is_one_in_balance():
