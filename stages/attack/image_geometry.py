@@ -42,6 +42,25 @@ def project(images: torch.Tensor, clean: torch.Tensor, budget: float, norm: Norm
     return (clean + delta).clamp(0, 1)
 
 
+def at_distance(clean: torch.Tensor, direction: torch.Tensor, budget: float) -> torch.Tensor:
+    """Images in [0, 1] whose l2 distance from ``clean`` is the budget, each along its direction.
+
+    A pixel that meets the end of the range stays there and the others go on, so that clipping makes
+    no perturbation smaller. Where all pixels end within the budget, that corner of the range is the
+    image. Both (B, C, H, W), no element of a direction 0.
+    """
+    dtype, clean, direction = clean.dtype, clean.double(), direction.double()
+    low = budget / sizes(direction, "l2")  # reaches the budget where nothing is clipped
+    high = (torch.where(direction > 0, 1 - clean, clean) / direction.abs()).flatten(1).amax(1)
+    high = high.maximum(low)
+    for _ in range(60):
+        middle = (low + high) / 2
+        images = (clean + per_image(middle) * direction).clamp(0, 1)
+        short = sizes(images - clean, "l2") < budget
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+    return images.to(dtype)
+
+
 class Draws:
     """Random numbers of each image, from its own seed.
 

@@ -110,7 +110,8 @@ class Square(ImageAttack):
 
 
 class Noise(ImageAttack):
-    """Random points of the ball (its surface for l2): the control that every attack must beat."""
+    """Random points of the ball (for l2 of its surface, within [0, 1]): the control that every
+    attack must beat."""
 
     kind: Literal["noise"] = "noise"
     queries: Annotated[int, Field(ge=1)] = 100

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from stages.attack.image_geometry import Draws, per_image, project, sizes
+from stages.attack.image_geometry import Draws, at_distance, per_image, project, sizes
 from stages.attack.image_losses import margin
 from stages.attack.image_objective import Best, Value
 from stages.attack.image_spec import Noise, Square
@@ -71,12 +71,14 @@ def noise(
     budget: float,
     draws: Draws,
 ) -> Best:
-    """The best of random points: corners of the l-infinity ball, the surface of the l2 ball."""
+    """The best of random points: corners of the l-infinity ball, clipped to [0, 1]; the surface of
+    the l2 ball within [0, 1]."""
     best, shape = Best(clean), tuple(clean.shape[1:])
     for _ in range(attack.queries):
-        delta = draws.signs(shape) if attack.norm == "linf" else draws.normal(shape)
-        delta = delta * per_image(budget / sizes(delta, attack.norm))
-        images = (clean + delta.to(clean)).clamp(0, 1)
+        if attack.norm == "linf":
+            images = (clean + budget * draws.signs(shape).to(clean)).clamp(0, 1)
+        else:
+            images = at_distance(clean, draws.normal(shape).to(clean), budget)
         logits = classifier(images)
         best.update(images, Value(margin(logits, labels), logits), labels)
     return best

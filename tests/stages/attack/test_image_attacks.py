@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from sklearn.datasets import load_digits
 
 from stages.attack.apgd import checkpoints
-from stages.attack.image_geometry import Draws, project, sizes, steepest
+from stages.attack.image_geometry import Draws, at_distance, project, sizes, steepest
 from stages.attack.image_losses import (
     cross_entropy,
     difference_of_logits_ratio,
@@ -133,6 +133,30 @@ def test_no_image_leaves_its_ball_or_the_valid_range(toy, examples, attack):
     assert found.min() >= 0 and found.max() <= 1
     part = attack_images(toy, attack, images[7:9], labels[7:9], 0.1, SEEDS[7:9]).images
     torch.testing.assert_close(part, found[7:9], atol=1e-6, rtol=0)  # whatever the batch
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_noise_is_as_large_as_the_budget_on_a_black_background(norm):
+    """A third of the pixels can move one way only, where clipping takes half of what is drawn."""
+    images = PIXELS[1500:1520].clone()
+    assert (images == 0).float().mean() > 0.3
+    found = attack_images(lambda each: torch.zeros(len(each), 10), Noise(norm=norm, queries=3),
+                          images, LABELS[1500:1520], 0.8, SEEDS[:20]).images
+    assert found.min() >= 0 and found.max() <= 1
+    assert sizes(found - images, norm).tolist() == pytest.approx([0.8] * 20, rel=1e-5)
+
+
+def test_a_pixel_at_its_end_leaves_its_share_to_the_others():
+    clean = torch.tensor([[0.0, 0.9, 0.2], [0.0, 0.9, 0.2], [0.5, 0.5, 0.5]]).view(3, 1, 1, 3)
+    along = torch.tensor([[-1.0, 1.0, 1.0], [-1.0, 1.0, 1.0], [3.0, 4.0, -1e-9]]).view(3, 1, 1, 3)
+    first = at_distance(clean, along, 0.5).flatten(1)
+    # 0.1² + x² = 0.5²; all of 0.6 and 0.8 of the way, halved.
+    expected = torch.tensor([0.0, 1.0, 0.2 + 0.24**0.5]).expand(2, 3)
+    torch.testing.assert_close(first[:2], expected)
+    torch.testing.assert_close(first[2], torch.tensor([0.8, 0.9, 0.5]))
+    # 0.1² + 0.8² is all there is that way: the corner.
+    torch.testing.assert_close(at_distance(clean, along, 2.0)[0].flatten(),
+                               torch.tensor([0.0, 1.0, 1.0]))
 
 
 def test_evaluations_are_counted(toy, examples):
