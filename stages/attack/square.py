@@ -1,4 +1,8 @@
-"""Square attack (arXiv 1912.00049) and random noise: attacks that need no gradient."""
+"""Square attack (arXiv 1912.00049) and random noise: attacks that need no gradient.
+
+Squares may lie anywhere in the image. The authors' code never puts one at the bottom or right edge,
+which makes it weaker on small images.
+"""
 
 from collections.abc import Callable
 
@@ -108,17 +112,19 @@ def _window(images: torch.Tensor, corners: np.ndarray, length: int) -> torch.Ten
 
 
 def _tiles(clean: torch.Tensor, budget: float, draws: Draws) -> torch.Tensor:
-    """A grid of bumps of random signs, of which the l2 norm is the budget."""
-    length = max(clean.shape[-1] // 5, 2)
-    count = clean.shape[-1] // length
-    signs = draws.signs((clean.shape[1], count, count)).to(clean)
+    """Five by five bumps in the middle, of random signs and directions, of which the l2 norm is the
+    budget."""
+    length = clean.shape[-1] // 5
+    edge = (clean.shape[-1] - 5 * length) // 2
+    signs = draws.signs((clean.shape[1], 5, 5)).to(clean)
+    turned = draws.integers(2, 25).reshape(-1, 5, 5)
     delta = torch.zeros_like(clean)
-    tile = _bump(length).to(clean)
-    for row in range(count):
-        for column in range(count):
-            top, left = row * length, column * length
+    for row in range(5):
+        for column in range(5):
+            top, left = edge + row * length, edge + column * length
+            tiles = _bumps(length, turned[:, row, column]).to(clean)
             delta[:, :, top : top + length, left : left + length] = (
-                tile * signs[:, :, row, column, None, None]
+                tiles * signs[:, :, row, column, None, None]
             )
     return clean + delta * per_image(budget / sizes(delta, "l2"))
 
@@ -137,26 +143,36 @@ def _l2(
     left = (budget**2 - sizes(delta, "l2").square()).clamp_min(0) / clean.shape[1]
     available = (either.square().sum((2, 3)) + left[:, None]).sqrt()
     old = torch.where(into, delta, 0)
-    bump = torch.zeros_like(clean)
-    bump[into] = _bump(length).to(clean).expand(*clean.shape[:2], -1, -1).flatten()
+    placed = torch.zeros_like(clean)
+    bumps = _bumps(length, draws.integers(2, 1)[:, 0]).to(clean)
+    placed[into] = bumps.expand(-1, clean.shape[1], -1, -1).flatten()
     sign = draws.signs((clean.shape[1], 1, 1)).to(clean)
-    new = sign * bump + old / old.flatten(2).norm(dim=2)[..., None, None].clamp_min(1e-12)
+    new = sign * placed + old / old.flatten(2).norm(dim=2)[..., None, None].clamp_min(1e-12)
     new = new * (available / new.flatten(2).norm(dim=2).clamp_min(1e-12))[..., None, None]
     return clean + torch.where(into, new, torch.where(out_of, 0, delta))
 
 
+def _bumps(length: int, turned: np.ndarray) -> torch.Tensor:
+    """The bump of each image, (B, 1, length, length): transposed where it is ``turned`` (B,)."""
+    one = _bump(length)
+    turns = torch.from_numpy(turned)[:, None, None, None].bool()
+    return torch.where(turns, one.T, one)
+
+
 def _bump(length: int) -> torch.Tensor:
-    """Two halves of opposite sign, each highest in its middle, (length, length), of l2 norm 1."""
+    """What a square gets in the l2 norm: two halves, one above the other, of opposite sign, each of
+    which falls off from one pixel in its middle; (length, length), of l2 norm 1."""
     half = length // 2
-    bump = torch.cat([_hill(half, length), -_hill(length - half, length)])
-    return bump / bump.norm()
+    halves = torch.cat([_hill(half, length), -_hill(length - half, length)])
+    return halves / halves.norm()
 
 
 def _hill(height: int, width: int) -> torch.Tensor:
-    """Concentric rectangles, the inner ones higher: the sum of 1 / k² from the rim inwards."""
-    rows = torch.minimum(torch.arange(height), torch.arange(height).flip(0))
-    columns = torch.minimum(torch.arange(width), torch.arange(width).flip(0))
-    inner = int(torch.minimum(rows.max(), columns.max())) + 1
-    ring = torch.minimum(rows[:, None], columns[None, :])
-    steps = torch.tensor([1 / (inner - k) ** 2 for k in range(inner)]).cumsum(0)
-    return steps[ring]
+    """At d steps (the larger of rows and columns) from the middle, the sum of 1 / k² for k from
+    d + 1 to half the longer side and one; (height, width), of l2 norm 1."""
+    rows = (torch.arange(height) - height // 2).abs()
+    columns = (torch.arange(width) - width // 2).abs()
+    longest = max(height, width) // 2 + 1
+    sums = (1 / torch.arange(longest, 0, -1) ** 2).cumsum(0).flip(0)
+    hill = sums[torch.maximum(rows[:, None], columns[None, :])]
+    return hill / hill.norm()
