@@ -350,36 +350,47 @@ class Recipe(Spec):
         )  # fmt: skip
 
 
+def moe_only(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe only a Mixture-of-Experts model has, where it is set: values by field, of
+    roles those alone."""
+    given = recipe.model_dump(mode="json")
+    found = {
+        name: given[name]
+        for name in (*AUXILIARY_WEIGHTS, "alternate")
+        if getattr(recipe, name) != Recipe.model_fields[name].default
+    }
+    if isinstance(recipe.adversarial, Trades) and recipe.adversarial.router_beta:
+        found["adversarial.router_beta"] = recipe.adversarial.router_beta
+    for section in ("router", "experts"):
+        part = getattr(recipe, section).model_dump(mode="json", exclude_defaults=True)
+        found |= {f"{section}.{name}": value for name, value in part.items()}
+    adapted = recipe.lora.roles if recipe.lora else ()
+    for field, roles in {
+        "freeze": recipe.freeze, "train": recipe.train, "lora.roles": adapted,
+    }.items():  # fmt: skip
+        if named := [role for role in roles if role in MOE_ROLES]:
+            found[field] = named
+    return found
+
+
 def for_dense(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """The recipe's fields for a dense model, and what was left out of them, by field.
 
     A recipe is shared by a pair, so what only a Mixture-of-Experts model has is dropped for its
     dense partner; the run's evidence names it. Raises BadInput where nothing would be trained.
     """
-    default = {name: field.default for name, field in Recipe.model_fields.items()}
     fields = {name: getattr(recipe, name) for name in Recipe.model_fields}
-    dropped: dict[str, Any] = {}
-    for name in (*AUXILIARY_WEIGHTS, "alternate"):
-        if fields[name] != default[name]:
-            dropped[name] = recipe.model_dump(mode="json")[name]
-            fields[name] = default[name]
-    if isinstance(recipe.adversarial, Trades) and recipe.adversarial.router_beta:
-        dropped["adversarial.router_beta"] = recipe.adversarial.router_beta
+    for name in (*AUXILIARY_WEIGHTS, "alternate", "router", "experts"):
+        fields[name] = Recipe.model_fields[name].default
+    if isinstance(recipe.adversarial, Trades):
         fields["adversarial"] = recipe.adversarial.model_copy(update={"router_beta": 0.0})
-    for section in ("router", "experts"):
-        given = getattr(recipe, section).model_dump(mode="json", exclude_defaults=True)
-        dropped |= {f"{section}.{name}": value for name, value in given.items()}
-        fields[section] = default[section]
 
-    def dense(field: str, roles: tuple[str, ...]) -> tuple[str, ...]:
-        if left_out := [role for role in roles if role in MOE_ROLES]:
-            dropped[field] = left_out
+    def dense(roles: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(role for role in roles if role not in MOE_ROLES)
 
-    fields["freeze"] = dense("freeze", recipe.freeze)
-    fields["train"] = dense("train", recipe.train)
+    fields["freeze"], fields["train"] = dense(recipe.freeze), dense(recipe.train)
     if recipe.lora is not None:
-        roles = dense("lora.roles", recipe.lora.roles)
+        roles = dense(recipe.lora.roles)
         fields["lora"] = recipe.lora.model_copy(update={"roles": roles}) if roles else None
         left = roles or set(fields["train"]) - {"all"}
         fields["train"] = fields["train"] or ("all",)
@@ -391,4 +402,4 @@ def for_dense(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{field}: names no part that a dense model has; name one, or name the models that the "
             "recipe is for under models"
         )
-    return fields, dropped
+    return fields, moe_only(recipe)

@@ -7,13 +7,11 @@ the loaded model, before it trains. Light to import.
 from collections.abc import Iterator
 
 from stages.data.templates import TEMPLATES
-from stages.errors import BadInput
 from stages.finetune.recipe import (
     AUXILIARY_WEIGHTS,
-    MOE_ROLES,
     ImageAdversary,
     Recipe,
-    for_dense,
+    moe_only,
 )
 from stages.models.families import FAMILIES
 from stages.models.sources import Facts
@@ -151,14 +149,6 @@ def misplaced(recipe: Recipe, expert_parallel: int) -> Iterator[Problem]:
             f"expert cannot be adapted while {expert_parallel} workers share the experts; set "
             "expert_parallel to 1"
         )
-
-
-def moe_only(recipe: Recipe) -> list[str]:
-    """The fields of a recipe that only a Mixture-of-Experts model has, where they are set."""
-    try:
-        return list(for_dense(recipe)[1])
-    except BadInput:
-        return [f for f in ("train", "lora.roles") if set(_roles(recipe, f)) & set(MOE_ROLES)]
 
 
 def _roles(recipe: Recipe, field: str) -> tuple[str, ...]:
