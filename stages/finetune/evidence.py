@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from stages.finetune.recipe import VISION_WEIGHTS, Recipe
+from stages.errors import StageFailed
+from stages.finetune.recipe import AUXILIARY_WEIGHTS, VISION_WEIGHTS, Recipe
 from stages.finetune.spec import EVIDENCE_FILE, FinetuneSpec
 
 KNOBS = (
@@ -17,6 +18,13 @@ KNOBS = (
     *("weight_decay", "gradient_clipping", "precision"),
 )
 """The fields of a recipe that the evidence covers, one by one where a field is a section."""
+MEASURED_IN_STEPS = (
+    *AUXILIARY_WEIGHTS,
+    *("adversarial", "router.noise", "router.jitter", "router.top_k", "router.capacity"),
+    *("router.assignment", "experts.dropout", "experts.drop"),
+    *("dropout.residual", "dropout.attention"),
+)
+"""Knobs whose evidence comes from forward passes; that of the others from the run as a whole."""
 
 
 class Evidence:
@@ -70,6 +78,16 @@ def asked(recipe: Recipe) -> dict[str, Any]:
         else:
             found[name] = given[name]
     return found
+
+
+def require(evidence: Evidence, recipe: Recipe) -> None:
+    """Raise StageFailed for knobs that a recipe asks for and a whole step left no trace of."""
+    idle = [k for k in asked(recipe) if k in MEASURED_IN_STEPS and not evidence.measured(k)]
+    if idle:
+        raise StageFailed(
+            f"{', '.join(idle)}: the first step left no evidence of it, so nothing in this model "
+            "is what it acts on; remove it from the recipe"
+        )
 
 
 def write(folder: Path, spec: FinetuneSpec, evidence: Evidence, run: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 
 from stages.attack.image_geometry import sizes
 from stages.errors import StageFailed
+from stages.finetune import evidence as evidence_file
 from stages.finetune import freelb
 from stages.finetune.adversary import divergence, perturbed, router_divergence
 from stages.finetune.batches import (
@@ -116,6 +117,8 @@ class Training:
         bad = [(name, v) for name, v in watched.items() if not math.isfinite(v)]
         if bad:
             self._count_nonfinite(step, *bad[0])
+        elif self.evidence.open:
+            evidence_file.require(self.evidence, spec)
         self.evidence.end_step(applied=not bad)
         seconds = time.perf_counter() - start
         tokens = sum(self.examples[i].tokens for i in batch)
