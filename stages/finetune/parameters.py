@@ -105,17 +105,20 @@ class Turns:
 def draw_routers(model: PreTrainedModel, seed: int) -> float:
     """Draw all router weights anew, as the family initialises them; the L2 norm of the change.
 
-    A matrix is normal with the width that the configuration names, a bias 0.
+    A matrix is normal with the width that the configuration names, a bias 0, also one of the choice
+    alone; weights that no gradient reaches stay otherwise.
     """
     names = ("initializer_range", "init_std", "initializer_factor")  # in transformers' order
     width = next(getattr(model.config, name) for name in names if hasattr(model.config, name))
     generator = torch.Generator().manual_seed(seed)
-    role_of, squares = trained_roles(model), 0.0
-    for name, parameter in model.named_parameters():
-        if role_of[name] == "router":
-            fresh = torch.zeros_like(parameter)
-            if parameter.ndim > 1:
-                fresh.normal_(0.0, width, generator=generator)
-            squares += (fresh - parameter).square().sum().item()
-            parameter.copy_(fresh)
+    entry, role_of, squares = family(model), trained_roles(model), 0.0
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        drawn = role_of.get(name) == "router" and not entry.has_no_gradient(name)
+        if not (drawn or entry.biases_choice(name)):
+            continue
+        fresh = torch.zeros_like(weight)
+        if drawn and weight.ndim > 1:
+            fresh.normal_(0.0, width, generator=generator)
+        squares += (fresh - weight).square().sum().item()
+        weight.copy_(fresh)
     return squares**0.5

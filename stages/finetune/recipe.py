@@ -122,7 +122,8 @@ class Router(Spec):
     passes of training alone: evaluation and the exported model route as the family does."""
 
     initial: Literal["pretrained", "random"] = "pretrained"
-    """``random`` draws the routers anew before training, normal with the family's own width."""
+    """``random`` draws the routers anew before training, normal with the family's own width, with
+    biases of 0, also those that move the choice alone."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Of the routers' own parameter group; the recipe's when absent."""
     noise: Annotated[float, Field(ge=0)] | Literal["1/E"] = 0.0

@@ -35,11 +35,17 @@ _NO_VLLM = "vLLM has no class of its own for it"
 _AUX = ("aux_loss",)
 _FIRST = "first_k_dense_replace"
 _LOCAL = {"num_experts": "num_local_experts"}
+_GATE_BIAS = "model.layers.*.mlp.gate.e_score_correction_bias"
+_BIASED_BLOCK = {
+    "scores": "sigmoid",
+    "choice_bias": "model.layers.*.mlp.e_score_correction_bias",
+}
 _DEEPSEEK_V3 = {
     "shared": "mlp.shared_experts",
     "num_experts": "n_routed_experts",
     "scores": "sigmoid",
     "normalised": "norm_topk_prob",
+    "choice_bias": _GATE_BIAS,
 }
 _INDEXED = {"no_gradient": "model.layers.*.self_attn.indexer.*.*"}
 _GRANITE = {
@@ -101,17 +107,17 @@ _MOE = (
         shared="mlp.shared_experts",
         sparse_layers=after("num_dense_layers", 1),
         scores="sigmoid",
-        no_gradient="model.layers.*.mlp.expert_bias",
+        choice_bias="model.layers.*.mlp.expert_bias",
         masks_by_position=False,
     ),
-    decoder("hy_v3", shared="mlp.shared_experts", sparse_layers=listed(1), scores="sigmoid"),
-    decoder("minimax_m2", scores="sigmoid", auxiliary_loss=_AUX, **_LOCAL),
+    decoder("hy_v3", shared="mlp.shared_experts", sparse_layers=listed(1), **_BIASED_BLOCK),
+    decoder("minimax_m2", auxiliary_loss=_AUX, **_BIASED_BLOCK, **_LOCAL),
     decoder(
         "laguna",
         shared="mlp.shared_experts",
         sparse_layers=listed(1),
         scores="sigmoid",
-        no_gradient="model.layers.*.mlp.gate.e_score_correction_bias",
+        choice_bias=_GATE_BIAS,
         auxiliary_loss=_AUX,
     ),
     decoder("granitemoe", **_GRANITE),
@@ -140,7 +146,7 @@ _MOE = (
         sparse_layers=ernie_layers,
         num_experts="moe_num_experts",
         top_k="moe_k",
-        no_gradient="model.layers.*.mlp.gate.moe_statics.e_score_correction_bias",
+        choice_bias="model.layers.*.mlp.gate.moe_statics.e_score_correction_bias",
         auxiliary_loss=_AUX,
     ),
     decoder("hunyuan_v1_moe", shared="mlp.shared_mlp", top_k="moe_topk"),
@@ -185,6 +191,7 @@ _MOE = (
         sparse_layers=after("num_dense_layers", 2),
         scores="sigmoid",
         normalised="norm_topk_prob",
+        choice_bias="model.layers.*.feed_forward.expert_bias",
         recurrent=True,
         attention_dropout=False,
     ),

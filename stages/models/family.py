@@ -71,10 +71,12 @@ class Family:
     router_decides_top_k: bool = False
     """The routers' attribute ``top_k`` is all that the number of experts per token depends on,
     although their choice cannot be read off: training and evaluation may set it."""
+    choice_bias: str = ""
+    """Parameters or buffers that are added to the router's scores for the choice alone."""
     no_gradient: str = ""
-    """Parameters that no gradient reaches, so that recipes never train them (nor let weight decay
-    move them): what is added to the router's scores for the choice alone, indexers that select
-    what attention reads, and weights that are carried along unused."""
+    """Other parameters that no gradient reaches, so that recipes never train them (nor let weight
+    decay move them): indexers that select what attention reads, and weights that are carried along
+    unused."""
     auxiliary_loss: tuple[str, ...] = ()
     """What ``forward(output_router_logits=True)`` calls the load-balancing loss, unweighted, or its
     parts, whose sum it is; empty where it returns none."""
@@ -183,9 +185,14 @@ class Family:
         pattern = _pattern(self.residual)
         return [path for path, _ in model.named_modules() if path and pattern.fullmatch(path)]
 
+    def biases_choice(self, name: str) -> bool:
+        """Whether a parameter or buffer of this name moves the choice of experts alone."""
+        return _pattern(self.choice_bias).fullmatch(name) is not None
+
     def has_no_gradient(self, parameter: str) -> bool:
         """Whether a parameter of this name is one that no gradient reaches."""
-        return _pattern(self.no_gradient).fullmatch(parameter) is not None
+        unused = _pattern(self.no_gradient).fullmatch(parameter) is not None
+        return unused or self.biases_choice(parameter)
 
 
 def decoder(

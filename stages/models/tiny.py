@@ -4,7 +4,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from stages.models.families import roles
+from stages.models.families import family, roles
 from stages.models.load import auto_class
 from stages.models.tiny_shapes import TINY
 
@@ -59,9 +59,8 @@ def tiny_model(name: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreT
 @torch.no_grad()
 def _draw_routers(model: PreTrainedModel, std: float) -> None:
     """Fill what some architectures start at zero: routers, and their biases of the choice."""
-    role_of = roles(model)
+    entry, role_of = family(model), roles(model)
     for name, tensor in model.state_dict().items():
-        bias = name.endswith(("e_score_correction_bias", "expert_bias"))
         drawn = tensor.is_meta or tensor.any()
-        if (bias or role_of.get(name) == "router") and not drawn:
+        if (entry.biases_choice(name) or role_of.get(name) == "router") and not drawn:
             tensor.normal_(std=std)

@@ -14,7 +14,7 @@ from stages.finetune.parameters import (
 )
 from stages.finetune.recipe import Recipe
 from stages.models.families import FAMILIES
-from stages.models.routing import blocks
+from stages.models.routing import blocks, intercept
 from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.models.tiny_shapes import TINY
 
@@ -164,3 +164,52 @@ def test_a_family_may_name_the_width_otherwise(name, field):
     draw_routers(model, seed=1)
     for router, _ in blocks(model).values():
         assert router.classifier.weight.std().item() == pytest.approx(0.5, rel=0.2)
+
+
+BIASED = [name for name in MOE if FAMILIES[name].choice_bias]
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_entries_name_all_that_moves_the_choice_alone(name):
+    """That is 0 in a new model of transformers."""
+    model = model_of(name)
+    entry, wanted = FAMILIES[name], ("e_score_correction_bias", "expert_bias")
+    found = {key for key in model.state_dict() if entry.biases_choice(key)}
+    assert found == {key for key in model.state_dict() if key.endswith(wanted)}
+    assert len(found) == (len(blocks(model)) if name in BIASED else 0)
+    assert all(model.state_dict()[key].any() for key in found)  # as tiny models have it
+    fresh = type(model)(model.config).state_dict()
+    assert not any(fresh[key].any() for key in found)
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_routers_that_are_drawn_anew_have_no_bias_of_the_choice_left(name):
+    model, seen = model_of(name), []
+    state, gate = model.state_dict(keep_vars=True), set()
+    for router, _ in blocks(model).values():
+        gate |= {id(p) for p in router.parameters()}
+    biases = {key for key in state if FAMILIES[name].biases_choice(key)}
+    with torch.no_grad():
+        for key in biases:
+            state[key].flatten()[0] = 100.0  # all choose the first expert
+    before = {key: value.detach().clone() for key, value in state.items()}
+    change = draw_routers(model, seed=1)
+    changed = {key for key, value in state.items() if not torch.equal(value, before[key])}
+    assert changed == biases | {key for key in state if id(state[key]) in gate}
+    assert not any(state[key].any() for key in biases)
+    assert change == pytest.approx(torch.cat(
+        [(state[key] - before[key]).detach().flatten() for key in changed]).norm().item())
+    with intercept(blocks(model), choice=seen.append):
+        model(input_ids=torch.arange(3, 67)[None], use_cache=False)
+    assert all(torch.bincount(r.experts[:, 0], minlength=4).max() < 64 for r in seen)
+    widths = [state[key].std().item() for key in changed - biases]
+    assert widths == pytest.approx([model.config.initializer_range] * len(widths), rel=0.2)
+
+
+def test_a_matrix_that_a_router_carries_along_unused_is_not_drawn():
+    model = model_of("llama_moe")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    draw_routers(model, seed=1)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    routers = {n for n, role in trained_roles(model).items() if role == "router"}
+    assert changed == {n for n in routers if "weight_noise" not in n} and changed < routers
