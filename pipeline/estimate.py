@@ -7,11 +7,12 @@ Known are the counts that data sets declare, the limits of the sweep, the sizes 
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.filler import filler
 from pipeline.plan import Node, Plan
+from pipeline.sizes import twin, with_top_k
 from pipeline.store import Store
 from pipeline.sweep import Assumptions
 from pipeline.sweep_file import located
@@ -29,15 +30,13 @@ from stages.evaluate.techniques import applied
 from stages.finetune.spec import FinetuneSpec, TrainSet
 from stages.models.card import CARD_FILE
 from stages.models.known import Known, known
-from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec, indices
+from stages.models.spec import SourceSpec, UpcycleSpec, indices
 from stages.models.vision_spec import VisionSpec
 
 SAMPLE = 200
 """Rows of a data set that stand for all of it when requests are counted."""
 MOMENTS = {"adamw": 2, "adam": 2, "adagrad": 1, "sgd": 1}
 """Vectors that an optimiser keeps beside each weight."""
-GATED_BLOCKS = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
-"""Dense families whose feed-forward block is three matrices without biases."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,8 @@ class Asked:
 
     read: float
     """Of prompts and choices."""
+    chosen: float
+    """Those of the choices among them, which an encoder-decoder's decoder reads."""
     written: float
     """Of answers, each as long as it may become."""
     whole: bool
@@ -170,26 +171,31 @@ class Estimator:
         if card:
             # The twins are written in float32, other models stay as they come.
             found = known(getattr(node.spec, "source", ""))
+            same = ("flops_per_token", "flops_per_expert", "flops_per_read_token", "top_k")
             return Known(card["total_parameters"], card["active_parameters"],
-                         card["flops_per_token"], found.bytes_per_parameter if found else 4,
-                         tokens_per_image=card["notes"].get("tokens_per_image", 0))
+                         bytes_per_parameter=found.bytes_per_parameter if found else 4,
+                         tokens_per_image=card["notes"].get("tokens_per_image", 0),
+                         **{name: card[name] for name in same if name in card})
         if isinstance(node.spec, SourceSpec) or node.stage == "judge":
             return known(node.spec.source)
         if isinstance(node.spec, VisionSpec):
-            return Known(*node.spec.counts(), 4, tokens_per_image=node.spec.tokens)
+            return Known(*node.spec.counts(), 4, tokens_per_image=node.spec.tokens,
+                         top_k=node.spec.top_k, flops_per_expert=node.spec.flops_per_expert)
         dense = self.size(node.inputs["dense"])
-        return dense and _twin(node.spec, dense)
+        return dense and twin(node.spec, dense)
 
     # --- stages ---------------------------------------------------------------------------------
 
     def _training(self, node: Node) -> Work:
         spec, size = node.spec, self.size(node.key)
-        tokens = self._trained_tokens(node, size.tokens_per_image if size else 0)
+        trained = self._trained_tokens(node, size)
+        tokens = None if trained is None else sum(trained)
         flops = None
-        if size and tokens is not None:
+        if size and trained is not None:
+            as_trained = with_top_k(size, spec.router.top_k)
             # Forward, and backward twice as much.
-            flops = 3 * spec.passes * size.flops_per_token * tokens
-            flops += size.flops_per_token * self._validated_tokens(node, size.tokens_per_image)
+            flops = 3 * spec.passes * as_trained.flops(*trained)
+            flops += size.flops(*self._validated_tokens(node, size))
         moments = MOMENTS[spec.optimizer.kind]
         return Work(
             tokens,
@@ -199,25 +205,29 @@ class Estimator:
             size and 4 * (1 + moments) * size.total,
         )
 
-    def _trained_tokens(self, node: Node, of_image: int) -> float | None:
-        spec, tokens = node.spec, 0.0
+    def _trained_tokens(self, node: Node, size: Known | None) -> tuple[float, float] | None:
+        """Tokens of prompts and of answers; None where the rows are unknown."""
+        spec, read, written = node.spec, 0.0, 0.0
         rows = self._epoch(spec)
         if not rows:
             return None
         for train in spec.data:
             count = self.rows(train.dataset, train.split)
             count = min(count, train.limit or count) * train.repeat
-            tokens += count * (of_image or self._length(spec, train))
-        return self._steps(spec, rows) * spec.batch_size * tokens / rows
+            prompt, answer = self._length(spec, train, size)
+            read, written = read + count * prompt, written + count * answer
+        sequences = self._steps(spec, rows) * spec.batch_size
+        return sequences * read / rows, sequences * written / rows
 
-    def _validated_tokens(self, node: Node, of_image: int) -> float:
-        """Of all looks at the rows that are held out."""
+    def _validated_tokens(self, node: Node, size: Known) -> tuple[float, float]:
+        """The same of all looks at the rows that are held out."""
         spec, validation = node.spec, node.spec.validation
         if validation is None:
-            return 0.0
+            return 0.0, 0.0
         last = self._steps(spec, self._epoch(spec))
         looks = sum(validation.due(step + 1, last) for step in range(last))
-        return looks * validation.limit * (of_image or self._length(spec, validation.rows))
+        prompt, answer = self._length(spec, validation.rows, size)
+        return looks * validation.limit * prompt, looks * validation.limit * answer
 
     def _epoch(self, spec: FinetuneSpec) -> int | None:
         """Rows of one epoch; None where some are unknown."""
@@ -231,11 +241,24 @@ class Estimator:
         steps = spec.steps or math.ceil(spec.epochs * rows / spec.batch_size)
         return min(steps, spec.until or steps)
 
-    def _length(self, spec: FinetuneSpec, train: TrainSet) -> float:
-        """Mean tokens of a row."""
-        around = len(TEMPLATES[train.template].prompt) if train.template else 0
-        length = (self.characters(train.dataset) + around) / self.assumed.characters_per_token
-        return min(length, spec.max_length)
+    def _length(
+        self, spec: FinetuneSpec, train: TrainSet, size: Known | None
+    ) -> tuple[float, float]:
+        """Mean tokens of a row: of its prompt, and of its answer where a decoder of its own writes
+        that. A label's word counts for such a model alone; of an instruction, whose two texts are
+        counted together, half is taken to be the response."""
+        if size and size.tokens_per_image:
+            return size.tokens_per_image, 0.0
+        template = TEMPLATES[train.template] if train.template else None
+        per_token = self.assumed.characters_per_token
+        characters = self.characters(train.dataset) + (len(template.prompt) if template else 0)
+        length = min(characters / per_token, spec.max_length)
+        if not size or size.flops_per_read_token is None:
+            return length, 0.0
+        if template is None:
+            return length / 2, length / 2
+        words = [len(word) for word in template.labels.values()]
+        return length, max(1.0, sum(words) / len(words) / per_token)
 
     def _evaluation(self, node: Node) -> Work:
         size = self.size(node.inputs["checkpoint"])
@@ -249,8 +272,9 @@ class Estimator:
         disk = tokens * self.assumed.characters_per_token
         if None in sizes:
             return Work(tokens, None, self._hours(node, None, 1), disk, whole=asked.whole)
-        per_token = sum(size.flops_per_token for size in sizes)
-        read, written = asked.read * per_token, asked.written * per_token
+        prompts = asked.read - asked.chosen
+        read = sum(size.flops(prompts, asked.chosen) for size in sizes)
+        written = sum(size.flops(0, asked.written) for size in sizes)
         hours = (self._hours(node, read, self.assumed.scoring_tflops)
                  + self._hours(node, written, self.assumed.decoding_tflops))
         return Work(tokens, read + written, hours, disk, whole=asked.whole)
@@ -311,7 +335,7 @@ class Estimator:
 
     def _count(self, evaluation: Evaluation, layers: int, rows_a_shard: int) -> Asked:
         if isinstance(evaluation, LmEval):  # its data is the harness's and not here yet
-            return Asked(0.0, 0.0, whole=False)
+            return Asked(0.0, 0.0, 0.0, whole=False)
         data, weights, whole = {}, {}, True
         for key, (dataset, split) in evaluation.sources().items():
             rows = self.rows(dataset, split)
@@ -324,12 +348,14 @@ class Estimator:
             if key == dataset:  # not the examples that stand before each question
                 whole = whole and rows is not None
                 weights[dataset] = (rows or 0) / sampled
-        read = written = 0.0
+        read = chosen = written = 0.0
         per_token = self.assumed.characters_per_token
         for request in applied(evaluation.technique, evaluation.requests(data)):
             weight = weights.get(request.id.partition("/")[0], 1.0)
             if not request.procedure:
-                read += weight * (len(request.context) + sum(map(len, request.choices))) / per_token
+                choices = weight * sum(map(len, request.choices)) / per_token
+                read += weight * len(request.context) / per_token + choices
+                chosen += choices
                 written += weight * request.max_new_tokens
                 continue
             row = json.loads(request.row)
@@ -343,50 +369,4 @@ class Estimator:
             if row.get("checked"):
                 more = passes.of_text(evaluation, len(row["text"]), layers, checked=True)
                 read += prompt * (more - each)
-        return Asked(read, written, whole)
-
-
-def _twin(spec: UpcycleSpec | WidenSpec, dense: Known) -> Known | None:
-    """The size of a twin of a dense model of a gated family or of a Vision Transformer; None for
-    others.
-
-    Leaves out the one neuron of a shared expert that some architectures cannot do without.
-    """
-    config = dense.config
-    if config.get("model_type") == "vit":
-        return _vision_twin(spec, dense)
-    if config.get("model_type") not in GATED_BLOCKS:
-        return None
-    hidden, neurons = config["hidden_size"], config["intermediate_size"]
-    layers, block = config["num_hidden_layers"], 3 * hidden * neurons
-    if isinstance(spec, WidenSpec):
-        added = layers * 3 * hidden * spec.added(neurons, layers)
-        return Known(dense.total + added, dense.active + added,
-                     dense.flops_per_token + 2 * added, 4)
-    sparse = len(indices(spec.layers, layers))
-    router = sparse * hidden * spec.experts
-    if spec.experts_from == "copies":
-        held, used = (spec.experts - 1) * block, (spec.top_k - 1) * block
-    else:
-        held, used = 0, round(block * (spec.top_k / spec.experts - 1))
-    active = sparse * used + router
-    return Known(dense.total + sparse * held + router, dense.active + active,
-                 dense.flops_per_token + 2 * active, 4)
-
-
-def _vision_twin(spec: UpcycleSpec | WidenSpec, dense: Known) -> Known:
-    """The same of a Vision Transformer, whose blocks are two matrices with biases; copies only."""
-    hidden, neurons = dense.config["hidden_size"], dense.config["intermediate_size"]
-    layers = dense.config["num_hidden_layers"]
-    if isinstance(spec, WidenSpec):
-        more = layers * spec.added(neurons, layers)
-        return replace(dense, total=dense.total + (2 * hidden + 1) * more,
-                       active=dense.active + (2 * hidden + 1) * more,
-                       flops_per_token=dense.flops_per_token + 4 * hidden * more)
-    sparse = len(indices(spec.layers, layers))
-    router, block = sparse * hidden * spec.experts, (2 * hidden + 1) * neurons + hidden
-    used = sparse * (spec.top_k - 1)
-    multiplied = router + used * 2 * hidden * neurons
-    return replace(dense, total=dense.total + router + sparse * (spec.experts - 1) * block,
-                   active=dense.active + router + used * block,
-                   flops_per_token=dense.flops_per_token + 2 * multiplied)
+        return Asked(read, chosen, written, whole)

@@ -33,11 +33,11 @@ from stages.finetune.spec import CURVE_FILE, REMOVED_FILE, ROUTING_FIGURE, Finet
 from stages.finetune.training import Training
 from stages.finetune.validating import validate
 from stages.models.block_check import check_blocks, observe_blocks
-from stages.models.card import ModelCard
 from stages.models.classifier import is_classifier
 from stages.models.expert_parallel import convert, gather_state_dict
 from stages.models.families import family
 from stages.models.load import load, load_input, load_tokenizer
+from stages.models.size import measure
 from stages.models.sources import Facts
 
 deepspeed.utils.logger.setLevel("WARNING")
@@ -173,6 +173,7 @@ def build(
     probe = sorted((examples[i] for i in first), key=lambda e: e.tokens)[:4]
     if family(model).packs and spec.labels is None:
         _check_packing(model, probe, folder)
+    card = measure(model, "", top_k=spec.router.top_k)
     # Loaded weights are views of the mapped file, all of which would stay resident.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -211,8 +212,7 @@ def build(
     check_blocks(model, blocks)
     if turns is not None:
         turns.skip_waiting(engine.basic_optimizer)
-    flops = ModelCard.read(folder).flops_per_token
-    return Training(engine, spec, examples, knobs, evidence, turns, flops), probe, tuner
+    return Training(engine, spec, examples, knobs, evidence, turns, card), probe, tuner
 
 
 def _check_packing(model: PreTrainedModel, probe: list[Example], folder: Path) -> None:

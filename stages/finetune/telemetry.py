@@ -90,8 +90,9 @@ def load_variation(loads: torch.Tensor) -> torch.Tensor:
     return loads.std(-1, correction=0) / loads.mean(-1)
 
 
-def model_flops_utilisation(tokens_per_second: float, flops_per_token: int, precision: str,
-                            workers: int) -> float | None:
+def model_flops_utilisation(
+    forward_flops_per_second: float, precision: str, workers: int
+) -> float | None:
     """Share of the devices' peak that the model's own operations make up; None where the peak is
     not known. A training step counts three forward passes (backward is twice one); attention
     scores are left out, as in the model's card."""
@@ -99,4 +100,4 @@ def model_flops_utilisation(tokens_per_second: float, flops_per_token: int, prec
         return None
     name = torch.cuda.get_device_name()
     peak = next((flops for part, flops in PEAK_BF16_FLOPS.items() if part in name), None)
-    return None if peak is None else 3 * flops_per_token * tokens_per_second / (peak * workers)
+    return None if peak is None else 3 * forward_flops_per_second / (peak * workers)

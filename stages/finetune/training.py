@@ -42,6 +42,7 @@ from stages.finetune.spec import FinetuneSpec
 from stages.finetune.telemetry import RoutingTelemetry, model_flops_utilisation
 from stages.finetune.validating import negative_log_likelihood
 from stages.models.balance import gshard_loss, importance_loss, load_loss
+from stages.models.card import ModelCard
 from stages.models.families import family
 from stages.models.images import Classifier
 from stages.models.routing import Routing
@@ -66,7 +67,8 @@ class Training:
     knobs: Knobs
     evidence: Evidence
     turns: Turns | None
-    flops_per_token: int
+    card: ModelCard
+    """Of the model as it is trained: with its head, and the recipe's experts per token."""
     skipped: int = 0
     """Steps so far whose loss or gradient was not finite."""
 
@@ -122,6 +124,7 @@ class Training:
         self.evidence.end_step(applied=not bad)
         seconds = time.perf_counter() - start
         tokens = sum(self.examples[i].tokens for i in batch)
+        flops = spec.passes * self.card.flops(tokens - answers, answers)
         return {
             "step": step + 1,
             "loss": losses["loss"],
@@ -133,7 +136,7 @@ class Training:
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "model_flops_utilisation": model_flops_utilisation(
-                spec.passes * tokens / seconds, self.flops_per_token, spec.precision, workers
+                flops / seconds, spec.precision, workers
             ),
             "skipped": int(bool(bad)),
             **({"router_change": change} if self.turns is not None else {}),

@@ -62,6 +62,10 @@ _QWEN = {
 }
 _QWEN3_NEXT = _QWEN | {"mixers": ("self_attn", "linear_attn"), "recurrent": True}
 _GPT_NEOX = "gpt_neox.layers.*.attention gpt_neox.layers.*.mlp"
+_T5_READ = (
+    "encoder decoder.block.*.layer.*.EncDecAttention.k "
+    "decoder.block.*.layer.*.EncDecAttention.v"
+)
 _VISION = {"modality": "image", "head": "classifier", "embedding": "vit.embeddings"}
 _MEMBERS = _VISION | {"head": "members.*.classifier", "embedding": "members.*.vit.embeddings"}
 _MOE = (
@@ -291,7 +295,7 @@ _MOE = (
         auxiliary_loss=("encoder_aux_loss", "decoder_aux_loss"),
         balanced_by_sequence=True,
         capacity=True,
-        encoder_decoder=True,
+        read=_T5_READ,
         attention_dropout=False,
     ),
     Family(
@@ -306,7 +310,10 @@ _MOE = (
         index=1,
         auxiliary_loss=("encoder_aux_loss", "decoder_aux_loss"),
         capacity=True,
-        encoder_decoder=True,
+        read=(
+            "model.encoder model.decoder.layers.*.cross_attention.k_proj "
+            "model.decoder.layers.*.cross_attention.v_proj"
+        ),
         attention_dropout=False,
         no_export="other programs send its tokens to experts 0 and 1, as transformers does",
     ),
@@ -319,7 +326,7 @@ _NORM_AFTER_BLOCK = ("gemma2", "gemma3_text", "olmo2", "olmo3")
 # Neither takes positions that start again for the beginning of another sequence.
 _GPT2 = "transformer.h.*.attn transformer.h.*.mlp"
 _PADDED = {"masks_by_position": False, "attention_dropout": False}
-_T5 = Family("t5", layer_counts=SWITCH_LAYERS, encoder_decoder=True, attention_dropout=False)
+_T5 = Family("t5", layer_counts=SWITCH_LAYERS, read=_T5_READ, attention_dropout=False)
 FAMILIES: dict[str, Family] = {
     entry.model_type: entry
     for entry in (

@@ -99,9 +99,9 @@ class Family:
     """
     embedding: str = ""
     """Module that embeds the input; where empty, what the model calls its input embedding."""
-    encoder_decoder: bool = False
-    """The prompt goes through an encoder, the answer through a decoder that attends to it; layers
-    are counted through both, the encoder's first."""
+    read: str = ""
+    """Of an encoder-decoder, the modules that the prompt's tokens pass: the encoder, and what makes
+    keys and values of its states for the decoder. Empty for others."""
     no_evaluation: str = ""
     """Why evaluation is refused; empty where it is exact."""
     no_training: str = ""
@@ -112,6 +112,12 @@ class Family:
     """Why other programs cannot load a checkpoint of it."""
     no_vllm: str = ""
     """Why vLLM, which other checkpoints can be given to, cannot generate with it."""
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether the prompt goes through an encoder, the answer through a decoder that attends to
+        it; layers are counted through both, the encoder's first."""
+        return bool(self.read)
 
     @property
     def is_moe(self) -> bool:
@@ -160,8 +166,10 @@ class Family:
             return "chooses its experts inside its blocks"
         return "weighs experts by a rule of its own" if self.scores == "sparsemixer" else ""
 
-    def modules(self, model: "PreTrainedModel", role: Role) -> dict[str, "nn.Module"]:
-        """The modules of a role by their path, in the order of the layers.
+    def modules(
+        self, model: "PreTrainedModel", role: Role | Literal["read"]
+    ) -> dict[str, "nn.Module"]:
+        """The modules of a role, or of ``read``, by their path, in the order of the layers.
 
         The same paths before and after ``expert_parallel.convert``.
         """

@@ -8,6 +8,8 @@ planner. Light to import.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from stages.models.card import forward_flops
+
 
 @dataclass(frozen=True)
 class Known:
@@ -26,6 +28,15 @@ class Known:
     where transformers has no such architecture."""
     tokens_per_image: int = 0
     """Patches of an image and the class token, of a vision model."""
+    flops_per_expert: int = 0
+    flops_per_read_token: int | None = None
+    """As a card has them."""
+    top_k: int = 0
+    """Experts that one token passes."""
+
+    def flops(self, read: float, written: float) -> float:
+        """Operations of a forward pass over so many tokens of prompts and of answers."""
+        return forward_flops(self.flops_per_token, self.flops_per_read_token, read, written)
 
 
 def _untied(**fields: object) -> dict:
@@ -45,18 +56,19 @@ VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24
          "num_attention_heads": 16}  # fmt: skip
 
 
-def _llama_moe(total: int, active: int, flops_per_token: int) -> Known:
+def _moe(top_k: int, flops_per_expert: int, *size: object) -> Known:
+    return Known(*size, top_k=top_k, flops_per_expert=flops_per_expert)
+
+
+def _llama_moe(top_k: int, experts: int, total: int, active: int, flops_per_token: int) -> Known:
     # LLaMA-2-7B whose feed-forward blocks are cut into experts: counted in Mixtral's layout, whose
     # router is one matrix; theirs has some 30,000 parameters more in all.
-    return Known(total, active, flops_per_token, 2)
+    return _moe(top_k, 2 * 32 * 3 * 4096 * 11008 // experts, total, active, flops_per_token, 2)
 
 
 KNOWN: dict[str, Known] = {
     "pack:smollm2": Known(
-        134_515_008,
-        134_515_008,
-        268_959_744,
-        4,
+        134_515_008, 134_515_008, 268_959_744, 4,
         {
             "model_type": "llama",
             "vocab_size": 49152,
@@ -68,11 +80,8 @@ KNOWN: dict[str, Known] = {
             "tie_word_embeddings": True,
         },
     ),
-    "hub:allenai/OLMoE-1B-7B-0924": Known(
-        6_919_161_856,
-        1_282_017_280,
-        2_357_723_136,
-        2,
+    "hub:allenai/OLMoE-1B-7B-0924": _moe(
+        8, 201_326_592, 6_919_161_856, 1_282_017_280, 2_357_723_136, 2,
         _untied(
             model_type="olmoe",
             vocab_size=50304,
@@ -86,10 +95,7 @@ KNOWN: dict[str, Known] = {
         ),
     ),
     "hub:allenai/OLMo-1B-hf": Known(
-        1_176_764_416,
-        1_176_764_416,
-        2_353_528_832,
-        4,
+        1_176_764_416, 1_176_764_416, 2_353_528_832, 4,
         {
             "model_type": "olmo",
             "vocab_size": 50304,
@@ -101,11 +107,8 @@ KNOWN: dict[str, Known] = {
             "tie_word_embeddings": True,
         },
     ),
-    "hub:Qwen/Qwen1.5-MoE-A2.7B": Known(
-        14_315_784_192,
-        2_689_173_504,
-        4_755_521_536,
-        2,
+    "hub:Qwen/Qwen1.5-MoE-A2.7B": _moe(
+        4, 415_236_096, 14_315_784_192, 2_689_173_504, 4_755_521_536, 2,
         _untied(
             model_type="qwen2_moe",
             vocab_size=151936,
@@ -121,10 +124,7 @@ KNOWN: dict[str, Known] = {
         ),
     ),
     "hub:Qwen/Qwen1.5-1.8B": Known(
-        1_836_828_672,
-        1_836_828_672,
-        3_050_831_872,
-        2,
+        1_836_828_672, 1_836_828_672, 3_050_831_872, 2,
         _untied(
             model_type="qwen2",
             vocab_size=151936,
@@ -135,11 +135,8 @@ KNOWN: dict[str, Known] = {
             num_key_value_heads=16,
         ),
     ),
-    "hub:Qwen/Qwen3-30B-A3B-Base": Known(
-        30_532_122_624,
-        3_353_032_704,
-        6_083_313_664,
-        2,
+    "hub:Qwen/Qwen3-30B-A3B-Base": _moe(
+        8, 452_984_832, 30_532_122_624, 3_353_032_704, 6_083_313_664, 2,
         _untied(
             model_type="qwen3_moe",
             vocab_size=151936,
@@ -155,10 +152,7 @@ KNOWN: dict[str, Known] = {
         ),
     ),
     "hub:Qwen/Qwen3-4B-Base": Known(
-        4_022_468_096,
-        4_022_468_096,
-        8_044_544_000,
-        2,
+        4_022_468_096, 4_022_468_096, 8_044_544_000, 2,
         {
             "model_type": "qwen3",
             "vocab_size": 151936,
@@ -171,11 +165,8 @@ KNOWN: dict[str, Known] = {
             "tie_word_embeddings": True,
         },
     ),
-    "hub:mistralai/Mixtral-8x7B-v0.1": Known(
-        46_702_792_704,
-        12_879_925_248,
-        25_497_174_016,
-        2,
+    "hub:mistralai/Mixtral-8x7B-v0.1": _moe(
+        2, 11_274_289_152, 46_702_792_704, 12_879_925_248, 25_497_174_016, 2,
         _untied(
             model_type="mixtral",
             vocab_size=32000,
@@ -189,10 +180,7 @@ KNOWN: dict[str, Known] = {
         ),
     ),
     "hub:mistralai/Mistral-7B-v0.1": Known(
-        7_241_732_096,
-        7_241_732_096,
-        14_220_787_712,
-        2,
+        7_241_732_096, 7_241_732_096, 14_220_787_712, 2,
         _untied(
             model_type="mistral",
             vocab_size=32000,
@@ -206,14 +194,11 @@ KNOWN: dict[str, Known] = {
     # 28 layers of plain attention (4 x 2048 x 2048), the first with 3 x 2048 x 10944, the others
     # with a router of 64 x 2048 and 64 routed (6 used) and 2 shared experts of 3 x 2048 x 1408;
     # embedding and head of 102400 x 2048 each; 57 norms of 2048.
-    "hub:deepseek-ai/deepseek-moe-16b-base": Known(
-        16_375_728_128, 2_828_650_496, 5_237_637_120, 2
+    "hub:deepseek-ai/deepseek-moe-16b-base": _moe(
+        6, 467_140_608, 16_375_728_128, 2_828_650_496, 5_237_637_120, 2
     ),
-    "hub:deepseek-ai/DeepSeek-V2-Lite": Known(
-        15_706_484_224,
-        2_661_150_208,
-        4_902_617_088,
-        2,
+    "hub:deepseek-ai/DeepSeek-V2-Lite": _moe(
+        6, 449_839_104, 15_706_484_224, 2_661_150_208, 4_902_617_088, 2,
         _untied(
             model_type="deepseek_v2",
             vocab_size=102400,
@@ -235,10 +220,7 @@ KNOWN: dict[str, Known] = {
         ),
     ),
     "hub:deepseek-ai/deepseek-llm-7b-base": Known(
-        6_910_365_696,
-        6_910_365_696,
-        12_981_370_880,
-        2,
+        6_910_365_696, 6_910_365_696, 12_981_370_880, 2,
         _untied(
             model_type="llama",
             vocab_size=102400,
@@ -250,10 +232,7 @@ KNOWN: dict[str, Known] = {
         ),
     ),
     "hub:google/switch-base-32": Known(
-        1_978_514_688,
-        223_198_464,
-        446_300_160,
-        4,
+        1_978_514_688, 223_198_464, 446_300_160, 4,
         {
             "model_type": "switch_transformers",
             "vocab_size": 32128,
@@ -268,12 +247,12 @@ KNOWN: dict[str, Known] = {
             "num_sparse_decoder_layers": 6,
             "tie_word_embeddings": True,
         },
+        flops_per_read_token=198_475_776,
+        flops_per_expert=113_246_208,
+        top_k=1,
     ),
     "hub:google-t5/t5-base": Known(
-        222_903_552,
-        222_903_552,
-        445_710_336,
-        4,
+        222_903_552, 222_903_552, 445_710_336, 4,
         {
             "model_type": "t5",
             "vocab_size": 32128,
@@ -285,12 +264,10 @@ KNOWN: dict[str, Known] = {
             "num_heads": 12,
             "tie_word_embeddings": True,
         },
+        flops_per_read_token=198_180_864,
     ),
     "hub:EleutherAI/pythia-410m": Known(
-        405_334_016,
-        405_334_016,
-        707_002_368,
-        2,
+        405_334_016, 405_334_016, 707_002_368, 2,
         _untied(
             model_type="gpt_neox",
             vocab_size=50304,
@@ -301,10 +278,7 @@ KNOWN: dict[str, Known] = {
         ),
     ),
     "hub:EleutherAI/pythia-1.4b": Known(
-        1_414_647_808,
-        1_414_647_808,
-        2_621_964_288,
-        2,
+        1_414_647_808, 1_414_647_808, 2_621_964_288, 2,
         _untied(
             model_type="gpt_neox",
             vocab_size=50304,
@@ -314,9 +288,15 @@ KNOWN: dict[str, Known] = {
             num_attention_heads=16,
         ),
     ),
-    "hub:llama-moe/LLaMA-MoE-v1-3_0B-2_16": _llama_moe(6_740_512_768, 2_953_056_256, 5_643_436_032),
-    "hub:llama-moe/LLaMA-MoE-v1-3_5B-4_16": _llama_moe(6_740_512_768, 3_494_121_472, 6_725_566_464),
-    "hub:llama-moe/LLaMA-MoE-v1-3_5B-2_8": _llama_moe(6_739_464_192, 3_493_072_896, 6_723_469_312),
+    "hub:llama-moe/LLaMA-MoE-v1-3_0B-2_16": _llama_moe(
+        2, 16, 6_740_512_768, 2_953_056_256, 5_643_436_032
+    ),
+    "hub:llama-moe/LLaMA-MoE-v1-3_5B-4_16": _llama_moe(
+        4, 16, 6_740_512_768, 3_494_121_472, 6_725_566_464
+    ),
+    "hub:llama-moe/LLaMA-MoE-v1-3_5B-2_8": _llama_moe(
+        2, 8, 6_739_464_192, 3_493_072_896, 6_723_469_312
+    ),
     **dict.fromkeys(
         ("hub:openlm-research/open_llama_3b", "hub:openlm-research/open_llama_3b_v2"),
         Known(
@@ -336,10 +316,7 @@ KNOWN: dict[str, Known] = {
         ),
     ),
     "hub:openlm-research/open_llama_7b": Known(
-        6_738_415_616,
-        6_738_415_616,
-        13_214_154_752,
-        2,
+        6_738_415_616, 6_738_415_616, 13_214_154_752, 2,
         _untied(
             model_type="llama",
             vocab_size=32000,

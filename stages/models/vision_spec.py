@@ -223,8 +223,7 @@ class VisionSpec(Spec):
         each = sum(matrices) + sum(biases) + 4 * width
         router = self.experts * width
         block = matrices[1] + biases[1]
-        # Behind the first sparse layer, each member of a partitioned ensemble.
-        members = self.ensemble if self.is_partitioned else 1
+        members = self._members
         tiled = depth - min(self.moe_layers) if sparse else 0
         total = rest + head + depth * each + sparse * (router + (self.experts - 1) * block)
         active = rest + active_head + depth * each + sparse * (
@@ -232,8 +231,24 @@ class VisionSpec(Spec):
         )
         multiplied = pixels * width + (depth + (members - 1) * tiled) * sum(matrices)
         multiplied += members * sparse * (router + (self.top_k - 1) * matrices[1])
-        models = self.ensemble if self.is_deep_ensemble else 1
+        models = self._models
         return models * total, models * active, models * 2 * multiplied
+
+    @property
+    def flops_per_expert(self) -> int:
+        """Operations of a token in one routed expert of each sparse layer, as on the card."""
+        matrices = 2 * self.shape.hidden * self.shape.neurons
+        return self._models * self._members * len(self.moe_layers) * 2 * matrices
+
+    @property
+    def _models(self) -> int:
+        return self.ensemble if self.is_deep_ensemble else 1
+
+    @property
+    def _members(self) -> int:
+        """Those of a partitioned ensemble, which pass what lies behind the first sparse layer
+        one by one."""
+        return self.ensemble if self.is_partitioned else 1
 
     def _head_counts(self) -> tuple[int, int]:
         """Parameters of the head, and those that an image uses."""

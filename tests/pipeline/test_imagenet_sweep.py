@@ -66,3 +66,4 @@ def test_vision_twins_have_the_sizes_of_their_cards(name, tmp_path):
     assert (size.total, size.active, size.flops_per_token, size.tokens_per_image) == (
         card.total_parameters, card.active_parameters, card.flops_per_token,
         card.notes["tokens_per_image"])
+    assert (size.flops_per_expert, size.top_k) == (card.flops_per_expert, card.top_k)

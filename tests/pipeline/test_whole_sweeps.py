@@ -17,6 +17,7 @@ from pipeline.estimate_text import scaled, work_text
 from pipeline.gpu_memory import check_memory
 from pipeline.store import Store
 from pipeline.sweep_file import load
+from stages.data.templates import TEMPLATES
 from stages.errors import BadInput
 from stages.evaluate.base import AXES
 from stages.finetune.batches import select_rows
@@ -229,6 +230,8 @@ def test_known_sizes_are_those_of_the_configuration(source):
         card = measure(auto_class(config).from_config(config), source)
     assert (card.total_parameters, card.active_parameters, card.flops_per_token) == (
         entry.total, entry.active, entry.flops_per_token)
+    assert (card.flops_per_expert, card.flops_per_read_token, card.top_k) == (
+        entry.flops_per_expert, entry.flops_per_read_token, entry.top_k)
 
 
 def test_known_sizes_of_other_architectures_are_worked_out():
@@ -240,11 +243,13 @@ def test_known_sizes_of_other_architectures_are_worked_out():
     assert deepseek.total == rest + 27 * (66 * expert + router)
     assert deepseek.active == rest + 27 * (8 * expert + router)
     assert deepseek.flops_per_token == 2 * (deepseek.active - norms - vocabulary * hidden)
+    assert (deepseek.flops_per_expert, deepseek.top_k) == (2 * 27 * expert, 6)
     # LLaMA-MoE: LLaMA-2-7B, whose 11008 neurons a layer are cut into 16, and a router.
     whole, layers = known("hub:openlm-research/open_llama_7b"), 32
     cut = known("hub:llama-moe/LLaMA-MoE-v1-3_0B-2_16")
     assert cut.total == whole.total + layers * 16 * 4096
     assert cut.active == cut.total - layers * 14 * 3 * 4096 * 688
+    assert (cut.flops_per_expert, cut.top_k) == (2 * layers * 3 * 4096 * 688, 2)
     assert not [source for source in CANNOT_RUN if KNOWN.get(source) and KNOWN[source].config]
 
 
@@ -284,7 +289,7 @@ def test_flops_hours_and_disk_by_hand(tmp_path):
                       "assumptions.scoring_tflops=4", "assumptions.decoding_tflops=1")
     dense, moe = known("hub:EleutherAI/pythia-410m"), known("hub:allenai/OLMoE-1B-7B-0924")
     trained = found.work(found.plan.nodes["finetune/tiny-moe-sft-seed0"])
-    assert trained.flops == 3 * 2_357_723_136 * trained.tokens
+    assert trained.flops == pytest.approx(3 * 2_357_723_136 * trained.tokens)
     assert trained.gpu_hours == pytest.approx(trained.flops / 2e12 / 3600)
     assert trained.disk == 4 * moe.total and trained.scratch == 12 * moe.total
     # Six steps of eight sequences of the mean length of a row, four characters a token.
@@ -299,6 +304,40 @@ def test_flops_hours_and_disk_by_hand(tmp_path):
     hours = 707_002_368 * (asked.read / 4e12 + asked.written / 1e12) / 3600
     assert scored.gpu_hours == pytest.approx(hours)
     assert found.work(found.plan.nodes["model/tiny"]).disk == 2 * dense.total
+
+
+@pytest.mark.parametrize(("name", "top_k"), [("tiny-moe", 4), ("tiny", None)])
+def test_training_with_other_experts_per_token_takes_other_flops(name, top_k, tmp_path):
+    """OLMoE with four of its eight: 2 x 16 x 3 x 2048 x 1024 operations an expert."""
+    found = estimator(SWEEPS / "smoke.yaml", tmp_path, *HUB, "recipes.sft.router={top_k: 4}")
+    work = found.work(found.plan.nodes[f"finetune/{name}-sft-seed0"])
+    less = 4 * 2 * 16 * 3 * 2048 * 1024 if top_k else 0
+    own = {"tiny-moe": 2_357_723_136, "tiny": 707_002_368}[name]
+    assert work.flops == pytest.approx(3 * (own - less) * work.tokens)
+
+
+@pytest.mark.parametrize("model", ["t5-base", "switch-base-32"])
+def test_prompts_pass_an_encoder_and_answers_a_decoder(model, tmp_path):
+    found = estimator(FOLDER / "boss_td.yaml", tmp_path)
+    read = {"t5-base": 198_180_864, "switch-base-32": 198_475_776}[model]
+    written = {"t5-base": 445_710_336, "switch-base-32": 446_300_160}[model] - read
+    spec = (node := found.plan.nodes[f"finetune/{model}-switch_td-seed42"]).spec
+    work = found.work(node)
+    sequences = -(-4 * 60_000 // 256) * 256
+    label = (len(" benign") + len(" toxic")) / 2 / 4
+    prompt = (found.characters("civil") + len(TEMPLATES[spec.data[0].template].prompt)) / 4
+    assert work.tokens == pytest.approx(sequences * (prompt + label))
+    assert work.flops == pytest.approx(3 * sequences * (prompt * read + label * written))
+    # An instruction's text is cut in two.
+    instructed = spec.data[0].model_copy(update={"template": None})
+    length = found._length(spec, instructed, found.size(f"model/{model}"))
+    assert length == (found.characters("civil") / 8,) * 2
+    key = f"evaluate/{model}-switch_td-seed42-"
+    scored = next(n for k, n in found.plan.nodes.items() if k.startswith(key))
+    asked = found.asked(scored.spec.evaluation)
+    assert 0 < asked.chosen < 0.2 * asked.read and asked.written == 0
+    flops = (asked.read - asked.chosen) * read + asked.chosen * written
+    assert found.work(scored).flops == pytest.approx(flops)
 
 
 def test_rows_are_the_published_ones_up_to_the_limit_and_else_unknown(tmp_path):
@@ -338,19 +377,23 @@ def test_twins_have_the_sizes_of_their_cards(tmp_path):
     assert twin.total == 134_515_008 + 6 * (3 * block + router)
     assert twin.active == 134_515_008 + 6 * (block + router)
     assert twin.flops_per_token == 268_959_744 + 2 * 6 * (block + router)
+    assert (twin.flops_per_expert, twin.top_k) == (2 * 6 * block, 2)
     halved = estimator(FOLDER / "cpu.yaml", tmp_path, "pairs.0.moe=smollm2-split")
     split = halved.size("model/smollm2-split")
     assert split.total == 134_515_008 + 6 * router
     assert split.active == 134_515_008 + 6 * (router - block // 2)
+    assert (split.flops_per_expert, split.top_k) == (2 * 6 * block // 4, 2)
     # A card in the store counts before what is known.
     plan, store = found.plan, Store(str(tmp_path))
     node = plan.nodes["model/smollm2-moe"]
     with store.attempt(node.folder) as (attempt, output):
         ModelCard(architecture="moe", family="mixtral", total_parameters=7, active_parameters=5,
-                  flops_per_token=9, layers=1, origin="x").write(output)
+                  flops_per_token=9, flops_per_expert=2, flops_per_read_token=4, top_k=2,
+                  layers=1, origin="x").write(output)
     store.commit(node.folder, {"attempt": attempt})
     again = Estimator(plan, store, FOLDER).size("finetune/smollm2-moe-sft-seed0")
     assert (again.total, again.active, again.flops_per_token) == (7, 5, 9)
+    assert (again.flops_per_expert, again.flops_per_read_token, again.top_k) == (2, 4, 2)
 
 
 def test_gpus_that_cannot_hold_a_model_are_refused(tmp_path):

@@ -83,11 +83,12 @@ def test_dropped_choices_of_nllb_by_hand():
 
 def test_utilisation_of_a_device_whose_peak_is_known(monkeypatch):
     """2 devices of 989e12: 1e5 tokens/s of 3 × 6.594e9 operations are all that one can do."""
-    assert model_flops_utilisation(1e5, int(6.594e9), "bf16", 2) is None  # no device here
+    passed = 1e5 * 6.594e9
+    assert model_flops_utilisation(passed, "bf16", 2) is None  # no device here
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    found = model_flops_utilisation(1e5, int(6.594e9), "bf16", 2)
+    found = model_flops_utilisation(passed, "bf16", 2)
     assert found == pytest.approx(1.9782e15 / 1.978e15)
-    assert model_flops_utilisation(1e5, int(6.594e9), "fp32", 2) is None
+    assert model_flops_utilisation(passed, "fp32", 2) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some Other")
-    assert model_flops_utilisation(1e5, int(6.594e9), "bf16", 2) is None
+    assert model_flops_utilisation(passed, "bf16", 2) is None

@@ -3,6 +3,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralForCausalLM
 
+from stages.models.families import family
 from stages.models.size import measure
 from stages.models.tiny import tiny_model, tiny_tokenizer
 
@@ -59,6 +60,38 @@ def test_operations_agree_with_those_that_torch_counts(name):
         model(torch.arange(length)[None])
     scores = L * 2 * 2 * length * length * D  # queries x keys, then weights x values
     assert counter.get_total_flops() == length * card(name).flops_per_token + scores
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_another_number_of_experts_per_token(top_k):
+    """The tiny Mixtral has 526,720 operations per token with its two experts."""
+    model = tiny_model("mixtral", tiny_tokenizer(), seed=0)
+    found = measure(model, "test", top_k=top_k)
+    per_expert = 2 * L * 3 * D * F
+    assert card("mixtral").flops_per_expert == per_expert
+    assert found.flops_per_token == 526_720 + (top_k - 2) * per_expert
+    assert found.top_k == top_k and found.total_parameters == card("mixtral").total_parameters
+
+
+READ, WRITTEN = 40, 12
+
+
+@pytest.mark.parametrize("name", ["t5", "switch_transformers", "nllb-moe"])
+def test_an_encoder_decoders_tokens_pass_one_stack_each(name):
+    """As torch counts them: keys and values of the cross-attention are those of tokens read."""
+    model = tiny_model(name, tiny_tokenizer(), seed=0)
+    model.set_attn_implementation("eager")
+    if name == "switch_transformers":  # an expert takes all tokens, none is left out
+        for module in family(model).modules(model, "router").values():
+            module.expert_capacity = READ
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.arange(READ)[None], decoder_input_ids=torch.arange(WRITTEN)[None])
+    stacks, pairs = 2, READ * READ + WRITTEN * WRITTEN + READ * WRITTEN
+    scores = stacks * 2 * 2 * pairs * D  # queries x keys, then weights x values
+    found = card(name)
+    assert counter.get_total_flops() == found.flops(READ, WRITTEN) + scores
+    # Not both stacks for every token.
+    assert found.flops(120, 4) < 0.5 * 124 * found.flops_per_token
 
 
 def test_an_untied_head_counts_once_and_its_embedding_not():

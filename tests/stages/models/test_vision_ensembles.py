@@ -232,6 +232,7 @@ def test_operations_by_hand(folders):
         assert card.notes["flops_per_image"] == 2 * (TOKENS * count + heads[name] * 320)
         total = sum(p.numel() for p in load(folders[name]).parameters())
         assert spec.counts() == (total, card.active_parameters, 2 * count)
+        assert spec.flops_per_expert == card.flops_per_expert
         assert card.total_parameters == total
         facts = describe(spec)
         assert (facts.architecture, facts.family, facts.experts, facts.top_k, facts.moe_layers) == (

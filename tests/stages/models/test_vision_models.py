@@ -126,6 +126,7 @@ def test_the_planner_counts_as_the_card_does(change, tmp_path):
     assert spec.counts() == (
         card.total_parameters, card.active_parameters, card.flops_per_token
     )
+    assert spec.flops_per_expert == card.flops_per_expert
 
 
 def measure_params(spec):
