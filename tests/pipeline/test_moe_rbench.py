@@ -1,5 +1,6 @@
 """The 44 released MoE-RBench scripts are recipes that plan without a network."""
 
+import re
 import socket
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from tests.stages.models.tiny_folders import dense_model
 FOLDER = Path(__file__).parents[2] / "sweeps" / "moe_rbench"
 SCRIPT_FILES = ("adv_nli", "boss_nli", "boss_sa", "boss_td", "snli_hard", "style_ood")
 # Script, model, learning rate, global batch, epochs, schedule, expert dropout, weight of the
-# balance and z-loss, router frozen (Y), precision, dropout, round of ANLI that it begins with, steps
-# between two evaluations: as released, `2e-1:` read as 0.2.
+# balance and z-loss, router frozen (Y), precision, dropout, round of ANLI that it begins with,
+# steps between two evaluations: as released, `2e-1:` read as 0.2.
 SCRIPTS = """
 adv_nli/llama_moe_2_16 llama-moe-2-16 2e-5 128 3 step 0 0 Y bf16 0.1 1 10
 adv_nli/llama_moe_2_8 llama-moe-2-8 2e-5 128 3 step 0 0 Y bf16 0.1 1 10
@@ -78,7 +79,8 @@ MAX_LENGTH = {"adv_nli": 256, "snli_hard": 512, "style_ood": 256, "boss_nli": 51
 AXES = {"anli": "adv_nli", "snli-hard": "snli_hard", "boss-nli": "boss_nli", "boss-sa": "boss_sa",
         "boss-td": "boss_td", "style": "style_ood"}  # fmt: skip
 """How paper.yaml's recipes begin, and the file of the scripts."""
-SCHEDULES = {"step": Step(gamma=0.85, every="epoch"), "linear": Linear(), "cosine": Cosine(cycles=3)}
+SCHEDULES = {"step": Step(gamma=0.85, every="epoch"), "linear": Linear(),
+             "cosine": Cosine(cycles=3)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +150,22 @@ def test_a_recipe_has_the_settings_of_its_script(planned, line):
             assert getattr(spec, name) == Recipe.model_fields[name].default, name
 
 
+def test_a_recipes_comment_has_the_arguments_of_its_script():
+    """Those that are left out are named, in the head of the file and in README."""
+    told = {}
+    for file in SCRIPT_FILES:
+        text = (FOLDER / f"{file}.yaml").read_text()
+        assert "\n# - ev is left out: " in text
+        # Remarks may stand between the arguments and the recipe's name.
+        pattern = r"^  # lr (\S+), .*dr (\S+), .* ev (\d+)\.\n(?:  # .*\n)*  (\S+):$"
+        for rate, added, every, name in re.findall(pattern, text, re.M):
+            told.setdefault(f"{file}/{name.removesuffix(_tail(name))}", set()).add(
+                (rate, added, every))
+    lines = [line.split() for line in SCRIPTS.split("\n") if line]
+    assert told == {line[0]: {(line[2], line[10], line[12])} for line in lines}
+    assert "| `ev` | left out. " in (FOLDER / "README.md").read_text()
+
+
 def test_the_sweep_of_all_axes_trains_as_the_scripts_do(planned):
     sweep = load(FOLDER / "paper.yaml")
     plan = build(sweep, check(sweep, FOLDER / "paper.yaml"))
@@ -161,8 +179,9 @@ def test_the_sweep_of_all_axes_trains_as_the_scripts_do(planned):
             # The script of the same round that trains this recipe's Mixture-of-Experts model.
             file = next(file for axis, file in AXES.items() if recipe.startswith(axis))
             moe = sweep.recipes[recipe].models[0]
-            (script,) = {script for script, model in planned if model == moe
-                         and script.startswith(f"{file}/") and _round(script) == _round(recipe)}
+            (script,) = {script for script, model in planned
+                         if model == moe and script.startswith(f"{file}/")
+                         and _tail(script)[1:] == _tail(recipe)[1:]}  # fmt: skip
             same = {model == moe: _settings(other) for (name, model), other in planned.items()
                     if name == script}  # fmt: skip
             assert _settings(node) == same[f"/{moe}-" in key], key
@@ -179,9 +198,9 @@ def test_the_sweep_of_all_axes_trains_as_the_scripts_do(planned):
     assert (len(recipes), robust, safe) == (37, 75, 27)
 
 
-def _round(name):
-    """Of a recipe for an earlier round of ANLI; empty for others."""
-    return name[-2:] if name.endswith(("_r1", "_r2", "-r1", "-r2")) else ""
+def _tail(name):
+    """Of the name of a recipe for an earlier round of ANLI; empty for others."""
+    return name[-3:] if name.endswith(("_r1", "_r2", "-r1", "-r2")) else ""
 
 
 def _settings(node):
