@@ -100,10 +100,19 @@ def _problems(sweep: Sweep) -> Iterator[str]:
             yield f"search.space.{field}: {values[field]!r} is refused: {recipe}"
     if refused:
         return
+    yield from _reported(sweep)
     yield from _objectives(sweep)
     yield from _algorithm(search, space)
     yield from _steps(search, space)
     yield from _draws(search, space)
+
+
+def _reported(sweep: Sweep) -> Iterator[str]:
+    """Evaluations that would report the winners on the rows that chose them."""
+    for name, evaluation in sweep.evaluations.items():
+        if SELECTION in evaluation.datasets().values():
+            yield (f"evaluations.{name}.split: {SELECTION} chooses the recipes, and a score on it "
+                   "flatters the winners; name the split that is reported (test)")
 
 
 def _objectives(sweep: Sweep) -> Iterator[str]:

@@ -64,6 +64,13 @@ WRONG = {
     "unknown metric": (
         {"objectives": [{"score": {"questions/accurac": 1.0}}]},
         "search.objectives.0.score: questions has no metric 'accurac'; did you mean 'accuracy'?"),
+    "objective reported on what selects": (
+        {"set": ["evaluations.edits.split=selection"]},
+        "evaluations.edits.split: selection chooses the recipes, and a score on it flatters the "
+        "winners; name the split that is reported (test)"),
+    "other evaluation on what selects": (
+        {"set": ["evaluations.domains.split=selection"]},
+        "evaluations.domains.split: selection chooses the recipes"),
     "out of distribution": (
         {"objectives": [{"score": "domains/id_accuracy"}]},
         "search.objectives.0.score: hotels is out of distribution and never selects"),
