@@ -156,7 +156,7 @@ def trial_plan(
     for seed in seeds:
         # By content, so that equal recipes meet in one folder, whichever trial asks for them, and
         # a longer chain finds its beginning.
-        labels = [f"{model}-{_digest(segments[:end])}-seed{seed}"
+        labels = [f"{model}-{digest(segments[:end])}-seed{seed}"
                   for end in range(1, len(segments) + 1)]
         key, label = builder.chain(labels, model, segments, seed), labels[-1]
         if until is not None:
@@ -170,7 +170,8 @@ def trial_plan(
     return builder.plan, measured
 
 
-def _digest(segments: Sequence[Recipe]) -> str:
+def digest(segments: Sequence[Recipe]) -> str:
+    """Names recipes that are trained in turn by their content."""
     text = "\n".join(segment.model_dump_json(by_alias=True) for segment in segments)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 

@@ -12,7 +12,7 @@ import math
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,12 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import Searcher
 
+from pipeline.search.equal import Measure, Shared, SharedClaims, known
 from pipeline.search.ledger import Ledger, Report, Status, Trial
 from pipeline.search.proposals import Proposals, proposals
-from pipeline.search.space import Space, Values
+from pipeline.search.space import Space
 from pipeline.search.spec import STOPPING, Asha, Hyperband, Pbt, Search
 from stages.errors import BadInput, StageFailed
-
-Measure = Callable[[Values, list[Report]], Iterator[Report]]
-"""Takes a trial's values and the reports that it has, does the work, and yields the next ones."""
 
 _SLOT = "node:__internal_head__"
 """Of this resource the head machine has 1. Drivers reserve a share each, which limits how many run
@@ -91,13 +89,14 @@ def run_trials(
             arguments["max_concurrent_trials"] = concurrent
     # What went wrong is in the ledger; the rest is about files that Tune was told not to write.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    driver = tune.with_parameters(_drive, measure=measure)
+    claims = SharedClaims(known(ledger, search, space))
+    driver = tune.with_parameters(_drive, shared=Shared(measure, search, space, claims))
     tune.run(
         tune.with_resources(driver, {_SLOT: _slot(concurrent)}),
         name="tune",
         storage_path=storage,
         scheduler=_scheduler(search, space, "max" if upwards else "min"),
-        callbacks=[_Recorder(ledger, search.resources()[-1], tell)],
+        callbacks=[_Recorder(ledger, search.resources()[-1], tell, claims)],
         reuse_actors=True,
         max_failures=_RETRIES,
         raise_on_failed_trial=False,
@@ -132,7 +131,7 @@ def _proposal(ledger: Ledger, source: Proposals, number: int, search: Search) ->
     }
 
 
-def _drive(config: dict[str, Any], measure: Measure) -> None:
+def _drive(config: dict[str, Any], shared: Shared) -> None:
     """Body of a trial's driver."""
     proposal = config["proposal"]
     checkpoint = tune.get_checkpoint()
@@ -151,7 +150,8 @@ def _drive(config: dict[str, Any], measure: Measure) -> None:
             _fail(reports, proposal["reason"])
         return
     try:
-        for report in measure(proposal["values"], [Report(**report) for report in reports]):
+        past = [Report(**report) for report in reports]
+        for report in shared(tune.get_context().get_trial_id(), proposal["values"], past):
             reports.append(asdict(report))
             _report(reports, proposal)
     except (StageFailed, BadInput) as error:
@@ -207,8 +207,10 @@ class _Searcher(Searcher):
 class _Recorder(tune.Callback):
     """Keeps the ledger."""
 
-    def __init__(self, ledger: Ledger, last: int, tell: Callable[[Trial], None]):
-        self.ledger, self.last, self.tell = ledger, last, tell
+    def __init__(
+        self, ledger: Ledger, last: int, tell: Callable[[Trial], None], claims: SharedClaims
+    ):
+        self.ledger, self.last, self.tell, self.claims = ledger, last, tell, claims
         self.numbers: dict[str, int] = {}
 
     def _of(self, trial: Any) -> Trial:
@@ -248,8 +250,13 @@ class _Recorder(tune.Callback):
         """A trial that is not over by now was stopped by the scheduler."""
         self._end(self._of(trial), "stopped")
 
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """The driver, or its machine, died and will be started again; another may be first."""
+        self.claims.release(trial.trial_id)
+
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """The driver, or its machine, died too often."""
+        self.claims.release(trial.trial_id)
         self._end(self._of(trial), "failed", _cause(trial))
 
 

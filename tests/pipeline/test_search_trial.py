@@ -10,6 +10,7 @@ from smoke import SMOKE
 from pipeline.job import Outcome
 from pipeline.search import trial as trials
 from pipeline.search.checks import check_search
+from pipeline.search.equal import Claims, Shared
 from pipeline.search.plan import members, selecting
 from pipeline.search.trial import TrialWork
 from pipeline.store import Store
@@ -79,3 +80,14 @@ def test_a_rung_without_an_intermediate_runs_the_objective(work):
     make, ran = work
     rung = next(make(ASHA)({"learning_rate": 1e-3}, []))
     assert sorted(map(str, ran)) == ["2", "edits"] and rung.signal == 0.875
+
+
+def test_an_equal_trial_that_comes_later_trains_no_rung_again(work):
+    """The first one's weights of the rung are gone by then."""
+    make, ran = work
+    of = make(ASHA)
+    shared = Shared(of, of.sweep.search, of.member.space, Claims({}))
+    first = list(shared("a", {"learning_rate": 1e-3}, []))
+    assert list(shared("b", {"learning_rate": 1e-3}, [])) == first
+    assert sorted(map(str, ran)) == ["2", "6", "edits", "edits"]
+    assert Store(of.store).finished(first[0].nodes) == {first[0].nodes[1]}

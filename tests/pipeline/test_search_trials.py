@@ -60,12 +60,12 @@ def run(cluster, tmp_path):
     """A function that runs a search of the stub's loss, and its ledger afterwards."""
     store = Store(str(tmp_path / "store"))
 
-    def go(search, trials: int, name: str = "s", **stub) -> Ledger:
+    def go(search, trials: int, name: str = "s", concurrent: int = 1, **stub) -> Ledger:
         folder = f"search/{name}@0"
         goals = [False, True][: len(search.objectives)]
         run_trials(search, Space(BASE, search.space), trials, Ledger(store, folder),
                    Stub(search, tmp_path / name, **stub), maximize=goals, upwards=False,
-                   storage=store.path(folder), concurrent=1, tell=lambda trial: None)
+                   storage=store.path(folder), concurrent=concurrent, tell=lambda trial: None)
         store.delete(f"{folder}/tune")
         return Ledger(store, folder)
 
@@ -116,6 +116,22 @@ def test_a_restarted_search_goes_on_with_the_unfinished_trials_and_repeats_none(
     assert set(measured) < {p.name for p in (run.folder / "half").iterdir()}
     assert len(list((run.folder / "half").iterdir())) == len(list(
         (run.folder / "whole").iterdir()))
+
+
+def test_equal_trials_at_once_are_measured_once_also_after_a_restart(run):
+    """Eight trials of three rates, two at a time; each rate at the rung and at the end."""
+    search = search_of(algorithm=ASHA, space={"learning_rate": {"choice": [1e-4, 1e-3, 3e-3]}})
+    ledger = run(search, 8, concurrent=2)
+    measured = [name.name.rsplit("-", 1)[0] for name in (run.folder / "s").iterdir()]
+    assert len(measured) == len(set(measured)) < sum(len(t.reports) for t in ledger.trials.values())
+    for trial in ledger.trials.values():
+        assert all(report.values == trial.values for report in trial.reports)
+    for trial in (t for t in ledger.trials.values() if t.number > 3):
+        trial.status, trial.ended, trial.reports = "running", None, []
+        ledger.write(trial)
+    again = run(search, 8, concurrent=2)
+    assert all(trial.over for trial in again.trials.values())
+    assert len(list((run.folder / "s").iterdir())) == len(measured)
 
 
 def test_optuna_goes_on_where_it_was_killed(run):
