@@ -54,6 +54,11 @@ class Trial:
     ended: float | None = None
 
     @property
+    def trained(self) -> Values:
+        """What it was trained with last: population-based training changes what it began with."""
+        return self.reports[-1].values if self.reports else self.values
+
+    @property
     def over(self) -> bool:
         """Whether nothing is left to do for it."""
         return self.status != "running"

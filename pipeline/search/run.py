@@ -193,9 +193,8 @@ def _scores_text(report: Report, search: Search) -> str:
 
 
 def _values_text(trial: Trial) -> str:
-    values = trial.reports[-1].values if trial.reports else trial.values
     return ", ".join(f"{path} {value:.3g}" if isinstance(value, float) else f"{path} {value}"
-                     for path, value in values.items())
+                     for path, value in trial.trained.items())
 
 
 def best_lines(sweep: Sweep, searches: list[ModelSearch], store: Store) -> list[str]:
@@ -212,8 +211,8 @@ def trial_table(ledger: Ledger, search: Search) -> pd.DataFrame:
     """One row per trial.
 
     Columns: number, status, reason, steps, tokens (over all seeds), seconds (from start to end,
-    interruptions included), ``value:<field>`` as started with, ``objective:<name>`` (NaN unless the
-    trial finished) and signal, what its last evaluation gave the scheduler.
+    interruptions included), ``value:<field>`` as trained with last, ``objective:<name>`` (NaN
+    unless the trial finished) and signal, what its last evaluation gave the scheduler.
     """
     rows = []
     for trial in sorted(ledger.trials.values(), key=lambda trial: trial.number):
@@ -228,7 +227,7 @@ def trial_table(ledger: Ledger, search: Search) -> pd.DataFrame:
             "seconds": (trial.ended or trial.started) - trial.started,
             "signal": last.signal if last else math.nan,
         }
-        for path, value in trial.values.items():
+        for path, value in trial.trained.items():
             plain = isinstance(value, int | float | str | bool)
             row[f"value:{path}"] = value if plain else json.dumps(value)
         for index, objective in enumerate(search.objectives):

@@ -61,7 +61,7 @@ class TrialTracker(Tracker):
         self, experiment: str, parent: str, runs: list, search: Search, model: str, side: str,
         trial: Trial,
     ) -> None:
-        fingerprint = digest([model, asdict(trial)])
+        fingerprint = digest([model, _content(trial)])
         place = {"kind": "trial", "model": model, "trial": str(trial.number)}
         alike = [r for r in runs if all(r.data.tags.get(k) == v for k, v in place.items())]
         run = next((r for r in alike if r.data.tags["fingerprint"] == fingerprint), None)
@@ -83,16 +83,17 @@ class TrialTracker(Tracker):
     def _fill_trial(self, run: str, search: Search, side: str, trial: Trial) -> None:
         from mlflow.entities import Metric, Param
 
-        values = {"architecture": side, **trial.values}
+        values = {"architecture": side, **trial.trained}
         params = [Param(key, value) for key, value in clean_all(values).items()]
         time, points = milliseconds(trial.ended), []
+        # Population-based training changes values on the way; the run shows each of them.
+        changed = {path for report in trial.reports for path, value in report.values.items()
+                   if value != trial.trained[path] and isinstance(value, int | float)}
         for report in trial.reports:
             found = {"signal": report.signal, "tokens": float(report.tokens), **report.scores}
             found |= {_key(objective.name): value for objective, value in
                       zip(search.objectives, report.objectives, strict=False)}
-            # Population-based training changes values on the way; the run shows each of them.
-            found |= {f"value/{path}": float(value) for path, value in report.values.items()
-                      if value != trial.values.get(path) and isinstance(value, int | float)}
+            found |= {f"value/{path}": float(report.values[path]) for path in changed}
             points += [Metric(key, value, time, report.steps) for key, value in found.items()]
         self.client.log_batch(run, params=params)
         for start in range(0, len(points), PER_BATCH):
@@ -105,7 +106,7 @@ def trials_fingerprint(
 ) -> str:
     """Digest of everything that ``TrialTracker.log_search`` would log; needs no MLflow."""
     files = sorted(path for path in report.rglob("*") if path.is_file())
-    return digest([name, [[m, s, asdict(t)] for m, s, t in trials], digests(files)])
+    return digest([name, [[m, s, _content(t)] for m, s, t in trials], digests(files)])
 
 
 def record_trials(
@@ -125,6 +126,11 @@ def record_trials(
     if store.read_json(memory) != now:
         TrialTracker(uri).log_search(name, search, trials, folder)
         store.write_json(memory, now)
+
+
+def _content(trial: Trial) -> dict:
+    """What is logged of a trial, whose params are what it was trained with last."""
+    return asdict(trial) | {"values": trial.trained}
 
 
 def _key(name: str) -> str:

@@ -88,6 +88,9 @@ def _cautions(content: SearchContent) -> list[str]:
         "Scores on this page chose the recipes and flatter them: the best of many noisy scores is "
         "too good on average. Quote the other report, which has other examples and fresh seeds."
     ]
+    if content.algorithm == "pbt":
+        found.append("A trial is shown with the knobs of its last segment; those of the earlier "
+                     "ones, which it was trained with as well, are in its MLflow run.")
     for each in content.models:
         failed = int((each.table["status"] == "failed").sum())
         if failed:

@@ -94,3 +94,18 @@ def test_logging_again_adds_nothing_and_changed_trials_replace(place):
     assert len(after) == 4
     replaced = [r for r in after if r.data.tags["superseded"] == "true"]
     assert [(r.data.tags["trial"], r.data.metrics["signal"]) for r in replaced] == [("1", 0.5)]
+
+
+def test_a_member_of_a_population_is_logged_with_what_it_was_trained_with(place):
+    """Its last rate is a param, the rates of its segments are a curve."""
+    rates = (1e-3, 1e-3, 1.2e-3)
+    reports = [Report(n, [0.5], 0.5, 3 * n, 30, {SCORE: 0.5},
+                      {"learning_rate": rate, "schedule": "constant"})
+               for n, rate in enumerate(rates, start=1)]
+    began = {"learning_rate": 5e-2, "schedule": "constant"}
+    record(place, [("moe", "moe", Trial(0, began, "finished", reports, started=1.0, ended=2.0))])
+    run = runs(place[1])[0]
+    assert run.data.params == {
+        "architecture": "moe", "learning_rate": "0.0012", "schedule": "constant"}
+    curve = MlflowClient(place[1]).get_metric_history(run.info.run_id, "value/learning_rate")
+    assert [(m.step, m.value) for m in curve] == [(3, 1e-3), (6, 1e-3), (9, 1.2e-3)]

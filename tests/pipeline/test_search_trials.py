@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -12,7 +13,7 @@ from search_sweeps import BASE, RATE, search_of
 from pipeline.search.ledger import Ledger, Report, Trial
 from pipeline.search.plan import Member, segments_of
 from pipeline.search.proposals import proposals
-from pipeline.search.run import recipes_of, trial_table
+from pipeline.search.run import _values_text, recipes_of, trial_table
 from pipeline.search.space import Space
 from pipeline.search.tuning import _slot, run_trials
 from pipeline.store import Store
@@ -237,6 +238,18 @@ def test_what_begins_a_training_is_done_in_its_first_segment():
     assert [(s.warmup_steps, s.warmup_ratio) for s in found] == [(2, 0), (0, 0), (0, 0)]
     assert [s.router.initial for s in found] == ["random", "pretrained", "pretrained"]
     assert [s.learning_rate for s in found] == [1e-3, 3e-3, 1e-3]
+
+
+def test_a_population_is_told_with_the_values_that_it_was_trained_with_last():
+    """A clone began at a rate that nothing of its chain was trained with."""
+    search = search_of(algorithm=PBT)
+    clone = Trial(0, {"learning_rate": 5e-2}, "finished", ended=0.0)
+    clone.reports = [Report(n, [0.9], 0.9, steps=3 * n, values={"learning_rate": rate})
+                     for n, rate in ((1, 1e-3), (2, 1e-3), (3, 1.2e-3))]
+    fresh = Trial(1, {"learning_rate": 2e-3}, "failed", reason="lost", ended=0.0)
+    table = trial_table(SimpleNamespace(trials={0: clone, 1: fresh}), search)
+    assert table["value:learning_rate"].tolist() == [1.2e-3, 2e-3]
+    assert _values_text(clone) == "learning_rate 0.0012"
 
 
 def test_a_population_s_winner_is_a_chain_that_can_be_planned_again(run):

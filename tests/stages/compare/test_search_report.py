@@ -1,6 +1,7 @@
 """The report of a search: budgets that differ are said, nothing from outside is rendered."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -68,6 +69,13 @@ def test_report_stands_alone_and_shows_every_trial(report):
     assert trials["model"].value_counts().to_dict() == {"moe-model": 20, "dense-model": 20}
     figures = {p.name: p.read_bytes() for p in (report.folder / "figures").iterdir()}
     assert len(figures) == 5
+    assert "the knobs of its last segment" not in text
+
+
+def test_a_population_s_report_says_which_of_its_knobs_are_shown(tmp_path):
+    tried = content(searched("moe-model", "moe", 6), searched("dense-model", "dense", 6))
+    write(replace(tried, algorithm="pbt"), tmp_path)
+    assert "the knobs of its last segment" in (tmp_path / "search.html").read_text()
 
 
 def test_equal_budgets_need_no_word_and_others_get_one():
