@@ -9,7 +9,7 @@ from stages.data.templates import TEMPLATES
 from stages.errors import StageFailed
 from stages.evaluate.base import Request
 from stages.evaluate.labelled_texts import LabelledTexts
-from stages.evaluate.scorer import encode, prompt
+from stages.evaluate.scorer import Encoded, encode, prompt
 from stages.models.families import family
 
 
@@ -34,10 +34,7 @@ class Asker:
 
     def question(self, row: dict, text: str) -> Question:
         """The row's prompt with another text in its place."""
-        context = row["before"] + text + row["after"]
-        request = Request(row["id"], context, self.words, chat=self.spec.chat)
-        longest = getattr(self.model.config, "max_position_embeddings", 1 << 30)
-        choices = encode(self.tokenizer, request, longest)
+        request, choices = self._encoded(row, text)
         start = choices[0].start
         heads = {tuple(choice.tokens[: choice.start]) for choice in choices}
         if len(heads) > 1:
@@ -56,6 +53,35 @@ class Asker:
             answers=self.owners,
             gold=self.labels.index(row["label"]),
         )
+
+    def texts(self, row: dict, clean: Question, rows: torch.Tensor) -> list[str]:
+        """What stands in the text's place in prompts (B, n) that differ from the row's own in its
+        editable tokens alone."""
+        places = clean.editable.nonzero()[:, 0].tolist()
+        if not places:
+            return [row["text"]] * len(rows)
+        request, _ = self._encoded(row, row["text"])
+        whole, spans = pieces(self.tokenizer, request, len(clean.tokens))
+        start = whole.index(request.context) + len(row["before"])
+        begin = _written(whole, spans[places[0]])[0] - start
+        end = spans[places[-1]][1] - start
+        decoded = self.tokenizer.batch_decode(rows[:, places[0] : places[-1] + 1])
+        # The first token may hold the blank before the text, which not every tokenizer decodes.
+        return [row["text"][:begin] + part.lstrip() + row["text"][end:] for part in decoded]
+
+    def are_prompts(self, row: dict, clean: Question, rows: torch.Tensor) -> torch.Tensor:
+        """Which tokens (B, n) are those of the row's prompt with their own text in it, (B,)."""
+        found = []
+        for text, tokens in zip(self.texts(row, clean, rows), rows.tolist(), strict=True):
+            _, choices = self._encoded(row, text)
+            found.append(all(choice.tokens[: choice.start] == tokens for choice in choices))
+        return torch.tensor(found, dtype=torch.bool, device=rows.device)
+
+    def _encoded(self, row: dict, text: str) -> tuple[Request, list[Encoded]]:
+        context = row["before"] + text + row["after"]
+        request = Request(row["id"], context, self.words, chat=self.spec.chat)
+        longest = getattr(self.model.config, "max_position_embeddings", 1 << 30)
+        return request, encode(self.tokenizer, request, longest)
 
 
 def inside(
@@ -90,16 +116,13 @@ def allowed_tokens(tokenizer: Tokenizer, size: int) -> torch.Tensor:
     return found
 
 
-def are_texts(tokenizer: Tokenizer, rows: torch.Tensor) -> torch.Tensor:
-    """Which token sequences (B, n) are what the tokenizer makes of their own text, (B,)."""
-    texts = tokenizer.batch_decode(rows, skip_special_tokens=False)
-    again = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    same = [a == b for a, b in zip(again, rows.tolist(), strict=True)]
-    return torch.tensor(same, dtype=torch.bool, device=rows.device)
-
-
 def _within(whole: str, span: tuple[int, int], begin: int, end: int) -> bool:
     """Whether a token stands for characters of the text alone, blanks at its start aside."""
-    first, last = span
-    first += len(whole[first:last]) - len(whole[first:last].lstrip())
+    first, last = _written(whole, span)
     return begin <= first < last <= end
+
+
+def _written(whole: str, span: tuple[int, int]) -> tuple[int, int]:
+    """The characters of a token without the blanks at its start."""
+    first, last = span
+    return first + len(whole[first:last]) - len(whole[first:last].lstrip()), last

@@ -74,6 +74,12 @@ class SuffixSearch(_Prompts):
         start = 0 if aimed else int(places.min())
         beginning = victim.read(table[question.tokens[:start]])
         start = 0 if beginning is None else start
+        if not self._are_prompts(row, question.tokens[None], places).item():
+            raise StageFailed(
+                f"target_attack: the tokens of example {row['id']} are not those that the "
+                f"tokenizer of {self.model.config.model_type} makes of their own text, so it "
+                "cannot be told which suffixes are a text; give another `suffix`, or leave it out"
+            )
         width = len(question.tokens) - start + length
         with torch.no_grad():
             first_routes = victim.routes(table[question.tokens][None], question)[1]

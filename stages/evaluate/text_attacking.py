@@ -21,7 +21,7 @@ from stages.attack.text_spec import (
 )
 from stages.attack.wordnet import WordNet, folder
 from stages.errors import StageFailed
-from stages.evaluate.asking import Asker, allowed_tokens, are_texts
+from stages.evaluate.asking import Asker, allowed_tokens
 from stages.evaluate.text_attacks import SWAPS, variants
 from stages.models.routes import Weigh, hash_of, imposed
 from stages.models.routing import Routing, weighing
@@ -184,7 +184,7 @@ class Attacker(Asker):
         if isinstance(attack, EmbeddingPGD):
             return self._ascent(attack, clean, torch.Generator().manual_seed(seed), goal)
         if isinstance(attack, GCG):
-            return self._search(attack, clean, torch.Generator().manual_seed(seed))
+            return self._search(attack, row, clean, torch.Generator().manual_seed(seed))
         found = edits.greedy(
             row["text"], self._variants(attack), lambda texts: self._margins(row, texts),
             attack.edits, random.Random(seed),
@@ -207,9 +207,9 @@ class Attacker(Asker):
             positions = clean.question.editable.nonzero()[:, 0]
             tokens = gcg.random_replacements(
                 clean.question.tokens, positions, attack.substitutions, self.allowed,
-                self._are_texts, generator,
+                self._keep(row, clean), generator,
             )  # fmt: skip
-            return self._replaced(clean, tokens)
+            return self._replaced(row, clean, tokens)
         rng = random.Random(seed)
         text, done = edits.at_random(row["text"], self._variants(attack), attack.edits, rng)
         return self._written(row, text, done)
@@ -232,7 +232,9 @@ class Attacker(Asker):
     def _radius(self, attack: EmbeddingPGD) -> float:
         return attack.epsilon * self.scale[attack.norm]
 
-    def _search(self, attack: GCG, clean: Attempt, generator: torch.Generator) -> Attempt:
+    def _search(
+        self, attack: GCG, row: dict, clean: Attempt, generator: torch.Generator
+    ) -> Attempt:
         question, table = clean.question, self.victim.table
         objective = Objective(self.victim, question, attack)
         width = len(question.tokens) * len(question.beginnings)
@@ -252,16 +254,18 @@ class Attacker(Asker):
             value, gradient, table, question.tokens, question.editable.nonzero()[:, 0],
             allowed=self.allowed, budget=attack.substitutions, steps=attack.steps,
             candidates=attack.candidates, top=attack.top, generator=generator,
-            keep=self._are_texts, goal=0.0,
+            keep=self._keep(row, clean), goal=0.0,
         )  # fmt: skip
-        return self._replaced(clean, found.tokens, found.zero_gradients)
+        return self._replaced(row, clean, found.tokens, found.zero_gradients)
 
-    def _replaced(self, clean: Attempt, tokens: torch.Tensor, zero: float = 0.0) -> Attempt:
+    def _replaced(
+        self, row: dict, clean: Attempt, tokens: torch.Tensor, zero: float = 0.0
+    ) -> Attempt:
         question = Question(
             tokens, clean.question.editable, clean.question.words, clean.question.answers,
             clean.question.gold,
         )  # fmt: skip
-        text = self.tokenizer.decode(tokens[clean.question.editable])
+        (text,) = self.texts(row, clean.question, tokens[None])
         changed = int((tokens != clean.question.tokens).sum())
         return Attempt(self.victim.table[tokens], question, text, changed, zero)
 
@@ -269,8 +273,20 @@ class Attacker(Asker):
         question = self.question(row, text)
         return Attempt(self.victim.table[question.tokens], question, text, count)
 
-    def _are_texts(self, rows: torch.Tensor) -> torch.Tensor:
-        return are_texts(self.tokenizer, rows)
+    def _keep(self, row: dict, clean: Attempt) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Which tokens (B, n) are an input: a text in the row's prompt.
+
+        Raises StageFailed where not even the clean ones are, since a search would find nothing then
+        and the example count as robust.
+        """
+        question = clean.question
+        if not self.are_prompts(row, question, question.tokens[None]).item():
+            raise StageFailed(
+                f"gcg: the tokens of example {row['id']} are not those that the tokenizer of "
+                f"{self.model.config.model_type} makes of their own text, so it cannot be told "
+                "which others are a text; leave gcg out, or the example"
+            )
+        return lambda rows: self.are_prompts(row, question, rows)
 
     def _margins(self, row: dict, texts: Sequence[str]) -> list[float]:
         questions = [self.question(row, text) for text in texts]

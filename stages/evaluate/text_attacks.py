@@ -65,10 +65,14 @@ class TextAttacks(LabelledTexts):
         return self
 
     def wordings(self) -> dict[str, str]:
-        """The template's hash, and that of WordNet's files where an attack takes words from it."""
+        """The template's hash, that of WordNet's files where an attack takes words from it, and
+        what a search of tokens takes for an input."""
         asked = any(getattr(attack, "synonyms", "") == "wordnet" for attack in self.attacks)
-        return super().wordings() | (
-            {"wordnet": wordnet.digest(wordnet.folder())} if asked else {}
+        searches = any(isinstance(attack, GCG) for attack in self.attacks)
+        return (
+            super().wordings()
+            | ({"wordnet": wordnet.digest(wordnet.folder())} if asked else {})
+            | ({"tokens": "those of the row's prompt with a text in it"} if searches else {})
         )
 
     def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:

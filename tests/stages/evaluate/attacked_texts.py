@@ -1,6 +1,10 @@
 """Texts of a shop, attacks on them, and the scores of an evaluation asked by hand."""
 
+import string
+
 import pandas as pd
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from stages.evaluate.engine import Engine
 from stages.evaluate.shards import plan_shards
@@ -38,6 +42,26 @@ def engine_of(name, folder):
     tiny_model(name, tokenizer, seed=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Engine(folder)
+
+
+def prepending_tokenizer():
+    """Llama 2's normaliser, which puts a blank before a text, also before one that begins with a
+    special token. Letters are tokens, and so are some words with the beginnings they merge from."""
+    merges = [(word[:n], word[n]) for word in ("▁thing", "▁day", "▁film", "▁good")
+              for n in range(1, len(word))]  # fmt: skip
+    letters = sorted({*"".join(TEXTS), *"Text:\nSentiment:", *string.ascii_letters, "▁"} - {" "})
+    symbols = dict.fromkeys(("<unk>", "<s>", "</s>", *letters, *(a + b for a, b in merges)))
+    tokenizer = Tokenizer(models.BPE(
+        vocab={symbol: number for number, symbol in enumerate(symbols)},
+        merges=list(dict.fromkeys(merges)), unk_token="<unk>"))  # fmt: skip
+    blank = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), blank])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
+                                   pad_token="</s>", unk_token="<unk>")
 
 
 def scores_of(engine, evaluation, data, size=64):

@@ -9,10 +9,20 @@ import torch
 from pydantic import ValidationError
 
 from stages.attack.wordnet import digest
+from stages.errors import StageFailed
 from stages.evaluate.text_attacking import Attacker, Attempt, common, variants
 from stages.models.routes import imposed
+from stages.models.tiny import tiny_model
 from tests.stages.attack.dictionary import write_dictionary
-from tests.stages.evaluate.attacked_texts import ATTACKS, TEXTS, engine_of, scores_of, shop, spec
+from tests.stages.evaluate.attacked_texts import (
+    ATTACKS,
+    TEXTS,
+    engine_of,
+    prepending_tokenizer,
+    scores_of,
+    shop,
+    spec,
+)
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +190,57 @@ def test_controls_spend_the_budget_of_their_attack(engines, data):
         assert attacker.control(bug, row, clean).edits == min(2, words)
 
 
+@pytest.fixture(scope="module")
+def prepending():
+    tokenizer = prepending_tokenizer()
+    model = tiny_model("mixtral", tokenizer, seed=0).requires_grad_(False)
+    return Attacker(spec(attacks=[ATTACKS[2]]), model, tokenizer)
+
+
+def test_tokens_are_searched_where_the_tokenizer_puts_a_blank_before_a_text(prepending, data):
+    (search,) = prepending.spec.attacks
+    edits, tokenizer = [], prepending.tokenizer
+    for row in prepending.spec.rows(data["shop"]):
+        question = prepending.question(row, row["text"])
+        whole = tokenizer.decode(question.tokens)
+        assert tokenizer(whole, add_special_tokens=False)["input_ids"] != question.tokens.tolist()
+        clean = Attempt(prepending.victim.table[question.tokens], question, row["text"], 0)
+        for make in (prepending.attempt, prepending.control):
+            made = make(search, row, clean)
+            # The text that is told is what the model was asked about.
+            again = prepending.question(row, made.text)
+            assert torch.equal(again.tokens, made.question.tokens)
+            assert (made.edits > 0) == (made.text != row["text"])
+            edits.append(made.edits)
+    # An example that is wrong as it is needs no search.
+    assert sum(n > 0 for n in edits[::2]) >= 1 and edits[1::2] == [2] * 4
+
+
+def test_what_stands_in_the_place_of_a_text(prepending, engines, data):
+    byte = Attacker(spec(), engines["mixtral"].model, engines["mixtral"].tokenizer)
+    for attacker in (prepending, byte):
+        row = spec().rows(data["shop"])[0] | {"text": "  Awful dull thing "}
+        question = attacker.question(row, row["text"])
+        assert attacker.texts(row, question, question.tokens[None]) == [row["text"]]
+        assert attacker.are_prompts(row, question, question.tokens[None]).tolist() == [True]
+    # The blank before a text is the template's, and a token without it is no text.
+    places = question.editable.nonzero()[:, 0]
+    other = question.tokens.clone()
+    other[places[0] - 1] = byte.tokenizer("x")["input_ids"][0]
+    assert byte.are_prompts(row, question, other[None]).tolist() == [False]
+
+
+def test_a_search_that_could_find_nothing_is_refused(prepending, data):
+    """An unknown letter is decoded as the special token that stands for it."""
+    row = spec().rows(data["shop"])[0] | {"text": "A ☃ day"}
+    question = prepending.question(row, row["text"])
+    clean = Attempt(prepending.victim.table[question.tokens], question, row["text"], 0)
+    told = "gcg: the tokens of example shop/0 are not those that the tokenizer of mixtral makes"
+    for make in (prepending.attempt, prepending.control):
+        with pytest.raises(StageFailed, match=told):
+            make(prepending.spec.attacks[0], row, clean)
+
+
 def test_words_of_one_token_have_neighbours(engines, monkeypatch):
     from stages.evaluate.text_attacking import Attacker
 
@@ -201,7 +262,7 @@ def test_synonyms_of_a_dictionary_are_put_in(engines, tmp_path, monkeypatch):
     monkeypatch.setenv("WNSEARCHDIR", str(write_dictionary(tmp_path)))
     evaluation = spec(attacks=[{"kind": "word_neighbours", "synonyms": "wordnet", "edits": 2}])
     assert evaluation.wordings()["wordnet"] == digest(tmp_path)
-    assert "wordnet" not in spec().wordings()
+    assert "wordnet" not in spec().wordings() and "tokens" not in evaluation.wordings()
     texts = ["Good film", "A film, just awful"]
     shop = pd.DataFrame({"id": ["0", "1"], "document": ["0", "1"], "text": texts,
                          "label": ["positive", "negative"]})
