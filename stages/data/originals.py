@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,6 +108,34 @@ def headed_text(path: Path) -> pa.Table:
     return pa.table(
         {name: [row[place] for row in rows] for place, name in enumerate(names) if name}
     )
+
+
+def with_revised_premise(table: pa.Table) -> pa.Table:
+    """``source``: the digest of the premise that a row's own was revised from, or of its own.
+
+    Four rows after one another revise one pair, two of them its hypothesis: the premise that these
+    have in common is the original one.
+    """
+    premises = table["sentence1"].to_pylist()
+    sources = []
+    for start in range(0, len(premises), 4):
+        block = premises[start : start + 4]
+        original, times = Counter(block).most_common(1)[0]
+        sources += [
+            original if times > 1 and block.count(premise) == 1 else premise for premise in block
+        ]
+    digests = [hashlib.sha256(source.encode()).hexdigest()[:16] for source in sources]
+    return table.append_column("source", pa.array(digests, pa.string()))
+
+
+def with_part(table: pa.Table) -> pa.Table:
+    """``part``: of each batch the first row is the original, the other one is revised."""
+    seen = set()
+    parts = []
+    for batch in table["batch_id"].to_pylist():
+        parts.append("revised" if batch in seen else "original")
+        seen.add(batch)
+    return table.append_column("part", pa.array(parts, pa.string()))
 
 
 def lines(path: Path) -> pa.Table:

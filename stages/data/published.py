@@ -53,6 +53,9 @@ class Split:
     web: Web | None = None
     rows: int | None = None
     """Rows as published, before anything is left out; None where no source could be confirmed."""
+    shared_documents: str = ""
+    """The group of data sets that hold the same sources in other words, each of them named by
+    ``Form.shared`` alike."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,9 @@ class Form:
     """Columns that ``derive`` reads."""
     makes: tuple[str, ...] = ()
     """Columns that ``derive`` makes."""
+    shared: str = ""
+    """Column that names the sources which a split has in common with other data sets; a file
+    without it has its rows by themselves."""
     quoted: bool = False
     """A TSV file of this form quotes cells like a CSV file (written by pandas)."""
 
@@ -121,19 +127,22 @@ class Published:
         part = self.splits[split]
         hub = (self.hub.repository, self.hub.revision) if self.hub and part.files else None
         web = (part.web.url, part.web.sha256) if part.web else None
-        return _digest([hub, part.files, web, *self._reading])
+        return _digest([hub, part.files, web, *self._reading(part)])
 
-    def pin_of(self, digest: str) -> str:
+    def pin_of(self, digest: str, split: str) -> str:
         """The same of a user's file, by the sha256 of its content."""
-        return _digest([digest, *self._reading])
+        return _digest([digest, *self._reading(self.splits[split])])
 
-    @property
-    def _reading(self) -> list:
+    def _reading(self, part: Split) -> list:
         """All that decides which rows are made of a file."""
         forms = [(f.columns, f.labels, f.unlabelled, f.keep) for f in self.forms]
         derived = [form.derived for form in self.forms if form.derived > 1]
         quoted = [place for place, form in enumerate(self.forms) if form.quoted]
-        return [forms, self.harmful, *derived, *([{"quoted": quoted}] if quoted else [])]
+        later = [{"quoted": quoted}] if quoted else []
+        if part.shared_documents:
+            columns = [form.shared for form in self.forms]
+            later.append({"shared": [part.shared_documents, columns]})
+        return [forms, self.harmful, *derived, *later]
 
     def pinned(self, split: str) -> bool | None:
         """Whether what is brought cannot change; None where nothing can be brought."""

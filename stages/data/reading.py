@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from stages.data import files
 from stages.data.pack_readers import MINORS
 from stages.data.published import Form, Published
+from stages.data.schema import shared
 from stages.data.spec import LABELLED
 from stages.errors import BadInput
 
@@ -23,12 +24,12 @@ class Read(NamedTuple):
     """Rows before anything was left out."""
 
 
-def read(published: Published, paths: list[Path], where: str) -> Read:
-    """The rows of a published data set, from its files.
+def read(published: Published, split: str, paths: list[Path], where: str) -> Read:
+    """The rows of a published data set's split, from its files.
 
     ``where`` begins the messages. Raises BadInput for files that are none of the known forms.
     """
-    tables = [_table(published, path, where) for path in paths]
+    tables = [_table(published, split, path, where) for path in paths]
     table = pa.concat_tables(tables, promote_options="permissive")
     rows, dropped = table.num_rows, {}
     if published.task in LABELLED:
@@ -38,15 +39,17 @@ def read(published: Published, paths: list[Path], where: str) -> Read:
     return Read(table, dropped, rows)
 
 
-def _table(published: Published, path: Path, where: str) -> pa.Table:
+def _table(published: Published, split: str, path: Path, where: str) -> pa.Table:
     """One file's rows with the task's columns; a label that is to be left out is null."""
     if published.original is not None and path.suffix == published.original_suffix:
         with files.readable(path, where):
             whole = published.original(path)
         form = _form(published, whole.column_names, path, where)
     else:
-        form = _form(published, files.columns(path, where), path, where)
-        whole = files.read(path, list(form.reads), where, quoted=form.quoted)
+        found = files.columns(path, where)
+        form = _form(published, found, path, where)
+        wanted = [*form.reads, *({form.shared} & set(found) - set(form.reads))]
+        whole = files.read(path, wanted, where, quoted=form.quoted)
     with files.readable(path, where):
         if form.derive is not None:
             whole = form.derive(whole)
@@ -58,6 +61,10 @@ def _table(published: Published, path: Path, where: str) -> pa.Table:
         source = form.columns["document"]
         texts = {c for name, c in form.columns.items() if name not in ("id", "document")}
         table = _set(table, "document", _documents(table["document"], whole=source in texts))
+    group = published.splits[split].shared_documents
+    if group and form.shared in whole.column_names:
+        sources = whole[form.shared].cast(pa.string()).combine_chunks()
+        table = table.append_column("document", shared(sources, group))
     if form.labels:
         table = _set(table, "label", _labels(table["label"], form, f"{where}: {path}"))
     return table

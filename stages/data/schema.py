@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.data.spec import LABELLED, OPTIONAL_COLUMNS, TASK_COLUMNS, DataSpec, Task
+from stages.data.spec import LABELLED, OPTIONAL_COLUMNS, SHARED, TASK_COLUMNS, DataSpec, Task
 from stages.errors import BadInput
 
 _LISTS = ("choices", "answers", "correct_answers", "incorrect_answers")
@@ -65,11 +65,14 @@ def source_columns(found: list[str], spec: DataSpec, where: str) -> dict[str, st
     Raises BadInput where a required or mapped column is missing.
     """
     chosen = {}
+    optional = OPTIONAL_COLUMNS | {"id", "document"}
+    if spec.shared_documents is not None:
+        optional -= {"document"}
     for name in SCHEMAS[spec.task].names:
         source = spec.columns.get(name, name)
         if source in found:
             chosen[name] = source
-        elif name in spec.columns or name not in OPTIONAL_COLUMNS | {"id", "document"}:
+        elif name in spec.columns or name not in optional:
             near = difflib.get_close_matches(source, found, n=1) or ["NAME"]
             raise BadInput(
                 f"{where}: there is no column {source!r} (there are {', '.join(found)}); "
@@ -103,6 +106,8 @@ def conform(table: pa.Table, chosen: dict[str, str], spec: DataSpec, where: str)
             )
     if "document" in made:
         _check_given(made["document"], "document", where)
+        if spec.shared_documents is not None:
+            made["document"] = shared(made["document"], spec.shared_documents)
     if spec.task in LABELLED:
         _check_given(made["label"], "label", where)
         made["label"] = _labels(made["label"], spec, where)
@@ -112,6 +117,11 @@ def conform(table: pa.Table, chosen: dict[str, str], spec: DataSpec, where: str)
     if spec.task == "multiple_choice":
         _check_answers(made["choices"], made["answer"], where)
     return pa.table(made)
+
+
+def shared(documents: pa.Array, group: str) -> pa.Array:
+    """Documents under names that they have in every data set of a group (``SHARED``)."""
+    return pc.binary_join_element_wise(SHARED + group, documents, "/")
 
 
 def without_text(table: pa.Table) -> pa.ChunkedArray:

@@ -136,13 +136,18 @@ def check(spec: DataSpec, field: str) -> str | None:
         _check_known(spec, field, source.task, source.labels)
         return source.content
     if isinstance(source, CatalogueSet):
+        if spec.shared_documents is not None:
+            raise BadInput(
+                f"{field}.shared_documents: the catalogue says itself which documents "
+                f"{spec.format or spec.source} shares with others; remove this field"
+            )
         _check_known(spec, field, source.published.task, source.published.labels)
         if source.path is None:
             return source.published.pin(source.split)
         # A published data set that is not there yet is a gap in the table, no mistake.
         if not source.path.exists():
             return None
-        read(source.published, [source.path], where)
+        read(source.published, source.split, [source.path], where)
         return _content(source)
     if isinstance(source, LocalFile):
         _read_file(source.path, spec, where)
@@ -153,7 +158,7 @@ def check(spec: DataSpec, field: str) -> str | None:
 def _content(source: CatalogueSet | LocalFile) -> str:
     """sha256 of a user's file or folder, and of how it is read where a declaration says that."""
     if isinstance(source, CatalogueSet):
-        return source.published.pin_of(files.digest(source.path))
+        return source.published.pin_of(files.digest(source.path), source.split)
     path = source.path
     return images.digest(path) if images.holds_images(path) else files.digest(path)
 
@@ -238,7 +243,7 @@ def _load_published(source: CatalogueSet, spec: DataSpec, where: str) -> Loaded:
                 f"{where}: there is no such file; put {published.files} there{ask}"
             )
         _check_unchanged(source, spec, where)
-    found = read(published, paths, where)
+    found = read(published, split, paths, where)
     expected = published.splits[split].rows
     notes = [_stray(paths) if published.task != "images" else ""]
     if expected is not None and found.rows != expected:

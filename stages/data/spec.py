@@ -46,6 +46,9 @@ TASK_COLUMNS: dict[Task, tuple[str, ...]] = {
     # Encoded bytes (PNG, JPEG …).
     "images": ("image", "label"),
 }
+SHARED = "="
+"""Begins the name of a document that is the same source in every data set that has it:
+``=GROUP/DOCUMENT``."""
 LABELLED: frozenset[Task] = frozenset({"classification", "nli", "paraphrase", "images"})
 TEMPLATED: frozenset[Task] = LABELLED - {"images"}
 """Labelled texts, which a template turns into prompts."""
@@ -80,6 +83,10 @@ class DataSpec(Spec):
     """Column of the task's schema to column of the source, where the names differ."""
     labels: dict[str, str] = {}
     """Label of the source to label of the task, where they differ (tasks with labels)."""
+    shared_documents: Annotated[str, Field(min_length=1)] | None = None
+    """Name of a group of data sets, in which the same ``document`` is the same source: a text here
+    and its rewrites there. They are one bootstrap cluster, and at equal seed and shares no split
+    tells them apart."""
     splits: dict[str, Annotated[float, Field(gt=0, le=1)]] = {"test": 1.0}
     """Split name to share of the documents; the shares sum to at most 1."""
     rows: dict[str, Annotated[int, Field(gt=0)]] = {}
@@ -94,7 +101,7 @@ class DataSpec(Spec):
     def identity(self) -> dict:
         """A data set without what was added later is what it was before."""
         identity = super().identity()
-        for added in ("corruption", "rows_per_label"):
+        for added in ("corruption", "rows_per_label", "shared_documents"):
             if not getattr(self, added):
                 del identity[added]
         return identity

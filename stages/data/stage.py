@@ -6,6 +6,7 @@ by document and each split is cut to its number of rows. All of it depends on th
 seed, not on the order in which the source lists them.
 """
 
+import bisect
 import hashlib
 import json
 from collections import Counter
@@ -21,7 +22,7 @@ from stages.data.card import DataCard
 from stages.data.corruptions import corrupted
 from stages.data.schema import SCHEMAS, keys, without_text
 from stages.data.sources import load
-from stages.data.spec import DISJOINT, TRAINED, DataSpec
+from stages.data.spec import DISJOINT, SHARED, TRAINED, DataSpec
 from stages.errors import BadInput, StageFailed
 
 
@@ -134,15 +135,20 @@ def _distinct(
 
 
 def _split(table: pa.Table, spec: DataSpec) -> dict[str, pa.Table]:
-    """Cut the seed's permutation of the documents at the shares, then draw rows of each split."""
-    documents = sorted(
-        set(table["document"].to_pylist()), key=lambda name: _hash(f"{spec.seed}/document/{name}")
-    )
+    """Cut the seed's permutation of the documents at the shares, then draw rows of each split.
+
+    Documents that other data sets have too are cut by their places in [0, 1), which no other
+    document moves, so that a split here has no document of another split there.
+    """
+    hashes = {name: _hash(f"{spec.seed}/document/{name}") for name in table["document"].to_pylist()}
+    documents = sorted(hashes, key=hashes.get)
+    places = [int(hashes[name][:13], 16) / 16**13 for name in documents]
+    alone = not any(name.startswith(SHARED) for name in documents)
     splits, start, share = {}, 0, 0.0
     # By name: a fingerprint does not see the order in which a sweep lists its splits.
     for split in sorted(spec.splits):
         share += spec.splits[split]
-        end = round(share * len(documents))
+        end = round(share * len(documents)) if alone else bisect.bisect_left(places, share)
         chosen = pa.array(documents[start:end], pa.string())
         splits[split] = _draw(table.filter(pc.is_in(table["document"], chosen)), split, spec)
         start = end

@@ -1,7 +1,7 @@
 """What the kinds of evaluation share: ids, checked look-up of responses, means over subsets.
 
 An example's id is its data set's name and its row's id, so that examples of several data sets never
-meet. A bootstrap cluster is named the same way, unless its name tells that it is the same text in
+meet. A bootstrap cluster is named the same way, unless its name tells that it is the same source in
 another set.
 """
 
@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from stages.data.spec import SHARED
 from stages.errors import StageFailed
 from stages.evaluate.base import Metric, Response
 
@@ -20,18 +21,22 @@ _DIGEST = re.compile("[0-9a-f]{16}")
 
 
 def qualified(dataset: str, values: pd.Series) -> list[str]:
-    """Ids or documents of one data set, made unique over all data sets."""
+    """Ids of one data set (or documents of the only one), made unique over all data sets."""
     return [f"{dataset}/{value}" for value in values]
 
 
-def clusters(dataset: str, documents: pd.Series) -> list[str]:
+def clusters(dataset: str, documents: pd.Series, digests: bool = False) -> list[str]:
     """Documents of one data set as bootstrap clusters over all data sets of an evaluation.
 
-    A document that is named by the digest of its text (a premise, ``data/reading.py``) is the same
-    in every set that has it, such as SNLI and its counterfactual rewrites.
+    A document that is declared to be shared (``SHARED``) is the same in every set that has it; with
+    ``digests`` also one that is named by the digest of its text (a premise, ``data/reading.py``),
+    such as in SNLI and SNLI-hard.
     """
     return [
-        value if _DIGEST.fullmatch(value) else f"{dataset}/{value}" for value in map(str, documents)
+        value
+        if value.startswith(SHARED) or (digests and _DIGEST.fullmatch(value))
+        else f"{dataset}/{value}"
+        for value in map(str, documents)
     ]
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from stages.evaluate import hygiene, refusal
 from stages.evaluate.base import Evaluation, Metric, Request, Response, mean_of
-from stages.evaluate.examples import difference, qualified, results
+from stages.evaluate.examples import clusters, difference, qualified, results
 from stages.spec import Seed
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class HeldPrompts(Evaluation):
                 pd.DataFrame(
                     {
                         "example_id": qualified(name, data[name]["id"]),
-                        "document": qualified(name, data[name]["document"]),
+                        "document": clusters(name, data[name]["document"]),
                         "subset": "harmful" if name in self.harmful else "benign",
                         "prompt": data[name]["prompt"],
                         "gold": "refusal" if name in self.harmful else "compliance",

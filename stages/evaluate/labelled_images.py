@@ -11,7 +11,7 @@ from pydantic import model_validator
 
 from stages.data.spec import Task
 from stages.evaluate.base import Evaluation, Request
-from stages.evaluate.examples import qualified
+from stages.evaluate.examples import clusters, qualified
 
 
 class LabelledImages(Evaluation):
@@ -74,7 +74,7 @@ class LabelledImages(Evaluation):
             pd.DataFrame(
                 {
                     "example_id": qualified(name, data[name]["id"]),
-                    "document": qualified(origin(name), data[name]["document"]),
+                    "document": clusters(origin(name), data[name]["document"]),
                     "subset": name,
                     "prompt": "",
                     "gold": data[name]["label"].to_numpy(),

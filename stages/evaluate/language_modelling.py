@@ -12,7 +12,7 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from stages.evaluate.base import Evaluation, Metric, Request, Response
-from stages.evaluate.examples import answers, qualified
+from stages.evaluate.examples import answers, clusters, qualified
 from stages.evaluate.techniques import Contrastive, DoLa
 
 
@@ -90,7 +90,7 @@ class Perplexity(Evaluation):
                 pd.DataFrame(
                     {
                         "example_id": ids,
-                        "document": qualified(domain, frame["document"]),
+                        "document": clusters(domain, frame["document"]),
                         "subset": "in domain" if inside else "out of domain",
                         "prompt": frame["text"].tolist(),
                         "gold": "",

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from stages.evaluate import premises
 from stages.evaluate.base import Evaluation, Metric, Request, Response, mean_of
-from stages.evaluate.examples import answers, by_set, qualified
+from stages.evaluate.examples import answers, by_set, clusters, qualified
 from stages.evaluate.prompting import Shots, wording
 from stages.evaluate.thinking import stripped
 
@@ -217,7 +217,7 @@ class FalsePremises(Evaluation):
                 pd.DataFrame(
                     {
                         "example_id": ids,
-                        "document": qualified(dataset, frame["document"]),
+                        "document": clusters(dataset, frame["document"]),
                         "subset": "false premise" if is_false else "true premise",
                         "prompt": frame["question"].tolist(),
                         "gold": [" | ".join(answered) for answered in frame["answers"]],

@@ -78,7 +78,7 @@ class LabelledSets(Classification):
                 pd.DataFrame(
                     {
                         "example_id": ids,
-                        "document": clusters(name, frame["document"]),
+                        "document": clusters(name, frame["document"], digests=True),
                         "subset": self.subsets[name != self.reference],
                         "prompt": self.prompts(frame, data),
                         "gold": frame["label"].tolist(),

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from stages.errors import StageFailed
 from stages.evaluate import refusal
 from stages.evaluate.base import Evaluation, Metric, Request, Response, mean_of
-from stages.evaluate.examples import answers, by_set, qualified
+from stages.evaluate.examples import answers, by_set, clusters, qualified
 from stages.evaluate.judges import AnyJudge, ModelJudge, column, judged, judgement
 from stages.evaluate.thinking import stripped
 
@@ -236,7 +236,7 @@ class Refusal(Evaluation):
                 pd.DataFrame(
                     {
                         "example_id": qualified(dataset, frame["id"]),
-                        "document": qualified(dataset, frame["document"]),
+                        "document": clusters(dataset, frame["document"]),
                         "plain": qualified(dataset, frame["id"]),
                         "request": frame["prompt"].tolist(),
                         "prompt": frame["prompt"].tolist(),

@@ -28,7 +28,7 @@ SMOKE = Path(__file__).parents[2] / "sweeps" / "smoke.yaml"
 FIELDS = {
     DataSpec: (
         {"task", "source", "format", "content", "columns", "labels", "splits", "rows", "seed",
-         "corruption", "rows_per_label"},
+         "corruption", "rows_per_label", "shared_documents"},
         set()),
     SourceSpec: ({"source", "content", "seed", "labels"}, set()),
     UpcycleSpec: (

@@ -1,9 +1,10 @@
 """Counterfactually augmented SNLI and IMDB: texts revised so that another label fits, and the texts
-that were revised.
+that were revised. Both are one document.
 """
 
 from dataclasses import replace
 
+from stages.data import originals
 from stages.data.catalogue import inference, sentiment
 from stages.data.published import Form, Published, Split, Web
 
@@ -21,22 +22,26 @@ _PAIRS = Published(
     files="",
     labels=inference.LABELS,
 )
-_REVIEWS = replace(
+_REVISED_PAIRS = replace(
     _PAIRS,
-    task="classification",
-    licence="Apache-2.0; the reviews are third-party text",
     forms=(
-        Form(
-            {"text": "Text", "label": "Sentiment"},
-            labels={"Negative": "negative", "Positive": "positive"},
-            quoted=True,
+        replace(
+            _PAIRS.forms[0],
+            columns=_PAIRS.forms[0].columns | {"document": "source"},
+            derive=originals.with_revised_premise,
+            needs=("sentence1",),
+            makes=("source",),
         ),
     ),
-    labels=sentiment.BINARY,
+)
+_REVIEW = Form(
+    {"text": "Text", "label": "Sentiment"},
+    labels={"Negative": "negative", "Positive": "positive"},
+    quoted=True,
 )
 
 
-def _revised(
+def _pairs(
     kind: Published, folder: str, title: str, parts: dict[str, tuple[int, str]]
 ) -> Published:
     """One folder of the repository; rows counted in its files, whose checksums are given."""
@@ -47,9 +52,50 @@ def _revised(
     return replace(kind, title=title, splits=splits, files=f"{folder}/test.tsv")
 
 
-SETS: dict[str, Published] = {
-    "counterfactual_snli": _revised(
+_PAIRED = {
+    "test": ("test", 488, "9534b20850205c59015b313983cae7afb31c54c04ffcbd19cea7f1bce5011275"),
+    "validation": ("dev", 245, "4c2d8a70cbce23eba27fb1f0bb5043cf044811912435cf8d10c3ea6fc7a51363"),
+    "train": ("train", 1707, "7ac50ca3d70890f80e11ee59955cdbfc43f26b5078d0603717817ab224d2af18"),
+}
+"""Split to the name, pairs and checksum of the file with both members of each pair."""
+
+
+def _reviews(part: str, folder: str, title: str) -> Published:
+    """One member of each pair, out of the file whose ``batch_id`` names the pair; that folder's own
+    files have the same rows and no such name."""
+    paired = "sentiment/combined/paired"
+    return replace(
         _PAIRS,
+        task="classification",
+        title=title,
+        licence="Apache-2.0; the reviews are third-party text",
+        splits={
+            split: Split(
+                web=Web(f"{_ADDRESS}{paired}/{name}_paired.tsv", checksum),
+                rows=rows,
+                shared_documents="counterfactual_imdb",
+            )
+            for split, (name, rows, checksum) in _PAIRED.items()
+        },
+        forms=(
+            replace(
+                _REVIEW,
+                keep={"part": (part,)},
+                derive=originals.with_part,
+                needs=("batch_id",),
+                makes=("part",),
+                shared="batch_id",
+            ),
+            _REVIEW,
+        ),
+        files=f"{paired}/test_paired.tsv or sentiment/{folder}/test.tsv",
+        labels=sentiment.BINARY,
+    )
+
+
+SETS: dict[str, Published] = {
+    "counterfactual_snli": _pairs(
+        _REVISED_PAIRS,
         "NLI/revised_combined",
         "Counterfactually revised SNLI, premise or hypothesis",
         {
@@ -58,7 +104,7 @@ SETS: dict[str, Published] = {
             "train": (6664, "054a8cf808bcd4a5b3a849eba4e6c1fb49f2f789e3a0f88d21e05f3f38fa5428"),
         },
     ),
-    "counterfactual_snli_original": _revised(
+    "counterfactual_snli_original": _pairs(
         _PAIRS,
         "NLI/original",
         "The SNLI pairs that were revised",
@@ -68,24 +114,8 @@ SETS: dict[str, Published] = {
             "train": (1666, "016b1657b1c0eb89e163aa194e5e2da6ca890fd6e97ee42c33de914e7e0a7ce6"),
         },
     ),
-    "counterfactual_imdb": _revised(
-        _REVIEWS,
-        "sentiment/new",
-        "Counterfactually revised IMDB reviews",
-        {
-            "test": (488, "28d32ca405131d87ef095109cc1764d6e917a3df63584b2f16e9465020b7f29d"),
-            "dev": (245, "69f559bfbf9eb2e0545d2d2f14482a699ec81f94e2bca110e4fa15670fdf78e6"),
-            "train": (1707, "c9f65a2425e9aa358082040961d9d0e215fb8631b85242cbb410b82f9c62c0d4"),
-        },
-    ),
-    "counterfactual_imdb_original": _revised(
-        _REVIEWS,
-        "sentiment/orig",
-        "The IMDB reviews that were revised",
-        {
-            "test": (488, "35e8fab251220685ae47f95ef86bad1fd7fa0017a6ce4afe803ab18a71ff61ff"),
-            "dev": (245, "d7b815d31ddc6eed7bdeb9dc78e18db88ebb22dd347cf72cc797791edfd7bab0"),
-            "train": (1707, "adccf2763b67ddbfbd4571b7ee96c9bb689e98c4295e779151148c014b2b1050"),
-        },
+    "counterfactual_imdb": _reviews("revised", "new", "Counterfactually revised IMDB reviews"),
+    "counterfactual_imdb_original": _reviews(
+        "original", "orig", "The IMDB reviews that were revised"
     ),
 }

@@ -19,6 +19,10 @@ STYLES = {
 }
 """Name here to DecodingTrust's category: two changes of words, four styles at two temperatures."""
 
+VALIDATION = "sst2_validation"
+"""Group of SST-2's validation sentences and their styles. DecodingTrust's ids are GLUE's indices:
+all 872 sentences of its category ``base`` are those of GLUE in the same order."""
+
 _BOOLEAN = {"0": "negative", "1": "positive"}
 _NUMBERED = {str(number): label for number, label in enumerate(TERNARY)}
 _BOSS = Form(
@@ -37,12 +41,15 @@ def _style(name: str, category: str) -> Published:
         citation="Wang et al. 2023, DecodingTrust, NeurIPS Datasets and Benchmarks",
         licence="CC BY-SA 4.0",
         # Counted in style.json of the authors' repository; as many as SST-2 has for validation.
-        splits={"test": Split(("ood/style.jsonl",), rows=872)},
+        splits={
+            "test": Split(("ood/style.jsonl",), rows=872, shared_documents=VALIDATION),
+        },
         forms=(
             Form(
                 {"text": "question_sentence", "label": "answer"},
                 labels=_BOOLEAN | {"negative": "negative", "positive": "positive"},
                 keep={"split": ("dev",), "category": (category,)},
+                shared="id",
             ),
         ),
         # The newest commit that is known to have changed this file.
@@ -92,11 +99,18 @@ SETS: dict[str, Published] = {
         citation="Socher et al. 2013, EMNLP; Wang et al. 2019, GLUE, ICLR",
         licence="not stated in its card",
         splits={
-            "validation": Split(("sst2/validation-*.parquet",), rows=872),
+            "validation": Split(
+                ("sst2/validation-*.parquet",), rows=872, shared_documents=VALIDATION
+            ),
             "train": Split(("sst2/train-*.parquet",), rows=67_349),
         },
         forms=(
-            Form({"text": "sentence", "label": "label"}, labels=_BOOLEAN, unlabelled=("-1",)),
+            Form(
+                {"text": "sentence", "label": "label"},
+                labels=_BOOLEAN,
+                unlabelled=("-1",),
+                shared="idx",
+            ),
         ),
         hub=Hub("nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"),
         files="dev.tsv of GLUE's SST-2",

@@ -257,7 +257,13 @@ FILES = [
     (
         "sst2_shakespeare_words",
         "style.jsonl",
-        texts(("'tis a goodly film", "positive")),
+        [
+            {
+                "document": "=sst2_validation/1",
+                "text": "'tis a goodly film",
+                "label": "positive",
+            }
+        ],
         {"no label": 0},
     ),
     (

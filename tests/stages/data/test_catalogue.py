@@ -31,7 +31,8 @@ def test_original_files_are_read_to_exact_rows(name, file, rows, dropped):
     digest = hashlib.sha256((ORIGINALS / file).read_bytes()).hexdigest()
     assert loaded.files == {file: digest}
     published, _ = find(name, "x")
-    assert sources.check(spec(name, ORIGINALS / file), "datasets.x") == published.pin_of(digest)
+    assert sources.check(spec(name, ORIGINALS / file), "datasets.x") == published.pin_of(
+        digest, next(iter(published.splits)))
 
 
 def test_every_format_has_a_file():
@@ -126,6 +127,63 @@ def test_parquet_of_the_hub_is_read_with_its_numbered_labels(tmp_path):
     pq.write_table(ratings, tmp_path / "civil.parquet")
     loaded = sources.load(spec("civil_comments", tmp_path / "civil.parquet"))
     assert loaded.table["label"].to_pylist() == ["toxic", "benign"]
+
+
+def test_sst2_and_its_styles_share_the_validation_sentences(tmp_path):
+    """GLUE's index of a sentence is its id in the file of the styles; the training split's indices
+    are other sentences."""
+    base = pa.table({"sentence": ["ill", "it is a good film"], "label": [0, 1], "idx": [0, 1]})
+    pq.write_table(base, tmp_path / "sst2.parquet")
+
+    def documents(name, path):
+        table = sources.load(spec(name, path)).table
+        return table["document"].to_pylist() if "document" in table.column_names else None
+
+    shared = ["=sst2_validation/0", "=sst2_validation/1"]
+    assert documents("sst2", tmp_path / "sst2.parquet") == shared
+    assert documents("sst2_shakespeare_words", ORIGINALS / "style.jsonl") == shared[1:]
+    assert documents("sst2#train", tmp_path / "sst2.parquet") is None
+    assert documents("sst2", ORIGINALS / "sst2_dev.tsv") is None  # has no indices
+    names = {name for name, found in CATALOGUE.items() for part in found.splits.values()
+             if part.shared_documents == "sst2_validation"}
+    assert len(names) == 11 and "sst2" in names
+    sst2 = CATALOGUE["sst2"]
+    for split in sst2.splits:
+        alone = replace(sst2, splits=sst2.splits | {
+            split: replace(sst2.splits[split], shared_documents="")})
+        assert (alone.pin(split) != sst2.pin(split)) == (split == "validation")
+        assert (alone.pin_of("", split) != sst2.pin_of("", split)) == (split == "validation")
+
+
+def test_a_revised_review_shares_its_pair_with_the_original(tmp_path):
+    path = tmp_path / "test_paired.tsv"
+    path.write_text("Sentiment\tText\tbatch_id\n"
+                    "Negative\tA \"\"great\"\" waste.\t13\nPositive\tA great time.\t13\n"
+                    "Positive\tIt is fine\t4\nNegative\tIt is poor\t4\n")
+    first, second = (f"=counterfactual_imdb/{batch}" for batch in (13, 4))
+    tables = [sources.load(spec(f"counterfactual_imdb{name}", path)).table
+              for name in ("", "_original")]
+    assert [list(row.values()) for table in tables for row in table.to_pylist()] == [
+        [first, "A great time.", "positive"], [second, "It is poor", "negative"],
+        [first, 'A ""great"" waste.', "negative"], [second, "It is fine", "positive"]]
+
+
+def test_a_revised_pair_is_one_document_with_its_original(tmp_path):
+    """Of each pair come four rows, the premise revised in two of them; digests are of the premise
+    that was revised, which SNLI has too."""
+    rows = [("P", "H1"), ("Q1", "H"), ("P", "H2"), ("Q2", "H"),
+            ("S1", "G"), ("S2", "G"), ("S", "G1"), ("S", "G2"), ("lone", "end")]
+    path = tmp_path / "test.tsv"
+    path.write_text("sentence1\tsentence2\tgold_label\n"
+                    + "".join(f"{p}\t{h}\tneutral\n" for p, h in rows))
+
+    def digests(*premises):
+        return [hashlib.sha256(premise.encode()).hexdigest()[:16] for premise in premises]
+
+    revised = sources.load(spec("counterfactual_snli", path)).table
+    assert revised["document"].to_pylist() == digests(*"PPPPSSSS", "lone")
+    original = sources.load(spec("counterfactual_snli_original", path)).table
+    assert original["document"].to_pylist() == digests(*(premise for premise, _ in rows))
 
 
 def test_a_long_premise_is_named_by_its_digest(tmp_path):

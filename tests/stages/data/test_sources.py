@@ -250,6 +250,22 @@ def test_wrong_specs_are_refused_without_reading(fields, place, part):
     assert str(caught.value).startswith(f"{place}: ") and part in str(caught.value)
 
 
+def test_shared_documents_must_be_named(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label,source\nfine,x,1\n")
+    shared = spec(path).model_copy(update={"shared_documents": "films"})
+    with pytest.raises(BadInput, match="no column 'document' .*set columns: {document: NAME}"):
+        sources.check(shared, "data.x")
+    named = shared.model_copy(update={"columns": {"document": "source"}})
+    sources.check(named, "data.x")
+    assert sources.load(named).table["document"].to_pylist() == ["=films/1"]
+    catalogue = DataSpec(task="nli", source="catalogue:snli", shared_documents="x")
+    with pytest.raises(BadInput, match=r"^data\.x\.shared_documents: .*remove this field"):
+        sources.check(catalogue, "data.x")
+    alone = spec(path)
+    assert "shared_documents" not in alone.identity() and "shared_documents" in shared.identity()
+
+
 def test_labels_belong_to_classification():
     wrong = DataSpec(task="prompts", source="pack:pyrit/advbench", labels={"a": "b"})
     with pytest.raises(BadInput, match="has no labels"):

@@ -66,6 +66,27 @@ def test_the_seed_alone_decides_whatever_the_order_of_rows_and_splits(tmp_path):
     assert not set(first.digest.values()) & set(other.digest.values())
 
 
+def test_no_split_tells_shared_documents_apart_in_any_set(tmp_path):
+    """Another set that lacks some of the documents has the others in the same splits."""
+    rows = documents(count=200, each=2)
+    some = [row | {"id": f"new {row['id']}", "text": f"new {row['text']}"}
+            for row in rows if int(row["document"]) % 7]
+
+    def cut(name, rows, **fields):
+        _, splits = prepare(tmp_path / name, rows, splits=SPLITS, **fields)
+        return {name.rpartition("/")[2]: split for split, table in splits.items()
+                for name in table["document"].to_pylist()}
+
+    whole, part = cut("a", rows, shared_documents="g"), cut("b", some, shared_documents="g")
+    assert len(part) == 171 and part == {name: whole[name] for name in part}
+    shares = [list(whole.values()).count(split) / 200 for split in SPLITS]
+    assert shares == pytest.approx(list(SPLITS.values()), abs=0.1)
+    # Where nothing is shared each set has its shares exactly, and the boundaries move.
+    whole, part = cut("c", rows), cut("d", some)
+    assert [list(whole.values()).count(split) for split in SPLITS] == [120, 20, 60]
+    assert part != {name: whole[name] for name in part}
+
+
 def test_rows_of_each_label_are_limited_before_all_are(tmp_path):
     """200 rows: 120 of label a and 40 each of b and c."""
     rows = [row | {"label": "aaabc"[n % 5]} for n, row in enumerate(documents())]

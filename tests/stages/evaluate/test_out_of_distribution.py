@@ -6,8 +6,13 @@ from sklearn import metrics as sklearn_metrics
 
 from stages.errors import StageFailed
 from stages.evaluate.base import Request, Response
-from stages.evaluate.out_of_distribution import OutOfDistribution, balanced_accuracy, macro_f1
-from stages.statistics import summarise
+from stages.evaluate.out_of_distribution import (
+    AdversarialSets,
+    OutOfDistribution,
+    balanced_accuracy,
+    macro_f1,
+)
+from stages.statistics import paired, summarise
 
 EVALUATION = OutOfDistribution(
     in_distribution="shop", out_of_distribution=("film", "news"), template="sentiment"
@@ -79,6 +84,39 @@ def test_a_premise_that_several_sets_share_is_one_cluster():
     assert scores.loc[["shop/0", "shop/1", "film/1"], "document"].tolist() == [premise] * 3
     assert scores.loc[["shop/2", "film/2", "film/0"], "document"].tolist() == [
         "shop/2", "film/2", other]
+
+
+@pytest.mark.parametrize("kind", [OutOfDistribution, AdversarialSets])
+def test_declared_documents_are_one_cluster_in_all_sets(kind):
+    """200 sentences in ten styles; the answers follow the sentence, and one model errs where the
+    other does not on some of them: by style a difference would seem shown that is none."""
+    rng = np.random.default_rng(5)
+    sets = [f"style{number}" for number in range(10)]
+    fields = [name for name in kind.model_fields if name in (
+        "in_distribution", "out_of_distribution", "standard", "adversarial")]
+    evaluation = kind(**dict(zip(fields, ("plain", sets), strict=True)), template="sentiment")
+    ids = [str(number) for number in range(200)]
+    frame = pd.DataFrame({"id": ids, "document": ids, "text": ids, "label": "positive"})
+    wrong = rng.permutation(200)[:60]
+    errs = {"first": set(wrong[:26]), "second": set(wrong[26:])}
+
+    def scores(model, documents):
+        data = dict.fromkeys(("plain", *sets), frame.assign(document=documents))
+        letters = {id: "pn"[int(id) in errs[model]] for id in ids}
+        said = {f"{name}/{id}": Response(f"{name}/{id}", LOGPROBS[letter], (1, 1))
+                for name in data for id, letter in letters.items()}
+        return evaluation.score(data, said)
+
+    found = {}
+    for shared in (False, True):
+        documents = [f"=sst2/{id}" for id in ids] if shared else ids
+        tables = [[scores(model, documents)] for model in ("first", "second")]
+        assert tables[0][0]["document"].nunique() == (200 if shared else 2200)
+        found[shared] = paired(*tables, evaluation.metrics()[0])
+    assert found[True].difference == found[False].difference == pytest.approx(0.04)
+    assert found[False].documents == 2000 and found[False].p_value < 0.01
+    assert found[True].documents == 200 and found[True].p_value > 0.2
+    assert found[False].ci_low > 0 > found[True].ci_low
 
 
 def test_metrics_equal_scikit_learn():
