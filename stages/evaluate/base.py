@@ -71,6 +71,9 @@ class Request:
     special_tokens: bool = False
     """Read a windowed text with the special tokens that the tokenizer adds, and score them too."""
     head: bool = False
+    harness: bool = False
+    """Asked by lm-evaluation-harness: an encoder reads as much of the context as its ``hf`` backend
+    gives it."""
     technique: str = ""
     """The inference technique as JSON (``stages/evaluate/techniques.py``); plain when empty."""
     model: str = ""

@@ -92,7 +92,7 @@ class LmEval(Evaluation):
     harness: Harness
     """Filled in when the sweep is read."""
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     @model_validator(mode="after")
     def _turns_need_a_template(self) -> "LmEval":

@@ -201,8 +201,8 @@ def _id(key: tuple, content: object = None) -> str:
 
 def _put(id: str, context: str, **fields: object) -> Request:
     if isinstance(context, Conversation):
-        return Request(id, "", messages=str(context), **fields)
-    return Request(id, context, **fields)
+        return Request(id, "", messages=str(context), harness=True, **fields)
+    return Request(id, context, harness=True, **fields)
 
 
 def _scored(key: tuple, choices: tuple[str, ...]) -> Request:

@@ -243,24 +243,34 @@ def beginning(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_token_id if bos is None else bos
 
 
-def encode(tokenizer: Tokenizer, request: Request, longest: int) -> list[Encoded]:
-    """The choices of a request as tokens, at most ``longest`` of them before the last.
+def parted(tokenizer: Tokenizer, request: Request) -> tuple[str, list[str], bool]:
+    """The context and the choices of a request as they are tokenised, and whether the tokenizer
+    adds its special tokens to the context.
 
-    White space at the end of the context belongs to the choices. Context and choice are tokenised
-    together and cut where the context's own tokens end. The blank that parts a choice from a prompt
-    falls away after a chat template, which itself says whether an answer begins with one.
+    White space at the end of the context belongs to the choices. The blank that parts a choice from
+    a prompt falls away after a chat template, which itself says whether an answer begins with one.
     """
     context, special = prompt(tokenizer, request)
     choices = request.choices
     if begins_answer(tokenizer, request):
         choices = tuple(choice.removeprefix(" ") or choice for choice in choices)
     stripped = context.rstrip()
+    blank = context[len(stripped) :]
+    return stripped, [blank + choice for choice in choices], special and stripped != ""
+
+
+def encode(tokenizer: Tokenizer, request: Request, longest: int) -> list[Encoded]:
+    """The choices of a request as tokens, at most ``longest`` of them before the last.
+
+    Context and choice are tokenised together and cut where the context's own tokens end.
+    """
+    context, choices, special = parted(tokenizer, request)
     head, *wholes = tokenizer(
-        [stripped, *(context + choice for choice in choices)],
-        add_special_tokens=special and stripped != "",
+        [context, *(context + choice for choice in choices)],
+        add_special_tokens=special,
         verbose=False,
     )["input_ids"]
-    if not stripped:
+    if not context:
         head = [beginning(tokenizer)]
         wholes = [tokens if tokens[:1] == head else head + tokens for tokens in wholes]
     encoded = []

@@ -2,6 +2,10 @@
 
 The results are what ``scorer`` and ``generate`` give for decoders. Requests are answered one by
 one: where experts have a capacity, a token's output depends on what shares its batch.
+
+An encoder whose positions are relative (T5, Switch) or computed (NLLB) reads a text of any length,
+so a context is read whole. Where lm-evaluation-harness asks, it loses tokens from its left as in
+its ``hf`` backend: beyond the length that the configuration names, else the tokenizer, else 2048.
 """
 
 from collections.abc import Sequence
@@ -12,7 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.evaluate.base import Request, Response
 from stages.evaluate.generate import cut
-from stages.evaluate.scorer import prompt
+from stages.evaluate.scorer import beginning, parted, prompt
 
 
 @torch.inference_mode()
@@ -21,19 +25,22 @@ def score(
 ) -> list[Response]:
     """A response for each request, in their order: natural-log probabilities of its choices.
 
-    A choice is tokenised by itself, without special tokens.
+    A choice is tokenised by itself, without special tokens; white space at the end of the context
+    belongs to it.
     """
     responses = []
     for request in requests:
+        context, texts, special = parted(tokenizer, request)
         choices = tokenizer(
-            list(request.choices),
+            texts,
             add_special_tokens=False,
             padding=True,
             padding_side="right",
             return_tensors="pt",
         ).to(model.device)
         labels, real = choices["input_ids"], choices["attention_mask"]
-        read = model.get_encoder()(input_ids=_context(tokenizer, request, model.device))
+        tokens = _read(model, tokenizer, request, context, special)
+        read = model.get_encoder()(input_ids=tokens)
         read.last_hidden_state = read.last_hidden_state.expand(len(labels), -1, -1)
         start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
         logits = model(
@@ -79,7 +86,7 @@ def generate(
 
 
 def _written(model: PreTrainedModel, tokenizer: Tokenizer, request: Request) -> Response:
-    context = _context(tokenizer, request, model.device)
+    context = _read(model, tokenizer, request, *prompt(tokenizer, request))
     (tokens,) = model.generate(context, max_new_tokens=request.max_new_tokens)
     answer = tokens[1:].tolist()  # after the start token
     finished = answer[-1:] == [tokenizer.eos_token_id]
@@ -88,6 +95,13 @@ def _written(model: PreTrainedModel, tokenizer: Tokenizer, request: Request) -> 
     return Response(request.id, tokens=(len(answer),), text=text, finished=finished)
 
 
-def _context(tokenizer: Tokenizer, request: Request, device: torch.device) -> torch.Tensor:
-    text, special = prompt(tokenizer, request)
-    return tokenizer(text, add_special_tokens=special, return_tensors="pt")["input_ids"].to(device)
+def _read(
+    model: PreTrainedModel, tokenizer: Tokenizer, request: Request, context: str, special: bool
+) -> torch.Tensor:
+    """What the encoder reads of a request, (1, T): at least one token."""
+    tokens = tokenizer(context, add_special_tokens=special, verbose=False)["input_ids"]
+    if request.harness:
+        from lm_eval.models.utils import resolve_max_length
+
+        tokens = tokens[-resolve_max_length(model.config, tokenizer) :]
+    return torch.tensor([tokens or [beginning(tokenizer)]], device=model.device)

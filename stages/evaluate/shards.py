@@ -27,6 +27,7 @@ REQUEST_SCHEMA = pa.schema(
         ("window", pa.int32()),
         ("special_tokens", pa.bool_()),
         ("head", pa.bool_()),
+        ("harness", pa.bool_()),
         ("technique", pa.string()),
         ("model", pa.string()),
         ("procedure", pa.string()),

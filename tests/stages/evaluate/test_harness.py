@@ -3,6 +3,7 @@ by item, and the same numbers."""
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from stages.errors import StageFailed
-from stages.evaluate import harness_replay, harness_sums
+from stages.evaluate import harness_replay, harness_sums, seq2seq
+from stages.evaluate.base import Request
 from stages.evaluate.harness import LmEval
 from stages.evaluate.harness_tasks import describe
 from stages.evaluate.scorer import conversation
@@ -53,6 +55,10 @@ def folder(tmp_path_factory):
     model.config.max_position_embeddings = 160
     model.save_pretrained(root / "m")
     tokenizer.save_pretrained(root / "m")
+    encoder = tiny_model("t5", tokenizer, seed=0)
+    encoder.config.n_positions = 50
+    encoder.save_pretrained(root / "encoder")
+    tokenizer.save_pretrained(root / "encoder")
     # Shots and system texts take their place.
     model.config.max_position_embeddings = 1000
     for name, template in TEMPLATES.items():
@@ -136,6 +142,32 @@ def test_equals_the_hf_backend_item_by_item(task, folder, peer, tmp_path, seen):
             continue
         assert row["value"] == pytest.approx(value, rel=1e-4)
         assert row["n"] == 10
+
+
+@pytest.mark.parametrize("task", ["quiz", "pair", "last", "write"])
+def test_an_encoder_reads_what_the_hf_backend_gives_it(task, folder, tmp_path, seen):
+    """The end of a context, which may be empty; a blank behind it belongs to the choices."""
+    model, tokenizer = load(folder / "encoder"), load_tokenizer(folder / "encoder")
+    scores, _ = ours(folder, tmp_path, task, "encoder")
+    assert scores["prompt"].str.len().max() > 50
+    expected = theirs(folder, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), task)
+    samples = expected["samples"][task]
+    for mine, other in zip(seen["results"]["samples"][task], samples, strict=True):
+        if task == "write":  # the backend goes on by the length of the batch's prompts
+            (answer,), (wanted,) = mine["resps"][0], other["resps"][0]
+            assert answer == wanted[:12]
+        else:
+            assert_same_answers(mine, other)
+
+
+def test_an_encoder_reads_other_contexts_whole(folder):
+    model, tokenizer = load(folder / "encoder"), load_tokenizer(folder / "encoder")
+    long = Request("q", "0123456789 " * 20, (" yes",))
+    cut = replace(long, context=long.context[-51:])  # a byte is a token, and the blank a choice's
+    whole, end = (response.logprobs[0] for response in seq2seq.score(model, tokenizer, [long, cut]))
+    asked = [replace(long, harness=True), replace(cut, harness=True)]
+    found = [response.logprobs[0] for response in seq2seq.score(model, tokenizer, asked)]
+    assert found == pytest.approx([end, end], abs=1e-5) and abs(whole - end) > 0.01
 
 
 SYSTEM = "You know everything."
