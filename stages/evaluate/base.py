@@ -66,6 +66,8 @@ class Request:
     turn is the assistant's, it is gone on with. Needs a chat template."""
     stop: tuple[str, ...] = ()
     """Texts before which a generation is cut off."""
+    thoughts: bool = True
+    """Keep in a generation the special tokens that tell thought from answer."""
     window: int = 0
     """Most tokens that are read at once; longer texts are read in windows without overlap."""
     special_tokens: bool = False

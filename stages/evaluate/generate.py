@@ -27,7 +27,7 @@ from stages.evaluate.scorer import (
     prompt,
 )
 from stages.evaluate.techniques import SelfConsistency
-from stages.evaluate.thinking import HARMONY_CHANNEL, opened
+from stages.evaluate.thinking import marks, opened
 
 # Tokens of a batch, padding and those still to come included: bounds the key-value cache.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -67,9 +67,10 @@ def generate(
     drawn as ``sampling`` says.
 
     Decoding ends at an end token of the checkpoint, before a request's stop text, or after
-    ``max_new_tokens``. The text is without special tokens, but for a tokenizer whose special tokens
-    tell thought from answer (``thinking.py``); the number of tokens is without the end token. A
-    prompt too long for the model's context loses tokens from its left.
+    ``max_new_tokens``. The text is without special tokens, but for those that tell thought from
+    answer (``thinking.py``), where the request does not leave them out as well; the number of
+    tokens is without the end token. A prompt too long for the model's context loses tokens from its
+    left.
     """
     predictor = predictor or Plain(model)
     longest = context_length(predictor)
@@ -104,12 +105,17 @@ def answer(tokenizer: Tokenizer, request: Request, tokens: list[int], finished: 
     """The response that generated tokens, the end token left out, make; it begins with the mark of
     a thought that the chat template has opened."""
     mark = opened(prompt(tokenizer, request)[0]) if request.chat else ""
-    text = mark + cut(_text(tokenizer, tokens), request.stop)
+    text = mark + cut(_text(tokenizer, request, tokens), request.stop)
     return Response(request.id, tokens=(len(tokens),), text=text, finished=finished)
 
 
-def _text(tokenizer: Tokenizer, tokens: list[int]) -> str:
-    kept = HARMONY_CHANNEL in tokenizer.get_added_vocab()
+def _text(tokenizer: Tokenizer, request: Request, tokens: list[int]) -> str:
+    kept = marks(tokenizer.get_added_vocab()) if request.thoughts else set()
+    if kept:
+        added = tokenizer.added_tokens_decoder.items()
+        special = {id for id, token in added if token.special} | set(tokenizer.all_special_ids)
+        dropped = special - set(tokenizer.convert_tokens_to_ids(sorted(kept)))
+        tokens = [token for token in tokens if token not in dropped]
     return tokenizer.decode(tokens, skip_special_tokens=not kept)
 
 

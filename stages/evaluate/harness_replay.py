@@ -228,7 +228,9 @@ def _generation(key: tuple, settings: dict) -> Request:
             "decoding is done here; choose another task"
         )
     stop = tuple(text for text in until if text)
-    return _put(_id(key, [longest, stop]), key[3], max_new_tokens=longest, stop=stop)
+    asked = {"max_new_tokens": longest, "stop": stop}
+    # As the harness's own backend decodes: without any special token.
+    return _put(_id(key, [longest, stop]), key[3], thoughts=False, **asked)
 
 
 def _about(evaluation: LmEval, task: HarnessTask, sample: dict) -> dict:

@@ -24,6 +24,7 @@ REQUEST_SCHEMA = pa.schema(
         ("reply", pa.string()),
         ("messages", pa.string()),
         ("stop", pa.list_(pa.string())),
+        ("thoughts", pa.bool_()),
         ("window", pa.int32()),
         ("special_tokens", pa.bool_()),
         ("head", pa.bool_()),

@@ -383,3 +383,9 @@ def test_data_that_cannot_be_had_is_a_reason(folder, monkeypatch):
         StageFailed, match="lm_eval task gone: its data cannot be had: Couldn't reach 'nobody/noth"
     ):
         evaluation(folder, "gone").requests({})
+
+
+def test_texts_have_no_special_token_as_in_the_harness(folder):
+    """Not even those that tell thought from answer, which other evaluations keep."""
+    asked = evaluation(folder, "write").requests({})
+    assert len(asked) == 10 and not any(request.thoughts for request in asked)
