@@ -18,6 +18,7 @@ from pydantic import model_validator
 
 from stages.attack.image_spec import Surrogate
 from stages.evaluate.techniques import AnyTechnique, SelfConsistency
+from stages.evaluate.thinking import stripped
 from stages.spec import Spec
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ class Evaluation(Spec):
 
     def vote(self, request: Request, text: str) -> str:
         """What of an answer self-consistency counts: answers with the same vote agree."""
-        return " ".join(text.casefold().split())
+        return " ".join(stripped(text)[0].casefold().split())
 
     def voter(self, data: dict[str, pd.DataFrame]) -> Callable[[Request, str], str]:
         """``vote``, or one that needs the data."""

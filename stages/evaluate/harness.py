@@ -5,6 +5,7 @@ come from the one pass over all requests of a checkpoint, and each metric is a f
 examples (``harness_sums.py``), so that it has an interval and a paired difference like any other.
 """
 
+from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 from stages.evaluate.base import AXES, Evaluation, Metric, Request, Response
 from stages.evaluate.examples import mean_where
 from stages.evaluate.harness_sums import WEIGHED, aggregation
+from stages.evaluate.techniques import SelfConsistency
 from stages.spec import Spec
 
 
@@ -102,6 +104,20 @@ class LmEval(Evaluation):
             )
         return self
 
+    @model_validator(mode="after")
+    def _filters_find_what_samples_agree_on(self) -> "LmEval":
+        without = [
+            task.name
+            for task in self.harness.tasks
+            if any(measure.filter == "none" for measure in task.measures)
+        ]
+        if isinstance(self.technique, SelfConsistency) and without:
+            raise ValueError(
+                f"self_consistency votes on what a task's filter takes from an answer, and "
+                f"{without[0]} has no filter; remove technique"
+            )
+        return self
+
     @property
     def prompting(self) -> dict[str, bool | str | None]:
         """How the harness is to make the prompts."""
@@ -158,6 +174,12 @@ class LmEval(Evaluation):
         from stages.evaluate.harness_replay import requests
 
         return requests(self)
+
+    def voter(self, data: dict[str, pd.DataFrame]) -> Callable[[Request, str], str]:
+        """What the filters of its task take from an answer."""
+        from stages.evaluate.harness_replay import voter
+
+        return voter(self)
 
     def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
         """One row per example of each task, with the values that the harness gives it.

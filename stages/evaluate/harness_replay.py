@@ -12,12 +12,14 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS, DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -37,10 +39,38 @@ INERT = {"temperature", "top_p", "top_k", "min_p", "typical_p"}
 
 def requests(evaluation: LmEval) -> list[Request]:
     """What the harness asks the model, each question once."""
+    instances = [each for made in _built(evaluation).values() for each in made.instances]
+    return list({asked.id: asked for asked, _ in _asked(instances)}.values())
+
+
+def voter(evaluation: LmEval) -> Callable[[Request, str], str]:
+    """What the filters of a task take from an answer, for samples to agree on: those agree of which
+    each filter takes the same. Nothing where each finds only what it says of no match."""
+    tasks = _built(evaluation)
+    instances = [each for task in tasks.values() for each in task.instances]
+    of = {
+        request.id: instance
+        for (request, _), instance in zip(_asked(instances), instances, strict=True)
+    }
+
+    def vote(request: Request, text: str) -> str:
+        said = replace(of[request.id], resps=[text], filtered_resps={})
+        found = False
+        for ensemble in tasks[said.task_name]._filters:
+            ensemble.apply([said])
+            taken = said.filtered_resps[ensemble.name]
+            none = [getattr(made(), "fallback", "") for made in ensemble.filters]
+            found |= taken not in none and str(taken).strip() != ""
+        return json.dumps(said.filtered_resps, default=str) if found else ""
+
+    return vote
+
+
+def _built(evaluation: LmEval) -> dict[str, Task]:
+    """The tasks by name, with their instances."""
     with _seeded():
-        loaded = _load(evaluation)
-        instances = []
-        for task in loaded["tasks"].values():
+        tasks = _load(evaluation)["tasks"]
+        for task in tasks.values():
             task.build_all_requests(
                 limit=evaluation.limit,
                 rank=0,
@@ -48,8 +78,7 @@ def requests(evaluation: LmEval) -> list[Request]:
                 chat_template=Conversation.of if evaluation.apply_chat_template else None,
                 **evaluation.prompting,
             )
-            instances += task.instances
-    return list({asked.id: asked for asked, _ in _asked(instances)}.values())
+    return tasks
 
 
 def score(evaluation: LmEval, responses: dict[str, Response]) -> pd.DataFrame:

@@ -68,7 +68,7 @@ class ExpertCount(Spec):
     """Routed experts that a token passes, from 1 to all."""
 
 
-VOTES_VERSION = 3
+VOTES_VERSION = 4
 """Raised when the answer that several samples give could be another."""
 
 

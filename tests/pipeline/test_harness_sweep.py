@@ -114,3 +114,16 @@ def test_a_search_does_not_select_by_it(tmp_path):
 
     with pytest.raises(BadInput, match="more is scored on data of lm-evaluation-harness"):
         check_search(sweep, path)
+
+
+def test_samples_of_a_task_without_a_filter_are_refused_in_a_line(sweep):
+    content = yaml.safe_load(sweep.read_text())
+    (sweep.parent / "own" / "task.yaml").write_text(yaml.safe_dump(
+        TASK | {"output_type": "generate_until", "metric_list": [{"metric": "exact_match"}]}))
+    content["evaluations"]["own"]["technique"] = {"kind": "self_consistency", "samples": 3}
+    sweep.write_text(yaml.safe_dump(content))
+    with pytest.raises(BadInput) as caught:
+        load(sweep)
+    told = str(caught.value)
+    assert told.startswith(f"{sweep}: evaluations.own: ") and "\n" not in told
+    assert "and colours has no filter; remove technique" in told

@@ -97,6 +97,23 @@ TASKS = {
             {"metric": "drawn", "aggregation": "!function own.drawn"},
         ],
     },
+    "sums": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["e"], "max_gen_toks": 12},
+        "filter_list": [
+            {
+                "name": name,
+                "filter": [
+                    {"function": "regex", "regex_pattern": pattern, "group_select": -1},
+                    {"function": "take_first"},
+                ],
+            }
+            for name, pattern in (("strict", "#### (-?[0-9]+)"), ("flexible", "-?[0-9]+"))
+        ],
+        "metric_list": metrics("exact_match"),
+    },
     "read": {"class": "!function own.Read"},
     "begun": {
         "output_type": "generate_until",

@@ -15,12 +15,13 @@ from lm_eval.tasks import TaskManager
 
 from stages.errors import StageFailed
 from stages.evaluate import harness_replay, harness_sums, seq2seq
-from stages.evaluate.base import Request
+from stages.evaluate.base import Request, Response
 from stages.evaluate.harness import LmEval
 from stages.evaluate.harness_tasks import describe
 from stages.evaluate.scorer import conversation
 from stages.evaluate.spec import EvaluateSpec
 from stages.evaluate.stage import run
+from stages.evaluate.techniques import collected
 from stages.models.load import load, load_tokenizer
 from stages.models.tiny import tiny_model, tiny_tokenizer
 from tests.stages.evaluate.harness_cases import GROUPS, OWN, TAGS, TASKS, TEMPLATES, rows
@@ -389,3 +390,37 @@ def test_texts_have_no_special_token_as_in_the_harness(folder):
     """Not even those that tell thought from answer, which other evaluations keep."""
     asked = evaluation(folder, "write").requests({})
     assert len(asked) == 10 and not any(request.thoughts for request in asked)
+
+
+SAMPLED = {"kind": "self_consistency", "samples": 3}
+SAID = [
+    # What three samples say, and which of them stands for them.
+    (("1 + 4 #### 5", "2 + 2 #### 4", "6 - 2 #### 4"), 1),
+    (("#### 5", "It is 4", "So it is 4"), 1),  # agree where only the second filter finds any
+    (("Who knows?", "Not I", "#### 5"), 2),
+    (("Who knows?", "Not I", "Nor I"), 0),
+]
+
+
+@pytest.mark.parametrize(("said", "chosen"), SAID, ids=lambda value: str(value)[:20])
+def test_samples_agree_on_what_the_filters_take_from_them(said, chosen, folder):
+    found = evaluation(folder, "sums", technique=SAMPLED)
+    request = found.requests({})[3]
+    responses = {f"{request.id}#sample{n}": Response("", text=text) for n, text in enumerate(said)}
+    voted = collected(found.technique, [request], responses, found.voter({}))
+    assert voted[request.id].text == said[chosen]
+
+
+def test_a_task_is_scored_on_what_its_samples_agree_on(folder, tmp_path, seen):
+    """Runs as a whole; each example's answer is one of its samples."""
+    scores, _ = ours(folder, tmp_path, "sums", technique=SAMPLED | {"temperature": 5.0}, limit=3)
+    texts = pd.concat(map(pd.read_parquet, sorted((tmp_path / "responses").iterdir())))
+    assert len(texts) == 9 and len(scores) == 3
+    assert set(scores["answer"]) <= set(texts["text"])
+
+
+@pytest.mark.parametrize("task", ["begun", "letters"])
+def test_samples_of_a_task_without_a_filter_are_refused(task, folder):
+    with pytest.raises(ValueError, match=f"votes on what a task's filter .* {task} has no filter; "
+                                         "remove technique"):  # fmt: skip
+        evaluation(folder, task, technique=SAMPLED)

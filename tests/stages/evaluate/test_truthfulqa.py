@@ -11,6 +11,7 @@ from stages.evaluate.base import Request, Response
 from stages.evaluate.prompting import Shots
 from stages.evaluate.scorer import encode, prompt
 from stages.evaluate.spec import EvaluateSpec
+from stages.evaluate.techniques import collected
 from stages.evaluate.truthfulqa import (
     DEMONSTRATIONS,
     INSTRUCTION,
@@ -205,3 +206,15 @@ def test_generation_without_its_libraries_is_refused(monkeypatch):
     )
     with pytest.raises(ValidationError, match=r"needs rouge_score; pip install .*\[overlap\]"):
         TruthfulQAGeneration(dataset="tqa")
+
+
+def test_samples_with_other_thoughts_and_the_same_answer_agree():
+    """An answer that is cut off in its thought has no vote."""
+    evaluation = TruthfulQAGeneration(
+        dataset="tqa", technique={"kind": "self_consistency", "samples": 4})
+    (request, *_) = evaluation.requests(DATA)
+    said = ["<think>Hm", "<think>I guess.</think>Pigs fly.", "<think>No wings.</think>They walk.",
+            "<think>Pigs?</think> they  walk."]
+    responses = {f"{request.id}#sample{n}": Response("", text=text) for n, text in enumerate(said)}
+    voted = collected(evaluation.technique, [request], responses, evaluation.voter(DATA))
+    assert voted[request.id].text == said[2]
