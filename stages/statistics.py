@@ -18,20 +18,20 @@ from scipy import stats
 
 from stages.errors import StageFailed
 from stages.evaluate.base import Metric
+from stages.variance import CONFIDENCE, POWER, Variance
 
-CONFIDENCE = 0.95
 RESAMPLES = 2000
 CELLS = 2**22
 """Resamples times documents that are in memory at once."""
-POWER = 0.80
-MDD_FACTOR = float(stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER))
+_Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+MDD_FACTOR = _Z + float(stats.norm.ppf(POWER))
 """Smallest detectable difference in standard errors, 2.80 (Bloom 1995, Evaluation Review 19:547:
 "Minimum detectable effects", two-sided test)."""
 
 MCNEMAR = "exact McNemar"
 EXACT_SWAP = "exact swap of documents"
 SWAP = "swap of documents"
-BOOTSTRAP = "bootstrap of documents and seeds"
+STUDENT = "Student's t of seeds and documents"
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def estimate(
 ) -> Estimate:
     """One metric of one model, the mean over its runs (seeds), with its 95 % interval."""
     data = document_sums(runs, metric)
-    return _estimate(data, metric, bootstrap(data, metric, resamples, seed), seed)
+    return _estimate(data, metric, bootstrap(data, metric, resamples, seed))
 
 
 def paired(
@@ -119,14 +119,18 @@ def paired(
 ) -> Paired:
     """Compare two models on the same examples, ``first`` minus ``second``, seed by seed.
 
-    The lists hold one score table per seed, in the same order. The interval is a percentile
-    bootstrap over documents and, where there are several seeds, over pairs of seeds too.
+    The lists hold one score table per seed, in the same order; an untuned model's is there as often
+    as the other has seeds. Of one seed the interval is a percentile bootstrap over documents, and
+    the p-value comes from swapping the two models' answers document by document. For means of
+    integer scores that distribution is computed exactly; where each document has one 0/1 row it is
+    the exact McNemar test (binomial on the discordant pairs).
 
-    The p-value of one seed comes from swapping the two models' answers document by document. For
-    means of integer scores that distribution is computed exactly; where each document has one 0/1
-    row it is the exact McNemar test (binomial on the discordant pairs). Swapping documents cannot
-    see that another seed would have given another model, so with several seeds the p-value comes
-    from the same bootstrap as the interval.
+    Neither can see that another seed would have given another model. Of several seeds interval and
+    p-value are therefore Student's t of two variances (``stages/variance.py``): that of the
+    bootstrap over documents, which models and seeds share, and that of the differences seed by
+    seed. It is of differences, because one seed shows both models the same examples in the same
+    order: what that does to both alike cancels, and of trainings that have nothing in common it is
+    the sum of the two models' variances. An untuned model adds nothing to it.
 
     Raises:
         StageFailed: the two did not answer the same examples.
@@ -136,34 +140,34 @@ def paired(
     values = metric.value(both.sums.sum(axis=1))  # (2 * runs,)
     difference = float((values[:runs] - values[runs:]).mean())
     boot = bootstrap(both, metric, resamples, seed)  # (resamples, 2 * runs)
-    differences = over_seeds(boot[:, :runs] - boot[:, runs:], seed)
-    ci_low, ci_high = _percentiles(differences)
     deltas = _row_differences(both, metric, runs)
     # Where no row has a score there is nothing to be identical.
     identical = both.documents > 0 and bool(np.array_equal(both.sums[:runs], both.sums[runs:]))
+    by_seed, drawn = values[:runs] - values[runs:], boot[:, :runs] - boot[:, runs:]
+    if runs > 1:
+        variance = Variance.estimate(by_seed, drawn, both.documents)
+        test, p_value = STUDENT, variance.p_value(difference)
+        ci_low, ci_high = difference - variance.reach, difference + variance.reach
+        alike, detectable = identical or variance.none, variance.detectable
+    else:
+        test, p_value = _swap_test(both, metric, deltas, resamples, seed)
+        ci_low, ci_high = _percentiles(drawn[:, 0])
+        alike, detectable = identical or ci_low == ci_high, MDD_FACTOR * _spread(drawn[:, 0])
     # Every document shows the same difference, so that no resample shows another.
-    alike = identical or ci_low == ci_high
     if alike:
         ci_low, ci_high = _rule_of_three(difference, _binary(both, metric), both.documents)
 
-    if runs > 1:
-        test, p_value = BOOTSTRAP, _bootstrap_p(differences)
-    else:
-        test, p_value = _swap_test(both, metric, deltas, resamples, seed)
-
     spread = deltas.std(ddof=1) if deltas is not None and both.n > 1 else np.nan
     return Paired(
-        first=_estimate(_part(both, 0, runs), metric, boot[:, :runs], seed),
-        second=_estimate(_part(both, runs, 2 * runs), metric, boot[:, runs:], seed),
+        first=_estimate(_part(both, 0, runs), metric, boot[:, :runs]),
+        second=_estimate(_part(both, runs, 2 * runs), metric, boot[:, runs:]),
         difference=difference,
         ci_low=ci_low,
         ci_high=ci_high,
         p_value=p_value,
         test=test,
         effect_size=float(deltas.mean() / spread) if spread > 0 else np.nan,
-        minimum_detectable=np.nan if alike or both.documents < 2 else (
-            MDD_FACTOR * float(np.nanstd(differences))
-        ),
+        minimum_detectable=np.nan if alike else detectable,
         n=both.n,
         documents=both.documents,
         seeds=runs,
@@ -258,13 +262,8 @@ def bootstrap(data: DocumentSums, metric: Metric, resamples: int, seed: int) -> 
     return metric.value(totals.reshape(resamples, runs, k).astype(float))
 
 
-def over_seeds(values: np.ndarray, seed: int) -> np.ndarray:
-    """Means of (resamples, runs) values over resampled runs: (resamples,)."""
-    resamples, runs = values.shape
-    if runs == 1:
-        return values[:, 0]
-    drawn = np.random.default_rng([seed, 1]).integers(runs, size=(resamples, runs - 1))
-    return np.take_along_axis(values, drawn, axis=1).mean(axis=1)
+def _spread(values: np.ndarray) -> float:
+    return np.nan if np.isnan(values).all() else float(np.nanstd(values))
 
 
 def _percentiles(values: np.ndarray) -> tuple[float, float]:
@@ -275,22 +274,38 @@ def _percentiles(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _estimate(data: DocumentSums, metric: Metric, boot: np.ndarray, seed: int) -> Estimate:
-    """A model's level: Wilson for independent 0/1 rows of one run, otherwise the bootstrap."""
-    value = float(metric.value(data.sums.sum(axis=1)).mean())
+def _estimate(data: DocumentSums, metric: Metric, boot: np.ndarray) -> Estimate:
+    """A model's level: Wilson for independent 0/1 rows of one run, otherwise the bootstrap; of
+    several runs Student's t (``Variance``), for 0/1 rows as Wilson's interval of so many trials as
+    have that reach by their standard error (effective sample size: Korn and Graubard 1998, Survey
+    Methodology 24:193), which covers what it says near 0 and 1 as well.
+    """
+    if (data.rows == data.rows[:1]).all():  # an untuned model beside several seeds
+        data, boot = _part(data, 0, 1), boot[:, :1]
+    values = metric.value(data.sums.sum(axis=1))
+    value = float(values.mean())
     binary = _binary(data, metric) and not np.isnan(value)
-    if binary and len(data.sums) == 1 and data.documents == data.n:
-        low, high = _wilson(_row_scores(data, metric).sum(), data.n)
+    if binary and len(values) == 1 and data.documents == data.n:
+        low, high = _wilson(float(_row_scores(data, metric).mean()), data.n)
     elif binary and value in (0.0, 1.0):
         # A resample of equal documents has no spread; each of them then counts as one trial.
-        low, high = _wilson(value * data.documents, data.documents)
+        low, high = _wilson(value, data.documents)
+    elif len(values) == 1:
+        low, high = _percentiles(boot[:, 0])
     else:
-        low, high = _percentiles(over_seeds(boot, seed))
+        reach = Variance.estimate(values, boot, data.documents).reach
+        low, high = value - reach, value + reach
+        if binary and reach > 0:
+            low, high = _wilson(value, value * (1 - value) * (_Z / reach) ** 2)
     return Estimate(value, float(low), float(high), data.n, data.documents)
 
 
-def _wilson(successes: float, trials: float) -> tuple[float, float]:
-    return stats.binomtest(int(successes), int(trials)).proportion_ci(CONFIDENCE, "wilson")
+def _wilson(share: float, trials: float) -> tuple[float, float]:
+    """Wilson's interval of a share of independent trials, which need not be a whole number."""
+    width = 2 * (trials + _Z**2)
+    middle = (2 * trials * share + _Z**2) / width
+    reach = _Z / width * np.sqrt(4 * trials * share * (1 - share) + _Z**2)
+    return (0.0 if share == 0 else middle - reach), (1.0 if share == 1 else middle + reach)
 
 
 def _row_scores(data: DocumentSums, metric: Metric) -> np.ndarray | None:
@@ -331,16 +346,6 @@ def _rule_of_three(difference: float, binary: bool, documents: int) -> tuple[flo
         return np.nan, np.nan
     bound = float(1 - (1 - CONFIDENCE) ** (1 / documents))
     return difference - bound * (1 + difference), difference + bound * (1 - difference)
-
-
-def _bootstrap_p(differences: np.ndarray) -> float:
-    """Two-sided p-value from the bootstrap distribution of a difference: twice the smaller tail
-    beyond zero, counting the observed sample once."""
-    if np.isnan(differences).all():
-        return np.nan
-    valid = differences[~np.isnan(differences)]
-    tail = min((valid <= 0).sum(), (valid >= 0).sum())
-    return float(min(2 * (1 + tail) / (1 + len(valid)), 1.0))
 
 
 def _swap_test(

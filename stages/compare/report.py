@@ -18,7 +18,7 @@ from stages.compare.figures import COLOURS, IMPROVED, NEUTRAL, WORSENED, inline
 from stages.compare.spec import UNTUNED, CompareSpec
 from stages.data.card import DataCard
 from stages.models.card import ModelCard
-from stages.statistics import BOOTSTRAP, CONFIDENCE, SWAP
+from stages.statistics import CONFIDENCE, SWAP
 
 PALETTE = COLOURS | {"neutral": NEUTRAL, "improved": IMPROVED, "worsened": WORSENED}
 _FEW_DOCUMENTS = 30
@@ -152,12 +152,13 @@ def _warnings(content: Content) -> list[str]:
             )
         elif len(spec.seeds) < table.FEW_SEEDS:
             warnings.append(
-                f"Intervals from {len(spec.seeds)} training seeds are rough: the spread between "
-                f"runs is itself poorly known below {table.FEW_SEEDS} seeds."
+                f"{len(spec.seeds)} training seeds leave much undecided: "
+                f"{table.few_seeds(len(spec.seeds))}. What is not shown may be there all the same; "
+                "the column Detectable says from what size on it would have been found."
             )
     tests = len(primary["p_holm"].dropna())
-    needed = round(2 * tests / (1 - CONFIDENCE))
-    if spec.resamples < needed and primary["test"].isin((SWAP, BOOTSTRAP)).any():
+    needed = round(tests / (1 - CONFIDENCE))
+    if spec.resamples < needed and (primary["test"] == SWAP).any():
         warnings.append(
             f"{spec.resamples} resamples are too few for {tests} comparisons: a p-value that comes "
             "from random draws cannot get below 5 % after the correction. Set "

@@ -17,6 +17,7 @@ from stages.compare.table import (
     GAP,
     VERDICTS_FILE,
     count,
+    few_seeds,
     interval,
     number,
     p_value,
@@ -102,9 +103,7 @@ def _lead(verdicts: pd.DataFrame, seeds: int) -> str:
         )
     elif trained and seeds < FEW_SEEDS:
         few = (
-            f"{seeds} training seeds leave much undecided: what runs differ by is known from "
-            f"{seeds - 1} degrees of freedom, and the tests allow for it, so that a difference "
-            "shown by the bootstrap under Results may be undecided here. "
+            f"{seeds} training seeds leave much undecided: {few_seeds(seeds)}. "
         )
     tested = verdicts.drop_duplicates(["recipe", "hypothesis"])["p_holm"].count()
     return (

@@ -4,16 +4,17 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from scipy.optimize import brentq
 
 from stages import statistics
 from stages.errors import StageFailed
 from stages.evaluate.base import Metric, mean_of
 from stages.evaluate.examples import mean_of_sets, mean_where
 from stages.statistics import (
-    BOOTSTRAP,
     EXACT_SWAP,
     MCNEMAR,
     MDD_FACTOR,
+    STUDENT,
     SWAP,
     _exact_swap_p,
     estimate,
@@ -58,6 +59,13 @@ def test_wilson_interval_by_hand():
     got = estimate([scores([1] * 8 + [0] * 2)], CORRECT)
     assert (got.value, got.n, got.documents) == (0.8, 10, 10)
     assert (got.ci_low, got.ci_high) == pytest.approx((centre - half, centre + half), abs=1e-12)
+
+
+def test_wilson_interval_is_scipys_to_the_last_digit():
+    for right, of in ((0, 7), (7, 7), (1, 3), (55, 60), (817, 1319)):
+        got = estimate([scores(np.arange(of) < right)], CORRECT, resamples=4)
+        exact = stats.binomtest(right, of).proportion_ci(0.95, "wilson")
+        assert (got.ci_low, got.ci_high) == (exact.low, exact.high)
 
 
 def test_missing_scores_and_other_subsets_are_left_out_of_n():
@@ -176,19 +184,92 @@ def test_a_metric_that_is_no_mean_is_resampled_through_its_sums():
     assert got.p_value < 0.01 and np.isnan(got.effect_size)
 
 
-def test_several_seeds_widen_the_interval_by_the_variance_between_seeds():
+def by_hand(deltas, variance, documents):
+    """Interval and p-value of a mean of the seeds' differences, whose variance over documents is
+    given: reach² = t² V of both parts, and the level at which it equals the mean."""
+    mean, of_seeds = np.mean(deltas), np.var(deltas, ddof=1) / len(deltas)
+
+    def reach(level):
+        t = stats.t.isf(level / 2, [documents - 1, len(deltas) - 1])
+        return np.sqrt(t**2 @ [variance, of_seeds])
+
+    p_value = brentq(lambda level: reach(level) - abs(mean), 1e-12, 1)
+    return mean - reach(0.05), mean + reach(0.05), p_value
+
+
+def test_several_seeds_add_the_variance_between_them():
     rng = np.random.default_rng(5)
-    base = rng.random(2000)
+    base, other = rng.random(2000), rng.random(2000)
     first = [scores(base < level) for level in (0.50, 0.56, 0.62)]
-    second = [scores(base < 0.50) for _ in range(3)]
-    got = paired(first, second, CORRECT, resamples=4000)
-    deltas = [f["correct"].mean() - s["correct"].mean() for f, s in zip(first, second, strict=True)]
-    assert (got.test, got.seeds) == (BOOTSTRAP, 3)
-    assert got.difference == pytest.approx(np.mean(deltas))
-    between = np.std(deltas, ddof=1) / np.sqrt(3)
-    assert got.minimum_detectable / MDD_FACTOR == pytest.approx(between, rel=0.1)
+    second = [scores(other < level) for level in (0.46, 0.47, 0.45)]
+    got = paired(first, second, CORRECT, resamples=20_000)
+    rows = np.stack([f["correct"] - s["correct"] for f, s in zip(first, second, strict=True)])
+    assert (got.test, got.seeds, got.documents) == (STUDENT, 3, 2000)
+    assert got.difference == pytest.approx(rows.mean())
+    variance = rows.mean(axis=0).var(ddof=1) / 2000
+    low, high, p_value = by_hand(rows.mean(axis=1), variance, 2000)
+    assert (got.ci_low, got.ci_high) == pytest.approx((low, high), abs=1e-3)
+    assert 0.05 < p_value < 0.2 and got.p_value == pytest.approx(p_value, rel=0.01)
+    # Some three standard errors of what three trainings differ by, which does not suffice.
+    assert got.difference > 2.5 * np.sqrt(variance + rows.mean(axis=1).var(ddof=1) / 3)
     one = paired(first[1:2], second[1:2], CORRECT)
-    assert got.ci_high - got.ci_low > 2 * (one.ci_high - one.ci_low)
+    assert one.test == MCNEMAR and one.p_value < 1e-6
+    assert got.minimum_detectable > 2 * one.minimum_detectable
+
+
+def test_several_seeds_of_a_metric_that_is_no_mean():
+    """F1; the variance over 100 documents of three rows by a jackknife."""
+    rng = np.random.default_rng(6)
+    gold, documents, metric = rng.random(300) < 0.4, np.repeat(np.arange(100), 3), f1_metric()
+
+    def run(share):
+        table = scores(np.zeros(300), documents)
+        right = rng.random(300) < share
+        return table.assign(gold=gold, prediction=np.where(right, gold, ~gold))
+
+    first, second = ([run(share) for share in of] for of in ((0.9, 0.86), (0.72, 0.7)))
+    got = paired(first, second, metric, resamples=20_000)
+    sums = np.stack([metric.statistics(t).reshape(100, 3, -1).sum(1) for t in first + second])
+    values = metric.value(sums.sum(axis=1))
+    without = metric.value(sums.sum(axis=1, keepdims=True) - sums)  # (4, 100)
+    jackknife = (without[:2] - without[2:]).mean(axis=0)
+    variance = 99 / 100 * ((jackknife - jackknife.mean()) ** 2).sum()
+    low, high, p_value = by_hand(values[:2] - values[2:], variance, 100)
+    assert (got.ci_low, got.ci_high) == pytest.approx((low, high), abs=0.01)
+    assert got.p_value == pytest.approx(p_value, rel=0.03)
+
+
+def test_an_untuned_model_beside_several_seeds_has_none():
+    """Its level is that of one run, and the seeds' variance is the tuned model's own."""
+    rng = np.random.default_rng(8)
+    before = scores(rng.random(400) < 0.5)
+    tuned = [scores(rng.random(400) < level) for level in (0.7, 0.75, 0.78)]
+    got = paired(tuned, [before] * 3, CORRECT, resamples=20_000)
+    assert got.second == estimate([before], CORRECT)
+    rows = np.stack([table["correct"] - before["correct"] for table in tuned])
+    low, high, _ = by_hand(rows.mean(axis=1), rows.mean(axis=0).var(ddof=1) / 400, 400)
+    assert (got.ci_low, got.ci_high) == pytest.approx((low, high), abs=2e-3)
+
+
+def test_the_level_of_several_seeds_is_wilsons_of_as_many_examples_as_have_that_spread():
+    """Two seeds, 97 and 99 of 100 examples right, the third wrong one of the first being the
+    second's: V over documents of 0.97 + 0.99 = 97 × 1, 2 × 0.5, 1 × 0; over seeds 0.0001."""
+    runs = [scores(np.arange(100) >= wrong) for wrong in (3, 1)]
+    got = estimate(runs, CORRECT, resamples=20_000)
+    of_documents = np.array([0] + [0.5] * 2 + [1] * 97).var(ddof=1) / 100
+    reach = np.sqrt(1.9842**2 * of_documents + 12.7062**2 * 0.0001)
+    trials = 0.98 * 0.02 * 1.95996**2 / reach**2
+    low, high = stats.binomtest(98, 100).proportion_ci(0.95, "wilson")
+    assert (got.ci_low < low, got.ci_high > high, got.ci_high < 1) == (True, True, True)
+    z = 1.95996**2 / trials
+    half = np.sqrt(z * (0.98 * 0.02 + z / 4)) / (1 + z)
+    middle = (0.98 + z / 2) / (1 + z)
+    assert (got.ci_low, got.ci_high) == pytest.approx((middle - half, middle + half), abs=1e-3)
+    # Scores that are no shares have the plain interval.
+    values = [scores(np.arange(100) / 50 + shift) for shift in (0.0, 0.1)]
+    got = estimate(values, CORRECT, resamples=20_000)
+    reach = np.sqrt(1.9842**2 * values[0]["correct"].var() / 100 + 12.7062**2 * 0.05**2)
+    assert (got.ci_low, got.ci_high) == pytest.approx((1.04 - reach, 1.04 + reach), abs=2e-3)
 
 
 def test_a_metric_without_any_score_has_no_number():

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from stages.compare.figures import _of_one_scale
 from stages.compare.spec import CompareSpec, Pair
@@ -335,14 +336,62 @@ def test_members_of_a_pair_that_differ_in_more_than_routing_are_told(
 
 
 def test_too_few_resamples_for_the_correction_are_pointed_out(inputs, output, tmp_path):
+    """Scores that are no whole numbers are swapped at random."""
     for role in [r for r in inputs if r.startswith("scores/") and "/sft/" in r]:
+        file = inputs[role] / "scores.parquet"
+        table = pd.read_parquet(file)
+        table.assign(correct=0.7 * table["correct"]).to_parquet(file)
         inputs[role.replace("/sft/0/", "/sft/1/")] = inputs[role]
-    # Four comparisons: the smallest corrected p is 4 * 2 / (B + 1), below 5 % from B = 160.
-    for resamples, warned in ((150, True), (170, False)):
-        folder = tmp_path / str(resamples)
+    # Eight comparisons: the smallest corrected p is 8 / (B + 1), below 5 % from B = 160. No draw
+    # bounds the p-value of several seeds.
+    both = (("moe", "dense"), ("dense", "moe"))
+    for resamples, seeds, warned in ((150, (0,), True), (170, (0,), False), (150, (0, 1), False)):
+        folder = tmp_path / f"{resamples}-{len(seeds)}"
         folder.mkdir()
-        run(spec_of(seeds=(0, 1), resamples=resamples), inputs, folder)
-        assert ("too few for 4 comparisons" in (folder / "report.md").read_text()) == warned
+        recipes = ("none", "sft") if len(seeds) == 1 else ("sft",)
+        run(spec_of(recipes, seeds, both, resamples=resamples), inputs, folder)
+        told = "too few for 8 comparisons" in (folder / "report.md").read_text()
+        assert told == warned
+
+
+def test_few_seeds_leave_much_undecided_and_say_so(inputs, output, tmp_path):
+    """Three seeds with 10, 6 and 5 right answers of 60 more: t of two degrees."""
+    for seed, moe, dense in ((1, 50, 44), (2, 48, 43)):
+        for model, right in (("moe", moe), ("dense", dense)):
+            role = f"scores/{model}/sft/{seed}/sciq"
+            inputs[role] = tmp_path / role
+            inputs[role].mkdir(parents=True)
+            sciq(right).to_parquet(inputs[role] / "scores.parquet")
+    run(spec_of(seeds=(0, 1, 2), resamples=8000), inputs, output)
+    tuned = row(pd.read_parquet(output / "comparison.parquet"), evaluation="sciq",
+                metric="accuracy", recipe="sft")  # fmt: skip
+    assert (tuned["seeds"], tuned["test"]) == ("0,1,2", "Student's t of seeds and documents")
+    deltas = np.array([10, 6, 5]) / N
+    better = [np.arange(N) < right for right in (55, 50, 48)]
+    worse = [np.arange(N) < right for right in (45, 44, 43)]
+    by_question = np.mean(better, axis=0) - np.mean(worse, axis=0)
+    of_questions, of_seeds = by_question.var(ddof=1) / N, deltas.var(ddof=1) / 3
+    reach = np.sqrt(2.0010**2 * of_questions + 4.3027**2 * of_seeds)
+    assert tuned["ci_high"] - tuned["difference"] == pytest.approx(reach, rel=0.02)
+    # The t at which the interval reaches 0; the first seed alone has McNemar's 2 * 2^-10.
+    t = stats.t.isf(tuned["p_value"] / 2, [59, 2])
+    assert t**2 @ [of_questions, of_seeds] == pytest.approx((7 / N) ** 2, rel=0.03)
+    assert tuned["p_value"] == pytest.approx(0.063, abs=0.002)
+    text = (output / "report.md").read_text()
+    assert "3 training seeds leave much undecided" in text
+    assert "2 degrees of freedom" in text and "4.3 standard errors" in text
+    assert "trained once" not in text and "bootstrap over documents and seeds" not in text
+
+
+def test_a_row_of_one_seed_among_several_says_what_it_lacks(inputs, output):
+    run(spec_of(seeds=(0, 1)), inputs, output)
+    table = pd.read_parquet(output / "comparison.parquet")
+    tuned = row(table, evaluation="sciq", metric="accuracy", recipe="sft")
+    assert (tuned["seeds"], tuned["test"]) == ("0", "exact McNemar")
+    text = render_text(table).replace("\n", " ")
+    assert "Computed over seed(s) 0 only. One seed does not tell what another training" in text
+    alone = row(table, evaluation="sciq", metric="accuracy", recipe="none")
+    assert (alone["seeds"], alone["gap"]) == ("0", "")
 
 
 def test_two_reports_of_the_same_scores_are_the_same_files(inputs, output, tmp_path):

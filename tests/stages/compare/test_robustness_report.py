@@ -80,7 +80,7 @@ def test_levels_by_hand(images):
     assert list(dict.fromkeys(table["model"])) == ["vit", "vmoe-4", "vmoe-8"]
 
 
-def test_intervals_are_of_the_bootstrap_over_examples_and_seeds(images):
+def test_intervals_are_over_examples_and_seeds(images):
     found = cell(pd.read_parquet(images / "headline.parquet"), "robust", "vit")
     metric = next(m for m in spec_of().evaluations["attacks"].metrics() if m.column == "robust")
     expected = estimate([attacks(0.4, False)] * 3, metric, resamples=200)
