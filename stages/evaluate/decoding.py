@@ -24,6 +24,7 @@ from stages.evaluate.techniques import (
 )
 from stages.models.families import family
 from stages.models.load import spread
+from stages.models.routing import choosing
 
 MASKED = -1000.0
 """Score of a token that a technique rules out: finite, so that sums still order the choices."""
@@ -310,31 +311,8 @@ def expert_count(model: PreTrainedModel, technique: ExpertCount) -> Iterator[Non
             f"technique.top_k: {technique.top_k} is more than the {experts} experts of a layer; "
             f"give 1 to {experts}"
         )
-    if not entry.counts_experts:
-        raise StageFailed(
-            f"technique.top_k: {entry.model_type} {entry.no_weighing}, so their number per token "
-            "cannot be set; evaluate without expert_count"
-        )
-    before = {router: router.top_k for router in routers.values()}
-
-    def observe(router: nn.Module, args: tuple, output: tuple) -> None:
-        if output[entry.index].shape[-1] != technique.top_k:
-            raise StageFailed(
-                f"technique.top_k: a router of {model.config.model_type} does not choose "
-                f"{technique.top_k} experts though told so; evaluate without expert_count"
-            )
-
-    seen = entry.index is not None
-    hooks = [router.register_forward_hook(observe) for router in before if seen]
-    try:
-        for router in before:
-            router.top_k = technique.top_k
+    with choosing(model, technique.top_k):
         yield
-    finally:
-        for router, top_k in before.items():
-            router.top_k = top_k
-        for hook in hooks:
-            hook.remove()
 
 
 class Sampler:

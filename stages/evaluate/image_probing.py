@@ -35,9 +35,13 @@ class ImageIntervenor(Intervening, Shown):
             used = usage(self.seen(self.decoded(self.rows[0]["calibration"]))[1])
         for row in found:
             row |= {"interventions": {}, "criticality": {}, "operations": self.operations()}
+        under = {}
         for each in zip(*(self.policies(id, layers, used) for id in self.ids), strict=True):
-            name = each[0][0]
-            answers, _, _ = self._answers(per_input([policy for _, policy in each]))
+            under[each[0][0]] = self._answers(per_input([policy for _, policy in each]))[0]
+        for name, count in self.other_counts():
+            with count as policy:
+                under[name] = self._answers(policy)[0]
+        for name, answers in under.items():
             for row, answer in zip(found, answers, strict=True):
                 row["interventions"][name] = answer
         for layer, policies in self.masks(routing):

@@ -1,6 +1,7 @@
 """Interventions on the experts of a loaded model, whatever it reads."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 
 import torch
@@ -40,7 +41,7 @@ class Intervening:
     def policies(
         self, id: str, layers: Sequence[str], used: torch.Tensor | None
     ) -> Iterator[tuple[str, Policy]]:
-        """Every intervention on the example of that id, by name.
+        """Every intervention on the example of that id but other numbers of experts, by name.
 
         ``layers`` are the paths of the sparse blocks, ``used`` how often each expert is chosen
         (L, E), which only pruning asks for.
@@ -58,12 +59,16 @@ class Intervening:
         for name in spec.substitutions:
             for share in spec.shares:
                 yield f"{name}_{share:g}", routes.at_share(made[name](), share, seed)
-        for name, count, other_rule in spec.counts:
-            yield name, routes.another_k(count, self.weigh, other_rule=other_rule)
         for count in spec.prune:
             for which in WAYS:
                 gone = pruned(used, layers, count, which, spec.seed)
                 yield f"prune_{which}_{count}", routes.masked(gone, self.weigh)
+
+    def other_counts(self) -> Iterator[tuple[str, AbstractContextManager[Policy | None]]]:
+        """Every other number of experts per token, by name: a context that sets it and gives the
+        policy, where one is needed."""
+        for name, count, other_rule in self.spec.counts:
+            yield name, routes.another_k(self.model, count, self.weigh if other_rule else None)
 
     def operations(self) -> dict[str, float]:
         """Operations per token with other numbers of experts, in those of the model as it is."""

@@ -89,6 +89,10 @@ class Interventions(Evaluation):
         usage = {self._usage: (self.dataset, self.calibration_split)} if self.prune else {}
         return super().sources() | usage
 
+    def wordings(self) -> dict[str, str]:
+        """What else the scores hang on: by what another number of experts is chosen."""
+        return super().wordings() | ({"top_k": "the routers themselves"} if self.top_k else {})
+
     @property
     def _usage(self) -> str:
         return f"{self.dataset}#{self.calibration_split}"

@@ -34,11 +34,15 @@ class Intervenor(Intervening, Asker):
             plain, routing = self._answer(question, asked)
             layers = [each.layer for each in routing]
             used = self._usage(row) if self.spec.prune else None
+            interventions = {
+                name: self._answer(question, asked, policy)[0]
+                for name, policy in self.policies(row["id"], layers, used)
+            }
+            for name, count in self.other_counts():
+                with count as policy:
+                    interventions[name] = self._answer(question, asked, policy)[0]
             yield plain | {
-                "interventions": {
-                    name: self._answer(question, asked, policy)[0]
-                    for name, policy in self.policies(row["id"], layers, used)
-                },
+                "interventions": interventions,
                 "operations": self.operations(),
                 # By layer, the largest rise of the loss over random masks of half its experts.
                 "criticality": {

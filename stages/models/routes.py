@@ -25,7 +25,14 @@ from transformers import PreTrainedModel
 
 from stages.errors import StageFailed
 from stages.models.families import family
-from stages.models.routing import Routing, blocks, intercept
+from stages.models.routing import (
+    Routing,
+    blocks,
+    choosing,
+    intercept,
+    normalises,
+    replaced,
+)
 
 Policy = Callable[[Routing], Routing | None]
 Weigh = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -233,26 +240,46 @@ def masked(experts: Mapping[str, Collection[int]], weigh: Weigh) -> Policy:
     return policy
 
 
-def another_k(count: int, weigh: Weigh, *, other_rule: bool = False) -> Policy:
-    """The best ``count`` experts by their logits, weighed by the family's rule.
+@contextmanager
+def another_k(
+    model: PreTrainedModel, count: int, weigh: Weigh | None = None
+) -> Iterator[Policy | None]:
+    """Inside, each router chooses ``count`` experts as it does when it is configured so.
 
-    ``other_rule``: where the rule divides by the sum over the chosen, without that: each expert has
-    the weight that it has, or would have, beside as many as the router is configured to choose.
-    Where the rule does not, the weights are made to sum to what those of the configured number do.
+    They have the weights that the router gives them; with the family's rule (``routing.weighing``)
+    the policy that is given weighs them by the other one. Where the rule divides by the sum over
+    the chosen: without that, so that each expert has the weight that it has, or would have, beside
+    as many as the router is configured to choose. Where it does not, the weights are made to sum to
+    what those of the configured number do.
     """
+    entry, divides = family(model), normalises(model)
+    with ExitStack() as undo:
+        if weigh is None:
+            undo.enter_context(choosing(model, count))
+            yield None
+            return
+        configured: dict[str, torch.Tensor] = {}
+        for path, (router, _) in blocks(model).items():
 
-    def policy(routing: Routing) -> Routing:
-        logits = routing.logits.detach()
-        chosen = logits.topk(count, -1).indices
-        weights = weigh(routing.logits, chosen)
-        if other_rule:
-            own = weigh(routing.logits, logits.topk(routing.experts.shape[1], -1).indices)
-            sums = [each.sum(-1, keepdim=True) for each in (own, weights)]
-            divides = torch.allclose(*sums)
-            weights = weights * (own[:, :1] / weights[:, :1] if divides else sums[0] / sums[1])
-        return routing.change(experts=chosen, weights=weights)
+            def ask(module: nn.Module, args: tuple, kwargs: dict, output: tuple, path=path,
+                    own=router.top_k) -> None:  # fmt: skip
+                with replaced(module, "top_k", own):
+                    configured[path] = module.forward(*args, **kwargs)[entry.index]
 
-    return policy
+            undo.enter_context(router.register_forward_hook(ask, with_kwargs=True))
+        undo.enter_context(choosing(model, count))
+
+        def policy(routing: Routing) -> Routing:
+            scores = weigh(routing.logits, _every(routing.logits))
+            before, now = (
+                scores.gather(-1, experts).sum(-1, keepdim=True)
+                for experts in (configured.pop(routing.layer), routing.experts)
+            )
+            return routing.change(
+                weights=routing.weights * (now / before if divides else before / now)
+            )
+
+        yield policy
 
 
 def soft(weigh: Weigh) -> Policy:

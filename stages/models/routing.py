@@ -156,6 +156,48 @@ def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
             delattr(module, name)
 
 
+@contextmanager
+def choosing(model: PreTrainedModel, count: int) -> Iterator[None]:
+    """Each router chooses ``count`` experts for a token, inside the context: by its own rule, with
+    whatever the choice depends on beside the logits (biases, groups of experts, a capacity).
+
+    Raises StageFailed for a family that has no number to set, and where a router goes on choosing
+    another number.
+    """
+    entry = family(model)
+    if not entry.counts_experts:
+        raise StageFailed(
+            f"{entry.model_type} {entry.no_weighing}, so their number per token cannot be set; "
+            "evaluate it with the number that it is configured for"
+        )
+    before = {router: router.top_k for router in entry.modules(model, "router").values()}
+
+    def observe(router: nn.Module, args: tuple, output: tuple) -> None:
+        if output[entry.index].shape[-1] != count:
+            raise StageFailed(
+                f"a router of {entry.model_type} does not choose {count} experts though told so; "
+                "evaluate it with the number that it is configured for"
+            )
+
+    seen = entry.index is not None
+    hooks = [router.register_forward_hook(observe) for router in before if seen]
+    try:
+        for router in before:
+            router.top_k = count
+        yield
+    finally:
+        for router, top_k in before.items():
+            router.top_k = top_k
+        for hook in hooks:
+            hook.remove()
+
+
+def normalises(model: PreTrainedModel) -> bool:
+    """Whether the weights of the experts that a token is given to are made to sum to a constant."""
+    told = family(model).normalised
+    return getattr(model.config, told) if isinstance(told, str) else told
+
+
 @torch.no_grad()
 def weighing(model: PreTrainedModel) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The family's rule from logits (T, E) and chosen experts (T, K) to their weights (T, K).

@@ -83,13 +83,13 @@ def test_interventions_are_what_the_model_says_under_them(engines, data):
     assert scores["correct/drop_output_1"].tolist() == right_without
     assert np.allclose(scores["loss/drop_output_1"], loss_without - loss, atol=1e-4)
     # K as it is configured changes nothing.
-    assert np.allclose(scores["loss/top_2"], 0, atol=1e-5)
+    assert scores["loss/top_2"].eq(0).all() and scores["loss/top_2_other_rule"].eq(0).all()
     with expert_count(engine.model, ExpertCount(kind="expert_count", top_k=1)):
         _, loss_one = asked(engine)
     assert np.allclose(scores["loss/top_1"], loss_one - loss, atol=1e-4)
-    assert np.allclose(scores["loss/top_2_other_rule"], 0, atol=1e-5)
-    with routed(engine.model, another_k(4, weighing(engine.model), other_rule=True)):
-        _, loss_other = asked(engine)
+    with another_k(engine.model, 4, weighing(engine.model)) as policy:
+        with routed(engine.model, policy):
+            _, loss_other = asked(engine)
     assert np.allclose(scores["loss/top_4_other_rule"], loss_other - loss, atol=1e-4)
     assert not np.allclose(scores["loss/top_4_other_rule"], scores["loss/top_4"], atol=1e-4)
     # The tiny model's card with another number of experts in its configuration.
@@ -111,6 +111,9 @@ def test_interventions_are_what_the_model_says_under_them(engines, data):
     # A mask of half the experts and no mask differ.
     assert scores[layers].abs().to_numpy().max() > 1e-4
     assert evaluation.of_experts
+    # Scores with another number of experts are redone when it is chosen in another way.
+    assert "top_k" in evaluation.wordings() and "template" in evaluation.wordings()
+    assert "top_k" not in ExpertInterventions(**SHOP).wordings()
 
 
 def test_attacked_texts_can_be_asked_about(engines, data):

@@ -12,7 +12,7 @@ from stages.models import routes
 from stages.models.expert_parallel import convert
 from stages.models.families import FAMILIES
 from stages.models.routes import routed, selected
-from stages.models.routing import Routing, blocks, weighing
+from stages.models.routing import blocks, weighing
 from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.models.tiny_shapes import TINY
 
@@ -96,8 +96,7 @@ def test_every_policy_acts_in_every_family(name):
         policies.append(routes.next_ranked())
     if FAMILIES[name].scores != "sparsemixer":
         weigh = weighing(model)
-        policies += [routes.masked({r.layer: [0] for r in clean}, weigh), routes.soft(weigh),
-                     routes.another_k(1, weigh)]
+        policies += [routes.masked({r.layer: [0] for r in clean}, weigh), routes.soft(weigh)]
     for policy in policies:
         with routed(model, policy):
             changed = logits_of(model)
@@ -239,36 +238,86 @@ def test_a_policy_for_each_input_of_a_batch(mixtral):
     assert torch.equal(second.experts, one(mixtral, routes.at_random(5))[1].experts)
 
 
-def test_another_k_is_the_configured_k(mixtral):
-    model = model_of("mixtral")
+def under_k(model, count, rule=None):
+    """The logits with another number of experts, and the routes."""
+    with routes.another_k(model, count, rule) as policy, routed(model, policy) as found:
+        return logits_of(model), found
+
+
+@pytest.mark.parametrize("name", [name for name in SEEN if FAMILIES[name].counts_experts])
+def test_the_configured_k_is_the_model_as_it_is(name):
+    """The very experts and weights, whatever the choice depends on beside the logits."""
+    model = model_of(name)
+    with routed(model) as clean:
+        plain = logits_of(model)
+    own = clean[0].experts.shape[1]
+    for rule in (None, weighing(model)):
+        found, forced = under_k(model, own, rule)
+        assert torch.equal(found, plain)
+        for before, after in zip(clean, forced, strict=True):
+            assert torch.equal(before.experts, after.experts)
+            assert torch.equal(before.weights, after.weights)
+        # One expert more or less is another choice, and nothing of it stays.
+        other = own - 1 or own + 1
+        changed, forced = under_k(model, other, rule)
+        assert not torch.equal(changed, plain) and torch.equal(logits_of(model), plain)
+        assert all(r.experts.shape[1] == other for r in forced)
     for router, _ in blocks(model).values():
-        router.top_k = 3
-    expected = logits_of(model)
-    with routed(mixtral, routes.another_k(3, weighing(mixtral))):
-        torch.testing.assert_close(logits_of(mixtral), expected)
+        assert router.top_k == own and not router._forward_hooks
+
+
+ASIDE = ("deepseek_v2", "deepseek_v3", "ernie4_5_moe", "minimax_m2", "lfm2_moe", "mixtral")
+
+
+@pytest.mark.parametrize("name", ASIDE)
+def test_another_k_is_a_model_of_that_configuration(name):
+    """Of families that choose by a bias or within groups of experts, and of one that does not."""
+    model = model_of(name)
+    key = FAMILIES[name].top_k
+    aside = 0
+    for count in (1, 3):
+        other = type(model)(type(model.config)(**(model.config.to_dict() | {key: count}))).eval()
+        other.load_state_dict(model.state_dict())
+        found, forced = under_k(model, count)
+        assert torch.equal(found, logits_of(other))
+        for r in forced:
+            largest = r.logits.topk(count).indices.sort(-1).values
+            aside += (r.experts.sort(-1).values != largest).any(-1).sum()
+    assert (aside > 0) == (name != "mixtral")
+
+
+def test_where_the_number_cannot_be_set_it_is_refused():
+    for name in ("phimoe", "jetmoe"):
+        with pytest.raises(StageFailed, match=f"{name} .*their number per token cannot be set"):
+            under_k(model_of(name), 1)
 
 
 def test_another_k_can_be_weighed_by_the_other_rule(mixtral):
     """Two are chosen: one keeps its share of them, a third and fourth are weighed against them."""
-    weigh = weighing(mixtral)
-    logits = torch.tensor([[3.0, 1.0, 2.0, 0.0]])
-    two = Routing("block", logits, torch.tensor([[0, 2]]), weigh(logits, torch.tensor([[0, 2]])))
-    together = torch.e**3 + torch.e**2
-    expected = torch.e ** torch.tensor([3.0, 2.0, 1.0, 0.0]) / together
     for count in (1, 2, 3, 4):
-        changed = routes.another_k(count, weigh, other_rule=True)(two)
-        assert changed.experts.tolist() == [[0, 2, 1, 3][:count]]
-        torch.testing.assert_close(changed.weights[0], expected[:count])
+        _, forced = under_k(mixtral, count, weighing(mixtral))
+        best = forced[0].logits.softmax(-1).sort(descending=True)
+        assert torch.equal(forced[0].experts, best.indices[:, :count])
+        expected = best.values / best.values[:, :2].sum(-1, keepdim=True)
+        torch.testing.assert_close(forced[0].weights, expected[:, :count])
         # The family's own rule sums to 1.
-        ruled = routes.another_k(count, weigh)(two).weights[0]
-        torch.testing.assert_close(ruled, expected[:count] / expected[:count].sum())
+        ruled = under_k(mixtral, count)[1][0].weights
+        torch.testing.assert_close(ruled.sum(-1), torch.ones(30))
     # A softmax over all experts that is not divided by what was chosen: the sum stays.
-    weigh = weighing(model_of("qwen2_moe"))
-    one = Routing("block", logits, torch.tensor([[0]]), weigh(logits, torch.tensor([[0]])))
-    shares = logits.softmax(-1)[0, [0, 2, 1]]
-    torch.testing.assert_close(routes.another_k(3, weigh)(one).weights[0], shares)
-    torch.testing.assert_close(routes.another_k(3, weigh, other_rule=True)(one).weights[0],
-                               shares / shares.sum() * shares[0])
+    model = model_of("qwen2_moe")
+    own = next(iter(blocks(model).values()))[0].top_k
+    _, forced = under_k(model, 3, weighing(model))
+    shares = forced[0].logits.softmax(-1).topk(3).values
+    torch.testing.assert_close(under_k(model, 3)[1][0].weights, shares)
+    kept = shares[:, :own].sum(-1, keepdim=True) / shares.sum(-1, keepdim=True)
+    torch.testing.assert_close(forced[0].weights, shares * kept)
+    # By a bias the third is not the third by its logits, and still is weighed against two.
+    model = model_of("deepseek_v3")
+    two, three = (under_k(model, count)[1][0] for count in (2, 3))
+    scores = three.logits.sigmoid()
+    expected = scores.gather(1, three.experts) / scores.gather(1, two.experts).sum(1, keepdim=True)
+    scaled = expected * two.weights.sum(1, keepdim=True)
+    torch.testing.assert_close(under_k(model, 3, weighing(model))[1][0].weights, scaled)
 
 
 def gradient(model):

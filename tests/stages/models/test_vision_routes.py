@@ -57,8 +57,8 @@ def test_every_policy_acts():
     policies = [
         routes.at_random(0), routes.permuted(0), routes.without_first(), routes.without_output(),
         routes.fixed([2, 0]), routes.next_ranked(), routes.next_ranked(weigh),
-        routes.masked({r.layer: [0] for r in clean}, weigh), routes.another_k(1, weigh),
-        routes.soft(weigh), routes.at_share(routes.next_ranked(), 0.5, 0),
+        routes.masked({r.layer: [0] for r in clean}, weigh), routes.soft(weigh),
+        routes.at_share(routes.next_ranked(), 0.5, 0),
         routes.imposed(clean[::-1], layers=()),
     ]  # fmt: skip
     for policy in policies[:-1]:
@@ -73,8 +73,9 @@ def test_another_k_and_dropped_outputs_by_hand():
     """K = 1 is the same weights with one expert; without experts the block adds nothing."""
     model, one = model_of(), model_of(top_k=1)
     one.load_state_dict(model.state_dict())
-    with routed(model, routes.another_k(1, weighing(model))):
-        torch.testing.assert_close(logits_of(model), logits_of(one))
+    with routes.another_k(model, 1), routed(model) as found:
+        assert torch.equal(logits_of(model), logits_of(one))
+    assert all(r.experts.shape == (30, 1) for r in found)
     inputs, outputs = [], []
     block = model.vit.layers[3]
     hooks = [block.register_forward_hook(lambda m, a, o: outputs.append(o)),
@@ -84,3 +85,25 @@ def test_another_k_and_dropped_outputs_by_hand():
     for hook in hooks:
         hook.remove()
     assert torch.equal(outputs[0], inputs[0])
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"eval_capacity_factor": 0.5, "group_size": 1}, {"experts": 8, "ensemble": 2},
+    {"ensemble": 2, "ensemble_of": "models"},
+    *({"experts": 0, "head": head, "head_experts": 4, "head_neurons": 16}
+      for head in ("soft_moe", "sparse_moe")),
+], ids=["", "capacity", "E3", "ensemble", "soft head", "head"])  # fmt: skip
+def test_the_configured_k_is_the_model_as_it_is(changes):
+    model = from_scratch(SPEC.model_copy(update=changes))[0]
+    with routed(model) as clean:
+        plain = logits_of(model)
+    own = clean[0].experts.shape[1]
+    for rule in (None, weighing(model)):
+        with routes.another_k(model, own, rule) as policy, routed(model, policy) as forced:
+            assert torch.equal(logits_of(model), plain)
+        for before, after in zip(clean, forced, strict=True):
+            assert torch.equal(before.experts, after.experts)
+            assert torch.equal(before.weights, after.weights)
+        with routes.another_k(model, 1, rule) as policy, routed(model, policy):
+            assert not torch.equal(logits_of(model), plain)
+    assert torch.equal(logits_of(model), plain)
