@@ -29,7 +29,8 @@ class Interventions(Evaluation):
 
     ``next_ranked``: ranks K + 1 to 2K; ``random``: K drawn ones; ``drop_first``: the best adds
     nothing; ``drop_output``: none adds anything, which tells whether the layer matters at all;
-    ``permuted``: the experts of each layer change places.
+    ``permuted``: the experts of each layer change places. Where experts have a capacity, a token
+    that one had no room for stays without: experts are exchanged, not the tokens that are served.
     """
 
     substitutions: tuple[Substitution, ...] = (

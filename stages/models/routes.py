@@ -214,7 +214,8 @@ def permuted(seed: int) -> Policy:
 
 def masked(experts: Mapping[str, Collection[int]], weigh: Weigh) -> Policy:
     """Some experts of some blocks, by the block's path, cannot be chosen: each is replaced by the
-    best of the others by their logits, and all are weighed anew by the family's rule.
+    best of the others by their logits, and all are weighed anew by the family's rule. In the place
+    of an expert that had no room for a token none takes it.
 
     Raises StageFailed where fewer than K experts remain.
     """
@@ -229,13 +230,19 @@ def masked(experts: Mapping[str, Collection[int]], weigh: Weigh) -> Policy:
                 f"{routing.layer}: {total - len(gone)} of {total} experts remain and a token needs "
                 f"{count}; mask fewer"
             )
-        left = routing.logits.detach().clone()
-        left[:, gone] = -torch.inf
-        # Those that were chosen and may stay come first, whatever rule chose them.
-        stay = selected(routing) & left.isfinite()
-        ranked = left.masked_fill(stay, torch.inf)
-        chosen = ranked.topk(count, -1).indices
-        return routing.change(experts=chosen, weights=weigh(routing.logits, chosen))
+        # Those that were chosen and may stay do, whatever rule chose them.
+        taken = torch.zeros_like(routing.logits, dtype=torch.bool)
+        others = routing.logits.detach().masked_fill(
+            taken.scatter(-1, routing.experts, True), -torch.inf
+        )
+        others[:, gone] = -torch.inf
+        best = others.topk(count, -1).indices
+        lost = torch.isin(routing.experts, torch.tensor(gone, device=best.device))
+        # The first that is replaced gets the best of the others, the second the next.
+        place = (lost.cumsum(-1) - 1).clamp(min=0)
+        chosen = torch.where(lost, best.gather(-1, place), routing.experts)
+        weights = weigh(routing.logits, chosen) * (routing.weights != 0)
+        return routing.change(experts=chosen, weights=weights)
 
     return policy
 
@@ -371,9 +378,11 @@ def selected(routing: Routing) -> torch.Tensor:
 
 
 def _weighed(routing: Routing, experts: torch.Tensor, weigh: Weigh | None) -> Routing:
+    """Other experts (T, K), best first; a token gets as many of them as had room for it."""
     if weigh is None:
         return _by_rank(routing, experts)
-    return routing.change(experts=experts, weights=weigh(routing.logits, experts))
+    served = routing.weights.sort(-1, descending=True).values != 0
+    return routing.change(experts=experts, weights=weigh(routing.logits, experts) * served)
 
 
 def _by_rank(routing: Routing, experts: torch.Tensor) -> Routing:

@@ -69,6 +69,41 @@ def test_every_policy_acts():
         assert torch.equal(logits_of(model), plain)
 
 
+def test_what_had_no_room_stays_dropped():
+    """Other experts take the tokens that were served and no others."""
+    model = model_of(eval_capacity_factor=0.5, group_size=1)
+    with routed(model) as clean:
+        plain = logits_of(model)
+    weigh, first = weighing(model), clean[0]
+    served = selected(first).sum(-1)
+    assert {0, 1, 2} == set(served.tolist())
+
+    def under(policy):
+        with routed(model, policy) as found:
+            changed = logits_of(model)
+        # The second sparse block has tokens of its own, and drops some of them too.
+        assert (selected(found[1]).sum(-1) < 2).any()
+        return changed, found[0]
+
+    for policy in (routes.next_ranked(weigh), routes.at_random(0, weigh), routes.next_ranked(),
+                   routes.at_random(0)):  # fmt: skip
+        changed, found = under(policy)
+        assert torch.equal(selected(found).sum(-1), served) and not torch.equal(changed, plain)
+    for expert in range(4):
+        changed, found = under(routes.masked({first.layer: [expert]}, weigh))
+        assert torch.equal(found.weights != 0, first.weights != 0)
+        assert torch.equal(found.experts == first.experts, first.experts != expert)
+        assert (found.experts != expert).all()
+        # No expert takes a token twice, and those that stay have the weights that they had.
+        assert (found.experts[:, 0] != found.experts[:, 1]).all()
+        stay = first.experts != expert
+        torch.testing.assert_close(found.weights[stay], first.weights[stay])
+    # An expert that took no token is not missed.
+    idle = first.change(experts=first.experts.clamp(max=2))
+    left = routes.masked({first.layer: [3]}, weigh)(idle)
+    assert torch.equal(left.experts, idle.experts)
+
+
 def test_another_k_and_dropped_outputs_by_hand():
     """K = 1 is the same weights with one expert; without experts the block adds nothing."""
     model, one = model_of(), model_of(top_k=1)
