@@ -202,9 +202,9 @@ def normalises(model: PreTrainedModel) -> bool:
 def weighing(model: PreTrainedModel) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The family's rule from logits (T, E) and chosen experts (T, K) to their weights (T, K).
 
-    Found by comparing the known rules with what the first router does on random hidden states:
-    the score is a softmax or a sigmoid of the logits, divided by its sum over the chosen experts
-    or not, times a constant. Raises StageFailed for a router with another rule, and for a family
+    A score is a softmax or a sigmoid of the logits, divided by its sum over the chosen experts or
+    not, as the family's entry says, times a constant that is read off what the first router does
+    on random hidden states. Raises StageFailed for a router with another rule, and for a family
     whose experts are not called with the choice.
     """
     entry = family(model)
@@ -221,21 +221,21 @@ def weighing(model: PreTrainedModel) -> Callable[[torch.Tensor, torch.Tensor], t
     with intercept({path: (router, experts)}, choice=seen.append):
         model.get_submodule(path)(probe)
     routing = seen[0]
-    scores = {"softmax": lambda x: x.float().softmax(-1), "sigmoid": lambda x: x.float().sigmoid()}
-    for score in scores.values():
-        for normalised in (False, True):
+    # Where all experts are chosen the outcome does not tell whether a sum was divided by.
+    divides = normalises(model)
 
-            def weigh(logits, experts, score=score, normalised=normalised):
-                chosen = score(logits).gather(-1, experts)
-                return chosen / chosen.sum(-1, keepdim=True) if normalised else chosen
+    def shares(logits: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        logits = logits.float()
+        scores = logits.sigmoid() if entry.scores == "sigmoid" else logits.softmax(-1)
+        chosen = scores.gather(-1, experts)
+        return chosen / chosen.sum(-1, keepdim=True) if divides else chosen
 
-            found = weigh(routing.logits, routing.experts)
-            # A weight of 0 is a token that its expert had no room for.
-            kept = routing.weights != 0
-            expected, found = routing.weights[kept].float(), found[kept]
-            scale = (expected.sum() / found.sum()).item()
-            if torch.allclose(expected, scale * found, rtol=1e-4, atol=1e-6):
-                return lambda logits, experts, weigh=weigh: scale * weigh(logits, experts)
+    # A weight of 0 is a token that its expert had no room for.
+    kept = routing.weights != 0
+    expected, found = routing.weights[kept].float(), shares(routing.logits, routing.experts)[kept]
+    scale = (expected.sum() / found.sum()).item()
+    if torch.allclose(expected, scale * found, rtol=1e-4, atol=1e-6):
+        return lambda logits, experts: scale * shares(logits, experts)
     raise StageFailed(
         f"{model.config.model_type}: its router weighs the chosen experts by a rule of its own, so "
         "others cannot be put in their place; set router.assignment to top_k"

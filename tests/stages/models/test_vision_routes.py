@@ -142,3 +142,18 @@ def test_the_configured_k_is_the_model_as_it_is(changes):
         with routes.another_k(model, 1, rule) as policy, routed(model, policy):
             assert not torch.equal(logits_of(model), plain)
     assert torch.equal(logits_of(model), plain)
+
+
+@pytest.mark.parametrize("head", ["soft_moe", "sparse_moe"])
+def test_fewer_experts_of_a_head_are_weighed_against_each_other(head):
+    """Where all are chosen, weights that were divided by their sum look like those that were not.
+    """
+    changes = {"experts": 0, "head": head, "head_experts": 4, "head_neurons": 16}
+    model = from_scratch(SPEC.model_copy(update=changes))[0]
+    with routes.another_k(model, 2), routed(model) as two:
+        logits_of(model)
+    assert two[0].experts.shape == (6, 2)
+    found = weighing(model)(two[0].logits, two[0].experts)
+    expected = two[0].logits.gather(1, two[0].experts).softmax(-1)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(two[0].weights, expected)
