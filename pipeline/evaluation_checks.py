@@ -128,21 +128,23 @@ class EvaluationChecks:
                 yield (f"{field}.kind: {name}: {facts.family} {entry.no_weighing}, so they cannot "
                        "be asked one by one; remove it")
             elif isinstance(evaluation, Interventions) and facts.experts:
+                own, of = facts.choice, f"{facts.choice} experts of {name}"
+                if facts.members > 1:
+                    of = f"{own} experts of a member of {name}"
                 for count in evaluation.top_k:
-                    if count > facts.experts:
-                        yield (f"{field}.top_k: {count} is more than the {facts.experts} experts "
-                               f"of {name}; lower it")
+                    if count > own:
+                        yield f"{field}.top_k: {count} is more than the {of}; lower it"
                 for count in evaluation.prune:
-                    if count > facts.experts - facts.top_k:
-                        yield (f"{field}.prune: {count} of the {facts.experts} experts of {name} "
-                               f"leave fewer than the {facts.top_k} that a token needs; lower it")
-                if evaluation.random_masks and facts.experts // 2 > facts.experts - facts.top_k:
+                    if count > own - facts.top_k:
+                        yield (f"{field}.prune: {count} of the {of} leave fewer than the "
+                               f"{facts.top_k} that a token needs; lower it")
+                # Which are masked is drawn, so that all may be of one member.
+                if evaluation.random_masks and facts.experts // 2 > own - facts.top_k:
                     yield (f"{field}.random_masks: half of the {facts.experts} experts of {name} "
-                           f"are fewer than the {facts.top_k} that a token needs; remove it")
-                if "next_ranked" in evaluation.substitutions and 2 * facts.top_k > facts.experts:
-                    yield (f"{field}.substitutions: {name} chooses {facts.top_k} of "
-                           f"{facts.experts} experts, so there are no next_ranked ones for each; "
-                           "name others alone")
+                           f"may leave fewer than the {facts.top_k} that a token needs; remove it")
+                if "next_ranked" in evaluation.substitutions and 2 * facts.top_k > own:
+                    yield (f"{field}.substitutions: {name} chooses {facts.top_k} of {own} experts, "
+                           "so there are no next_ranked ones for each; name others alone")
 
     def weighed(self, evaluation: Evaluation, field: str) -> Iterator[str]:
         """Problems of what puts other experts in the place of the chosen ones, with the weights

@@ -25,14 +25,7 @@ from transformers import PreTrainedModel
 
 from stages.errors import StageFailed
 from stages.models.families import family
-from stages.models.routing import (
-    Routing,
-    blocks,
-    choosing,
-    intercept,
-    normalises,
-    replaced,
-)
+from stages.models.routing import Routing, blocks, choosing, intercept, normalises, replaced
 
 Policy = Callable[[Routing], Routing | None]
 Weigh = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -217,25 +210,25 @@ def masked(experts: Mapping[str, Collection[int]], weigh: Weigh) -> Policy:
     best of the others by their logits, and all are weighed anew by the family's rule. In the place
     of an expert that had no room for a token none takes it.
 
-    Raises StageFailed where fewer than K experts remain.
+    Raises StageFailed where fewer than K experts that a token may be given to remain.
     """
 
     def policy(routing: Routing) -> Routing | None:
         gone = list(experts.get(routing.layer, ()))
         if not gone:
             return None
-        count, total = routing.experts.shape[1], routing.logits.shape[1]
-        if total - len(gone) < count:
+        count, left = routing.experts.shape[1], routing.logits.detach().clone()
+        left[:, gone] = -torch.inf
+        # A member of an ensemble can choose among its own alone.
+        total, remain = (int(each.isfinite().sum(-1).min()) for each in (routing.logits, left))
+        if remain < count:
             raise StageFailed(
-                f"{routing.layer}: {total - len(gone)} of {total} experts remain and a token needs "
-                f"{count}; mask fewer"
+                f"{routing.layer}: {remain} of {total} experts remain and a token needs {count}; "
+                "mask fewer"
             )
         # Those that were chosen and may stay do, whatever rule chose them.
         taken = torch.zeros_like(routing.logits, dtype=torch.bool)
-        others = routing.logits.detach().masked_fill(
-            taken.scatter(-1, routing.experts, True), -torch.inf
-        )
-        others[:, gone] = -torch.inf
+        others = left.masked_fill(taken.scatter(-1, routing.experts, True), -torch.inf)
         best = others.topk(count, -1).indices
         lost = torch.isin(routing.experts, torch.tensor(gone, device=best.device))
         # The first that is replaced gets the best of the others, the second the next.

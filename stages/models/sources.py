@@ -41,6 +41,13 @@ class Facts:
     moe_layers: tuple[int, ...] | None = None
     config: Mapping = field(default_factory=dict, compare=False, repr=False)
     """What is known of the ``config.json`` of a dense model."""
+    members: int = 1
+    """Members of an ensemble among which a layer's experts are dealt out (E³)."""
+
+    @property
+    def choice(self) -> int:
+        """The experts among which a token's are chosen, of those that are known."""
+        return self.experts // self.members
 
     @property
     def reads_first(self) -> bool:
@@ -82,7 +89,10 @@ def describe(
             return Facts("moe", "vit_moe_head", layers, *spec.experts_of_head, (layers,))
         if spec.experts:
             name = "vit_moe_ensemble" if spec.is_deep_ensemble else "vit_moe"
-            return Facts("moe", name, layers, spec.experts, spec.top_k, spec.moe_layers)
+            members = spec.ensemble if spec.is_partitioned else 1
+            return Facts(
+                "moe", name, layers, spec.experts, spec.top_k, spec.moe_layers, members=members
+            )
         name = "vit_head" if spec.head == "dense" else "vit"
         if spec.is_deep_ensemble:
             name = "vit_ensemble"
@@ -114,7 +124,8 @@ def describe(
         return Facts("dense", entry.model_type, layers, 0, 0, (), config)
     sparse = None if layers is None else entry.sparse_layers(config)
     experts, top_k = entry.experts_of(config)
-    return Facts("moe", entry.model_type, layers, experts, top_k, sparse)
+    members = config.get("ensemble_size", 1)
+    return Facts("moe", entry.model_type, layers, experts, top_k, sparse, members=members)
 
 
 def check(

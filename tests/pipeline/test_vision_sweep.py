@@ -221,3 +221,19 @@ def test_what_cannot_be_is_refused(override, message):
     with pytest.raises(BadInput) as error:
         planned(override)
     assert message in str(error.value)
+
+
+def test_experts_that_members_share_are_counted_member_by_member():
+    """Of 4 experts each of 2 members has 2 and chooses 1."""
+    with pytest.raises(BadInput) as error:
+        planned("models.vmoe-4.vision.ensemble=2")
+    told, field = str(error.value), "evaluations.interventions."
+    for message in (
+        f"{field}top_k: 4 is more than the 2 experts of a member of vmoe-4; lower it",
+        f"{field}prune: 2 of the 2 experts of a member of vmoe-4 leave fewer than the 1 that a",
+        f"{field}random_masks: half of the 4 experts of vmoe-4 may leave fewer than the 1 that a",
+    ):
+        assert message in told
+    assert "next_ranked" not in told and "prune: 1 of" not in told
+    planned("models.vmoe-4.vision.ensemble=2", "evaluations.interventions.top_k=[1, 2]",
+            "evaluations.interventions.prune=[1]", "evaluations.interventions.random_masks=0")

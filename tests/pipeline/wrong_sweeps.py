@@ -377,7 +377,7 @@ WRONG = {
         {"models.tiny-moe.upcycle.top_k": 3, "recipes.sft.router": {}, "evaluations.more": {
             "kind": "expert_interventions", "dataset": "reviews", "template": "sentiment",
             "substitutions": ["random"], "random_masks": 2}},
-        "evaluations.more.random_masks: half of the 4 experts of tiny-moe are fewer than the 3",
+        "evaluations.more.random_masks: half of the 4 experts of tiny-moe may leave fewer than the",
         "remove it"),
     "more experts per token in a probe": (
         {"evaluations.more": {

@@ -21,9 +21,10 @@ from stages.models.card import ModelCard
 from stages.models.families import family, roles
 from stages.models.images import Classifier, load_processor
 from stages.models.load import load
-from stages.models.routes import at_random, imposed, next_ranked, routed, selected
+from stages.models.routes import at_random, imposed, masked, next_ranked, routed, selected
 from stages.models.routing import blocks, intercept, weighing
 from stages.models.sources import describe
+from stages.models.spec import SourceSpec
 from stages.models.stage import run
 from stages.models.vision import from_scratch
 from stages.models.vision_spec import VisionSpec
@@ -238,6 +239,9 @@ def test_operations_by_hand(folders):
         assert (facts.architecture, facts.family, facts.experts, facts.top_k, facts.moe_layers) == (
             card.architecture, card.family, card.experts, card.top_k, card.moe_layers
         )
+        folder = describe(SourceSpec(source=f"file:{folders[name]}"))
+        assert facts.members == folder.members == (2 if name == "shared" else 1)
+        assert facts.choice == facts.experts // facts.members
     expert = block + 48 + 32
     assert cards["shared"].total_parameters - cards["shared"].active_parameters == 2 * 2 * expert
     assert cards["dense"].origin.startswith("deep ensemble of 3: ViT-tiny/7")
@@ -288,6 +292,23 @@ def test_an_ensemble_is_attacked_as_one_model(folders, name):
         assert set(found["noise"]) == set(blocks(model))
         # A member chooses 1 of 2, a whole model 2 of 4.
         assert found["chance"] == pytest.approx(chance(2, 1) if name == "shared" else chance(4, 2))
+
+
+def test_no_member_loses_all_its_experts(shared):
+    """Experts 0 and 1 are the first member's, and all that its tokens can be given to."""
+    weigh = weighing(shared)
+    with torch.no_grad(), routed(shared) as clean:
+        shared(IMAGES)
+    layers = [routing.layer for routing in clean]
+    with torch.no_grad(), routed(shared, masked(dict.fromkeys(layers, [1, 2]), weigh)) as left:
+        shared(IMAGES)
+    for routing in left:
+        assert sorted(set(routing.experts.flatten().tolist())) == [0, 3]
+        assert (selected(routing).sum(-1) == 1).all()
+    told = "layers.1.mlp: 0 of 2 experts remain and a token needs 1; mask fewer"
+    with pytest.raises(StageFailed, match=told):
+        with torch.no_grad(), routed(shared, masked({layers[0]: [0, 1]}, weigh)):
+            shared(IMAGES)
 
 
 def test_averaging_by_hand():
