@@ -95,7 +95,8 @@ class Responder:
 
 
 def run_pass(jobs: list[Job]) -> dict[str, Outcome]:
-    """Answer the missing shards of all jobs (evaluations of one checkpoint), then score each."""
+    """Answer the missing shards of all jobs (evaluations of one checkpoint, in one dtype), then
+    score each."""
     store = Store(jobs[0].store)
     planned: dict[str, list[Asked]] = {}
     outcomes: dict[str, Outcome] = {}

@@ -36,7 +36,7 @@ IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 @dataclass
 class Unit:
-    """Nodes that one task works on: one node, or all evaluations of one checkpoint."""
+    """Nodes that one task works on: one node, or all evaluations of one checkpoint in one dtype."""
 
     nodes: list[Node]
 
@@ -176,20 +176,20 @@ def execute(
 
 
 def _units(plan: Plan, todo: set[str]) -> list[Unit]:
-    """The nodes to do, in plan order; evaluations of one checkpoint share a unit."""
+    """The nodes to do, in plan order; evaluations of one checkpoint in one dtype share a unit."""
     units: list[Unit] = []
-    passes: dict[str, Unit] = {}
+    passes: dict[tuple[str, str], Unit] = {}
     for node in plan.nodes.values():
         if node.key not in todo:
             continue
         if node.stage == "evaluate":
-            checkpoint = plan.nodes[node.inputs["checkpoint"]].folder
-            if checkpoint in passes:
-                passes[checkpoint].nodes.append(node)
+            model = plan.nodes[node.inputs["checkpoint"]].folder, node.spec.dtype
+            if model in passes:
+                passes[model].nodes.append(node)
                 continue
-            passes[checkpoint] = Unit([])
-            units.append(passes[checkpoint])
-            passes[checkpoint].nodes.append(node)
+            passes[model] = Unit([])
+            units.append(passes[model])
+            passes[model].nodes.append(node)
         else:
             units.append(Unit([node]))
     return units

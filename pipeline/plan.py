@@ -382,7 +382,7 @@ class Builder:
         resources = self.sweep.resources.evaluate
         spec = EvaluateSpec(
             evaluation=evaluation,
-            dtype=self.sweep.scoring_dtype,
+            dtype="float32" if evaluation.holds_model else self.sweep.scoring_dtype,
             engine=engine,
             workers=resources.workers,
             cpus=resources.cpus,

@@ -206,7 +206,7 @@ class Sweep(Spec):
     """Data sets that models were trained on elsewhere; those that a recipe trains on are known."""
     evaluations: Annotated[dict[Name, AnyEvaluation], Field(min_length=1)]
     scoring_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the weights during evaluation."""
+    """Precision of the weights during evaluation; attacks, probes and all of images are float32."""
     generation_engine: EngineName = "transformers"
     """What writes the answers that are texts; other requests stay with transformers."""
     statistics: Statistics = Statistics()

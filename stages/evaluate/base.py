@@ -224,6 +224,15 @@ class Evaluation(Spec):
         """Whether at least some of them are."""
         return self.generates
 
+    @property
+    def holds_model(self) -> bool:
+        """Whether it has a ``procedure``: attacks, probes and all evaluations of images.
+
+        The model is in float32 then: in bfloat16 small steps are rounded away, and near ties go to
+        other experts.
+        """
+        return type(self).procedure is not Evaluation.procedure
+
     @model_validator(mode="after")
     def _technique_acts(self) -> "Evaluation":
         if isinstance(self.technique, SelfConsistency) and not self.generates:

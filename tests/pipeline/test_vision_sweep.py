@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checks import check, check_plan
+from pipeline.execute import _units
 from pipeline.plan import Builder, build, build_evaluations
 from pipeline.single import single_model
 from pipeline.sweep_file import load
@@ -48,6 +49,26 @@ def test_the_study_as_it_is_written():
     compare = planned().compare.spec
     asked = Hypotheses(interventions="interventions")
     assert compare.hypotheses == asked and compare.upcycled == ()
+
+
+def test_attacks_and_probes_are_in_float32_whatever_the_scoring_is():
+    """Of a text model in a pass of their own; all else that it is asked is as the sweep says."""
+    text = FILE.with_name("text_cpu.yaml")
+    asked = ("evaluations.edits={kind: character_edits, dataset: amazon, template: sentiment, "
+             "edits: 4}")
+    for dtype, passes in (("bfloat16", 2), ("float32", 1)):
+        plan = planned(asked, f"scoring_dtype={dtype}", file=text)
+        nodes = [n for n in plan.nodes.values() if n.stage == "evaluate"
+                 and n.inputs["checkpoint"] == "model/smollm2-moe"]
+        dtypes = {n.name.rpartition("-")[2]: n.spec.dtype for n in nodes}
+        edits = dtypes.pop("edits")
+        assert edits == dtype and len(dtypes) > 5 and set(dtypes.values()) == {"float32"}
+        units = _units(plan, {n.key for n in nodes})
+        assert len(units) == passes and sum(len(unit.nodes) for unit in units) == len(nodes)
+        for unit in units:
+            assert len({node.spec.dtype for node in unit.nodes}) == 1
+    images = planned("scoring_dtype=bfloat16").nodes.values()
+    assert {n.spec.dtype for n in images if n.stage == "evaluate"} == {"float32"}
 
 
 @pytest.mark.parametrize(
