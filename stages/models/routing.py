@@ -87,20 +87,21 @@ def intercept(
         for path, (router, experts) in of.items():
             # Where a router lets a token choose among some experts only, the others' are -inf.
             own = getattr(getattr(router, "base_layer", router), "restricted", None)
-            product = _FirstProduct(path, own, logits)
-            undo.enter_context(replaced(router, "forward", _inside(router.forward, product)))
+            seen = _Logits(path, own, logits)
+            adapted = _adapted(router)
+            if adapted is None:
+                scored = _first_product(router.forward, seen)
+                undo.enter_context(replaced(router, "forward", scored))
+            else:
+                undo.enter_context(replaced(adapted, "forward", _output(adapted.forward, seen)))
             if choice is not None and experts is not None:
-                hook = _chosen(path, product, choice)
+                hook = _chosen(path, seen, choice)
                 undo.enter_context(experts.register_forward_pre_hook(hook))
         yield
 
 
-class _FirstProduct(TorchFunctionMode):
-    """Catches the result of the first matrix product inside it: a router's logits.
-
-    The families differ in what they do with the logits and whether they return them, not in how
-    they come about.
-    """
+class _Logits:
+    """A router's logits in the pass that runs: changed as asked, and kept."""
 
     def __init__(
         self,
@@ -111,30 +112,59 @@ class _FirstProduct(TorchFunctionMode):
         self.path, self.own, self.change = path, own, change
         self.logits: torch.Tensor | None = None
 
+    def take(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.own is not None:
+            logits = self.own(logits)
+        if self.change is not None:
+            logits = self.change(self.path, logits)
+        self.logits = logits
+        return logits
+
+
+class _FirstProduct(TorchFunctionMode):
+    """Catches the result of the first matrix product inside it: a router's logits.
+
+    The families differ in what they do with the logits and whether they return them, not in how
+    they come about.
+    """
+
+    def __init__(self, seen: _Logits):
+        self.seen = seen
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func is F.linear and self.logits is None:
-            if self.own is not None:
-                result = self.own(result)
-            if self.change is not None:
-                result = self.change(self.path, result)
-            self.logits = result
+        if func is F.linear and self.seen.logits is None:
+            return self.seen.take(result)
         return result
 
 
-def _inside(forward: Callable, product: _FirstProduct) -> Callable:
+def _adapted(router: nn.Module) -> nn.Module | None:
+    """The low-rank adapter that stands around a router's linear layer: its output are the logits,
+    and the first product inside it is what the layer had without it."""
+    layers = (m for m in router.modules() if isinstance(getattr(m, "base_layer", None), nn.Linear))
+    return next(layers, None)
+
+
+def _first_product(forward: Callable, seen: _Logits) -> Callable:
     def scored(*args: Any, **kwargs: Any) -> Any:
-        product.logits = None
-        with product:
+        seen.logits = None
+        with _FirstProduct(seen):
             return forward(*args, **kwargs)
 
     return scored
 
 
-def _chosen(path: str, product: _FirstProduct, choice: Callable) -> Callable:
+def _output(forward: Callable, seen: _Logits) -> Callable:
+    def scored(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return seen.take(forward(*args, **kwargs))
+
+    return scored
+
+
+def _chosen(path: str, seen: _Logits, choice: Callable) -> Callable:
     def hook(module: nn.Module, args: tuple) -> tuple | None:
         hidden_states, experts, weights = args
-        changed = choice(Routing(path, product.logits, experts, weights))
+        changed = choice(Routing(path, seen.logits, experts, weights))
         if changed is None:
             return None
         return hidden_states, changed.experts, changed.weights.to(weights.dtype)

@@ -4,18 +4,27 @@ import pytest
 import torch
 
 from stages.errors import StageFailed
-from stages.finetune.lora import adapt
+from stages.finetune import parameters
+from stages.finetune.evidence import Evidence
+from stages.finetune.knobs import Knobs
+from stages.finetune.lora import adapt, merge
 from stages.finetune.parameters import trained_roles
 from stages.finetune.recipe import Lora
 from stages.finetune.refusals import READS_ROUTERS_ITSELF, inapplicable
+from stages.finetune.router_losses import load_balancing_loss, z_loss
 from stages.models.families import FAMILIES
+from stages.models.routing import blocks
 from stages.models.sources import Facts
 from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.models.tiny_shapes import TINY
-from tests.stages.finetune.passes import recipe
+from tests.stages.finetune.passes import TOKENS, recipe, run
+from tests.stages.finetune.results import curve, evidence, measured, spec
+from tests.stages.finetune.runs import Run, launch
 from tests.stages.models.tiny_folders import dense_model
 
 MOE = [n for n in TINY if FAMILIES[n].is_moe and not FAMILIES[n].no_training]
+
+ROUTERS = recipe(lora={"roles": ["router"], "rank": 2})
 
 
 def tiny(name):
@@ -72,6 +81,57 @@ def test_router_adapters_act_or_are_refused(name):
     else:
         found = gradients()
         assert found and all(g is not None for g in found) and any(g.any() for g in found)
+
+
+@pytest.mark.parametrize("name", [n for n in MOE if n not in READS_ROUTERS_ITSELF])
+def test_routing_is_seen_and_changed_as_the_merged_routers_decide_it(name):
+    """What knobs, losses and telemetry see holds the adapters, which all have a gradient of it."""
+    model = tiny(name)
+    parameters.freeze(model, ROUTERS)
+    tuner = adapt(model, ROUTERS.lora)
+    with torch.no_grad():
+        for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+    noisy, wide, _ = run(model, router={"noise": 0.3})
+    knobs = Knobs(model, ROUTERS, Evidence())
+    knobs.attach()
+    asked = {"labels": TOKENS} if model.config.is_encoder_decoder else {}
+    with knobs.forward() as seen:
+        model(input_ids=TOKENS, use_cache=False, **asked)
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    assert len(adapters) == 2 * len(blocks(model))
+    for loss in (load_balancing_loss(seen), z_loss(seen)):
+        gradients = torch.autograd.grad(loss, adapters, retain_graph=True)
+        assert all(gradient.norm() > 1e-7 for gradient in gradients)
+
+    merge(tuner)
+    _, merged, _ = run(model)
+    again, wide_again, _ = run(model, router={"noise": 0.3})
+    torch.testing.assert_close(again, noisy, rtol=1e-3, atol=1e-3)
+    pairs = [*zip(seen, merged, strict=True), *zip(wide, wide_again, strict=True)]
+    for adapted, plain in pairs:
+        torch.testing.assert_close(adapted.logits, plain.logits, rtol=1e-3, atol=2e-3)
+        same = (adapted.experts == plain.experts).float().mean().item()
+        assert adapted.layer == plain.layer and same > 0.98
+
+
+@pytest.fixture(scope="module")
+def runs(models, data, tmp_path_factory):
+    folder, planned = tmp_path_factory.mktemp("adapted"), []
+    for name in ("jetmoe", "nllb-moe", "mixtral"):
+        (folder / name).mkdir()
+        given = spec(lora=ROUTERS.lora, auxiliary_loss_weight=0.05, z_loss_weight=0.01, workers=1)
+        planned.append(Run(given, {"model": models[name], **data}, folder / name))
+    launch(1, planned, folder / "store")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["jetmoe", "nllb-moe", "mixtral"])
+def test_losses_on_routers_train_their_adapters(runs, name):
+    for knob in ("auxiliary_loss_weight", "z_loss_weight"):
+        assert measured(runs / name, knob)["router_gradient_norm"] > 1e-3
+    assert set(evidence(runs / name)["parameters"]["trained"]) == {"router"}
+    assert curve(runs / name)[["auxiliary_loss", "z_loss"]].nunique().tolist() == [3, 3]
 
 
 def test_adapters_of_a_dense_model_change_its_answers_and_nothing_else_is_trained():
