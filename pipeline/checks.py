@@ -18,7 +18,7 @@ from stages.data.templates import TEMPLATES
 from stages.errors import BadInput
 from stages.finetune.config import FOLDER as DEEPSPEED_CONFIGS
 from stages.finetune.config import deepspeed_config
-from stages.finetune.recipe import for_dense
+from stages.finetune.dense import for_dense
 from stages.finetune.refusals import contradictions, inapplicable, misplaced
 from stages.finetune.sets import TrainSet
 from stages.models import sources as model_sources

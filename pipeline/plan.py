@@ -25,7 +25,8 @@ from stages.evaluate.judges import ModelJudge
 from stages.evaluate.partial import without
 from stages.evaluate.spec import AMATEUR, JUDGE, SURROGATE, EvaluateSpec, JudgeSpec
 from stages.evaluate.techniques import Contrastive, ExpertCount
-from stages.finetune.recipe import Recipe, for_dense
+from stages.finetune.dense import for_dense
+from stages.finetune.recipe import Recipe
 from stages.finetune.spec import FinetuneSpec
 from stages.models.spec import SourceSpec
 from stages.models.vision_spec import VisionSpec

@@ -7,12 +7,8 @@ the loaded model, before it trains. Light to import.
 from collections.abc import Iterator
 
 from stages.data.templates import TEMPLATES
-from stages.finetune.recipe import (
-    AUXILIARY_WEIGHTS,
-    ImageAdversary,
-    Recipe,
-    moe_only,
-)
+from stages.finetune.dense import moe_only
+from stages.finetune.recipe import AUXILIARY_WEIGHTS, ImageAdversary, Recipe
 from stages.models.families import FAMILIES
 from stages.models.sources import Facts
 

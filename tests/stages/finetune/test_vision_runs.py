@@ -20,7 +20,8 @@ from stages.evaluate.spec import EvaluateSpec
 from stages.evaluate.vision import ImageClassification
 from stages.finetune.adversary import divergence, perturbed, router_divergence
 from stages.finetune.batches import global_batch, load_examples, micro_batch
-from stages.finetune.recipe import AdversarialPGD, Alternate, FreeLB, Router, Trades, for_dense
+from stages.finetune.dense import for_dense
+from stages.finetune.recipe import AdversarialPGD, Alternate, FreeLB, Router, Trades
 from stages.finetune.refusals import contradictions, inapplicable
 from stages.finetune.spec import FinetuneSpec, TrainSet
 from stages.finetune.training import _seed
