@@ -176,7 +176,9 @@ def environment() -> dict:
     }
 
 
-def report_progress(store: Store, node: Node, done: int, total: int, text: str) -> None:
-    """Tell whoever watches how far a node's work is."""
+def report_progress(
+    store: Store, node: Node, done: int, total: int, text: str, **more: int
+) -> None:
+    """Tell whoever watches how far a node's work is, with what ``more`` there is to count."""
     store.write_json(f"{node.folder}/{PROGRESS}",
-                     {"done": done, "total": total, "text": text, "time": time.time()})
+                     {"done": done, "total": total, "text": text, "time": time.time(), **more})

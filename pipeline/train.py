@@ -48,7 +48,8 @@ class RayCallbacks:
         """Called by every worker; the checkpoint files of all workers are merged."""
         if ray.train.get_context().get_world_rank() == 0:
             report_progress(self.store, self.job.node, metrics["step"], metrics["total_steps"],
-                            f"loss {metrics['loss']:.3f}{self.note}")
+                            f"loss {metrics['loss']:.3f}{self.note}",
+                            tokens=metrics["total_tokens"])
         if checkpoint is not None:
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(str(checkpoint)))
 

@@ -48,6 +48,10 @@ class Trial:
     reports: list[Report] = field(default_factory=list)
     reason: str = ""
     """Why it failed."""
+    steps: int = 0
+    """Of one that failed, as far as it came."""
+    tokens: int = 0
+    """Training tokens up to its failure, over all seeds."""
     sampler: dict[str, Any] = field(default_factory=dict)
     """What Optuna noted on it (the generation of a genetic search)."""
     started: float = field(default_factory=time.time)

@@ -133,10 +133,11 @@ def run_search(
     search, started = sweep.search, time.time()
     ledger = Ledger(store, each.folder)
     goals = [maximized(sweep, objective) for objective in search.objectives]
+    work = TrialWork(selecting(sweep), contents, each.member, store.uri, str(folder))
     store.delete(f"{each.folder}/tune")
     run_trials(
-        search, each.member.space, each.trials, ledger,
-        TrialWork(selecting(sweep), contents, each.member, store.uri, str(folder)),
+        search, each.member.space, each.trials, ledger, work,
+        spent=work.spent,
         maximize=goals,
         upwards=maximized(sweep, search.intermediate),
         storage=store.path(each.folder),
@@ -210,7 +211,8 @@ def best_lines(sweep: Sweep, searches: list[ModelSearch], store: Store) -> list[
 def trial_table(ledger: Ledger, search: Search) -> pd.DataFrame:
     """One row per trial.
 
-    Columns: number, status, reason, steps, tokens (over all seeds), seconds (from start to end,
+    Columns: number, status, reason, steps, tokens (over all seeds, up to the failure of one that
+    failed), seconds (from start to end,
     interruptions included), ``value:<field>`` as trained with last, ``objective:<name>`` (NaN
     unless the trial finished) and signal, what its last evaluation gave the scheduler.
     """
@@ -222,8 +224,8 @@ def trial_table(ledger: Ledger, search: Search) -> pd.DataFrame:
             "number": trial.number,
             "status": trial.status,
             "reason": trial.reason,
-            "steps": last.steps if last else 0,
-            "tokens": last.tokens if last else 0,
+            "steps": max(trial.steps, last.steps if last else 0),
+            "tokens": max(trial.tokens, last.tokens if last else 0),
             "seconds": (trial.ended or trial.started) - trial.started,
             "signal": last.signal if last else math.nan,
         }

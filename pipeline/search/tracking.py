@@ -96,6 +96,8 @@ class TrialTracker(Tracker):
             found |= {f"value/{path}": float(report.values[path]) for path in changed}
             points += [Metric(key, value, time, report.steps) for key, value in found.items()]
         self.client.log_batch(run, params=params)
+        if trial.tokens:
+            points.append(Metric("tokens", float(trial.tokens), time, trial.steps))
         for start in range(0, len(points), PER_BATCH):
             self.client.log_batch(run, metrics=points[start : start + PER_BATCH])
         self.client.set_terminated(run, _STATUS[trial.status], time)
@@ -130,7 +132,10 @@ def record_trials(
 
 def _content(trial: Trial) -> dict:
     """What is logged of a trial, whose params are what it was trained with last."""
-    return asdict(trial) | {"values": trial.trained}
+    content = asdict(trial) | {"values": trial.trained}
+    if not trial.tokens:  # as it was logged before failures were counted
+        del content["steps"], content["tokens"]
+    return content
 
 
 def _key(name: str) -> str:

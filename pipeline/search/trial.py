@@ -18,10 +18,10 @@ from pipeline.search.ledger import Report
 from pipeline.search.plan import Measured, Member, objective_evaluations, segments_of, trial_plan
 from pipeline.search.space import Values
 from pipeline.search.spec import Objective, Pbt
-from pipeline.store import Store
+from pipeline.store import PROGRESS, Store
 from pipeline.survey import settle
 from pipeline.sweep import Sweep
-from stages.errors import StageFailed
+from stages.errors import BadInput, StageFailed
 
 
 @dataclass(frozen=True)
@@ -59,22 +59,14 @@ class TrialWork:
         self, values: Values, past: list[Report], resource: int, store: Store
     ) -> tuple[Report, list[str]]:
         """What is measured at a resource, and the folders that only serve that."""
-        search, space = self.sweep.search, self.member.space
-        chained = isinstance(search.algorithm, Pbt)
-        whole = chained or resource == search.resources()[-1]
-        recipe = space.recipe(values)
-        until = None if whole else search.steps_at(resource, recipe.steps)
-        before = [space.recipe(report.values) for report in past] if chained else []
+        search = self.sweep.search
+        plan, measured = self._planned(values, past, resource)
+        whole = self._whole(resource)
         objectives = [*search.objectives] if whole else []
-        plan, measured = trial_plan(
-            self.sweep, self.contents, self.member.model,
-            segments_of(search, [*before, recipe]), search.seeds_of(self.member.side),
-            objective_evaluations([*objectives, search.intermediate]), until)
-        settle(plan, store)
         self._work(plan, measured, store)
         scores = _scores(plan, measured, store)
         curves = [_tokens(plan, each, store) for each in measured]
-        earlier = past[-1] if chained and past else Report(0, [], 0.0)
+        earlier = self._earlier(past)
         report = Report(
             resource=resource,
             objectives=[value_of(objective, scores) for objective in objectives],
@@ -87,6 +79,56 @@ class TrialWork:
                    for key in (each.finetune, *each.evaluations.values())],
         )
         return report, [] if whole else [plan.nodes[each.finetune].folder for each in measured]
+
+    def spent(self, values: Values, past: list[Report]) -> tuple[int, int]:
+        """Steps, and training tokens over all seeds, of a trial that failed after its reports."""
+        search, store = self.sweep.search, Store(self.store)
+        resource = next(r for r in search.resources() if not past or r > past[-1].resource)
+        try:
+            plan, measured = self._planned(values, past, resource)
+        except BadInput:  # that is why it failed
+            return 0, 0
+        steps, tokens = [0], 0
+        for each in measured:
+            folder = plan.nodes[each.finetune].folder
+            if store.finished([folder]):
+                curve = _tokens(plan, each, store)
+                made, cost = len(curve), int(curve.sum())
+            else:
+                progress = store.read_json(f"{folder}/{PROGRESS}") or {}
+                made, cost = progress.get("done", 0), progress.get("tokens", 0)
+            steps.append(made)
+            tokens += cost
+        earlier, last = self._earlier(past), past[-1] if past else Report(0, [], 0.0)
+        # A training that goes on from a rung and told nothing yet has at least cost that.
+        return max(last.steps, earlier.steps + max(steps)), max(
+            last.tokens, earlier.tokens + tokens)
+
+    def _planned(
+        self, values: Values, past: list[Report], resource: int
+    ) -> tuple[Plan, list[Measured]]:
+        search, space = self.sweep.search, self.member.space
+        chained, whole = isinstance(search.algorithm, Pbt), self._whole(resource)
+        recipe = space.recipe(values)
+        until = None if whole else search.steps_at(resource, recipe.steps)
+        before = [space.recipe(report.values) for report in past] if chained else []
+        objectives = [*search.objectives] if whole else []
+        plan, measured = trial_plan(
+            self.sweep, self.contents, self.member.model,
+            segments_of(search, [*before, recipe]), search.seeds_of(self.member.side),
+            objective_evaluations([*objectives, search.intermediate]), until)
+        settle(plan, Store(self.store))
+        return plan, measured
+
+    def _whole(self, resource: int) -> bool:
+        """Whether the fine-tune at a resource is not the beginning of a longer one."""
+        search = self.sweep.search
+        return isinstance(search.algorithm, Pbt) or resource == search.resources()[-1]
+
+    def _earlier(self, past: list[Report]) -> Report:
+        """What was trained in other fine-tunes than the present one."""
+        chained = isinstance(self.sweep.search.algorithm, Pbt)
+        return past[-1] if chained and past else Report(0, [], 0.0)
 
     def _work(self, plan: Plan, measured: list[Measured], store: Store) -> None:
         """Do what is missing; data and models are there before the first trial starts."""
@@ -125,5 +167,6 @@ def _scores(plan: Plan, measured: list[Measured], store: Store) -> dict[str, flo
 
 def _tokens(plan: Plan, measured: Measured, store: Store) -> pd.Series:
     """Training tokens of each step of the (last) fine-tune."""
-    file = store.fetch(plan.nodes[measured.finetune].folder) / "training_curve.parquet"
+    folder = store.fetch(plan.nodes[measured.finetune].folder, weights=False)
+    file = folder / "training_curve.parquet"
     return pd.read_parquet(file, columns=["tokens"])["tokens"]

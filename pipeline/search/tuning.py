@@ -31,10 +31,12 @@ from ray.tune.search import Searcher
 from pipeline.search.equal import Measure, Shared, SharedClaims, known
 from pipeline.search.ledger import Ledger, Report, Status, Trial
 from pipeline.search.proposals import Proposals, proposals
-from pipeline.search.space import Space
+from pipeline.search.space import Space, Values
 from pipeline.search.spec import STOPPING, Asha, Hyperband, Pbt, Search
 from stages.errors import BadInput, StageFailed
 
+Spent = Callable[[Values, list[Report]], tuple[int, int]]
+"""Takes the values that a trial failed with and its reports; its steps and training tokens."""
 _SLOT = "node:__internal_head__"
 """Of this resource the head machine has 1. Drivers reserve a share each, which limits how many run
 at once; Tune's own limit counts paused trials too, with which brackets and populations stall."""
@@ -56,6 +58,7 @@ def run_trials(
     ledger: Ledger,
     measure: Measure,
     *,
+    spent: Spent,
     maximize: list[bool],
     upwards: bool,
     storage: str,
@@ -64,7 +67,8 @@ def run_trials(
 ) -> None:
     """Run what is unfinished of a search's trials; each is over afterwards, in the ledger.
 
-    ``maximize`` says for each objective whether more is better, ``upwards`` for the signal.
+    ``spent`` is asked what a failed trial cost. ``maximize`` says for each objective whether more
+    is better, ``upwards`` for the signal.
     ``storage`` is a folder that all machines share, used while the search runs; ``concurrent`` the
     number of trials at once. ``tell`` hears of every trial that starts, reports or ends.
     """
@@ -96,7 +100,7 @@ def run_trials(
         name="tune",
         storage_path=storage,
         scheduler=_scheduler(search, space, "max" if upwards else "min"),
-        callbacks=[_Recorder(ledger, search.resources()[-1], tell, claims)],
+        callbacks=[_Recorder(ledger, search.resources()[-1], tell, claims, spent)],
         reuse_actors=True,
         max_failures=_RETRIES,
         raise_on_failed_trial=False,
@@ -208,9 +212,11 @@ class _Recorder(tune.Callback):
     """Keeps the ledger."""
 
     def __init__(
-        self, ledger: Ledger, last: int, tell: Callable[[Trial], None], claims: SharedClaims
+        self, ledger: Ledger, last: int, tell: Callable[[Trial], None], claims: SharedClaims,
+        spent: Spent,
     ):
-        self.ledger, self.last, self.tell, self.claims = ledger, last, tell, claims
+        self.ledger, self.last, self.tell = ledger, last, tell
+        self.claims, self.spent = claims, spent
         self.numbers: dict[str, int] = {}
 
     def _of(self, trial: Any) -> Trial:
@@ -222,6 +228,11 @@ class _Recorder(tune.Callback):
         if not trial.over:
             self.ledger.end(trial, status, reason)
             self.tell(trial)
+
+    def _fail(self, record: Trial, trial: Any, reason: str) -> None:
+        values = trial.config["proposal"]["values"]  # a clone's own, which no report has yet
+        record.steps, record.tokens = self.spent(values, record.reports)
+        self._end(record, "failed", reason)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Remember the number; a trial that was paused starts more than once."""
@@ -239,7 +250,7 @@ class _Recorder(tune.Callback):
             return
         record.reports = [Report(**report) for report in result["reports"]]
         if "failed" in result:
-            self._end(record, "failed", result["failed"])
+            self._fail(record, trial, result["failed"])
         elif record.reports[-1].resource >= self.last:
             self._end(record, "finished")
         else:
@@ -257,7 +268,7 @@ class _Recorder(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """The driver, or its machine, died too often."""
         self.claims.release(trial.trial_id)
-        self._end(self._of(trial), "failed", _cause(trial))
+        self._fail(self._of(trial), trial, _cause(trial))
 
 
 def _cause(trial: Any) -> str:

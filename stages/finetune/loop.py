@@ -59,7 +59,7 @@ class Callbacks(Protocol):
         """The folder of the last checkpoint, readable by this rank while the context is open."""
 
     def report(self, metrics: dict[str, float], checkpoint: Path | None) -> None:
-        """The metrics of a step, and this rank's files of a checkpoint.
+        """The metrics of a step, and this rank's files of a checkpoint; also of one that failed.
 
         The files of all ranks together, in one folder, are the checkpoint; their names do not
         collide. The folder is deleted when the call returns.
@@ -95,18 +95,27 @@ def train(spec: FinetuneSpec, inputs: dict[str, Path], output: Path, callbacks: 
         if folder is not None:
             curve = resume(training.engine, folder)
             training.skipped = sum(row["skipped"] for row in curve)
-    last = spec.until or steps
+    last, trained = spec.until or steps, sum(row["tokens"] for row in curve)
     if len(curve) > last:
         raise PastTheEnd(f"the resumed training is at step {len(curve)}, after step {last}")
     for step in range(len(curve), last):
-        row = training.step(step)
+        try:
+            row = training.step(step)
+        except StageFailed:
+            # What it cost is told all the same; every rank is here.
+            batch = global_batch(len(examples), spec.batch_size, spec.seed, step)
+            trained += sum(examples[i].tokens for i in batch)
+            failed = {"step": step + 1, "total_steps": last, "loss": math.nan}
+            callbacks.report(failed | {"total_tokens": trained}, None)
+            raise
+        trained += row["tokens"]
         if spec.validation:
             looks = spec.validation.due(step + 1, last)
             row |= (validate(training.engine, watched, micro_batch_size(spec)) if looks
                     else {"validation_loss": None, "validation_seconds": None})
         curve.append(row)
         metrics = {name: value for name, value in row.items() if isinstance(value, int | float)}
-        metrics["total_steps"] = last
+        metrics |= {"total_steps": last, "total_tokens": trained}
         due = len(curve) % spec.checkpoint_every == 0 or len(curve) == last
         if due and len(curve) < steps:
             with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:

@@ -84,7 +84,7 @@ def test_a_trial_whose_driver_died_holds_nobody_up():
     claims = Claims({})
     assert claims.claim("p", "a")[0] == "measure" and claims.claim("p", "b")[0] == "wait"
     assert claims.claim("p", "a")[0] == "measure"  # started again
-    recorder = _Recorder(SimpleNamespace(trials={}), 1, lambda trial: None, claims)
+    recorder = _Recorder(SimpleNamespace(trials={}), 1, lambda trial: None, claims, None)
     recorder.on_trial_recover(0, [], SimpleNamespace(trial_id="a"))
     assert claims.claim("p", "b")[0] == "measure" and claims.claim("p", "a")[0] == "wait"
     claims.settle("p", report := Report(1, [0.5], 0.5))

@@ -21,7 +21,7 @@ def trials() -> list[tuple[str, str, Trial]]:
     return [
         ("moe", "moe", Trial(0, values, "finished", [rung, whole], **times)),
         ("moe", "moe", Trial(1, values, "stopped", [rung], **times)),
-        ("dense", "dense", Trial(0, values, "failed", [], "the loss is nan", **times)),
+        ("dense", "dense", Trial(0, values, "failed", [], "the loss is nan", 4, 800, **times)),
     ]
 
 
@@ -54,6 +54,7 @@ def test_a_run_per_trial_with_its_values_scores_and_end(place):
         "signal": 0.75, "tokens": 900.0, SCORE: 0.75, "edits/adversarial_drop": 0.1}
     assert {r.info.status for r in by_place.values()} == {"FINISHED", "KILLED", "FAILED"}
     assert by_place["dense", "0"].data.tags["reason"] == "the loss is nan"
+    assert by_place["dense", "0"].data.metrics == {"tokens": 800.0}
     curve = MlflowClient(place[1]).get_metric_history(done.info.run_id, SCORE)
     assert [(m.step, m.value) for m in curve] == [(3, 0.5), (9, 0.75)]
     parent = MlflowClient(place[1]).get_run(done.data.tags["mlflow.parentRunId"])
