@@ -3,7 +3,8 @@
 A trial is a driver function that holds no CPU: it has the pipeline's own stages do the work and
 reports what was measured. Tune asks for proposals, stops, pauses and clones trials; the ledger
 keeps what happened. A restarted search is a new Tune run over the same ledger: where a scheduler
-compares trials with each other, those that are over report again what they reported before.
+stops trials, those that are over report again what they reported before, and those of a population
+take part in it through the ledger (``schedulers.py``).
 """
 
 import json
@@ -19,20 +20,14 @@ from typing import Any
 
 import numpy as np
 from ray import tune
-from ray.tune.schedulers import (
-    AsyncHyperBandScheduler,
-    FIFOScheduler,
-    HyperBandScheduler,
-    PopulationBasedTraining,
-    TrialScheduler,
-)
 from ray.tune.search import Searcher
 
 from pipeline.search.equal import Measure, Shared, SharedClaims, known
 from pipeline.search.ledger import Ledger, Report, Status, Trial
 from pipeline.search.proposals import Proposals, proposals
+from pipeline.search.schedulers import scheduler
 from pipeline.search.space import Space, Values
-from pipeline.search.spec import STOPPING, Asha, Hyperband, Pbt, Search
+from pipeline.search.spec import STOPPING, Hyperband, Pbt, Search
 from stages.errors import BadInput, StageFailed
 
 Spent = Callable[[Values, list[Report]], tuple[int, int]]
@@ -99,7 +94,7 @@ def run_trials(
         tune.with_resources(driver, {_SLOT: _slot(concurrent)}),
         name="tune",
         storage_path=storage,
-        scheduler=_scheduler(search, space, "max" if upwards else "min"),
+        scheduler=scheduler(search, space, ledger, "max" if upwards else "min"),
         callbacks=[_Recorder(ledger, search.resources()[-1], tell, claims, spent)],
         reuse_actors=True,
         max_failures=_RETRIES,
@@ -143,9 +138,11 @@ def _drive(config: dict[str, Any], shared: Shared) -> None:
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             reports = json.loads((Path(folder) / "reports.json").read_text())
-    elif proposal["chained"]:
-        reports = list(proposal["reports"])
-    else:
+    if proposal["chained"]:
+        # A clone of a member that was over has its segments here, as many as it had itself.
+        if len(reports) <= len(proposal["reports"]):
+            reports = list(proposal["reports"])
+    elif checkpoint is None:
         for report in proposal["reports"]:
             reports.append(report)
             _report(reports, proposal)
@@ -275,44 +272,3 @@ def _cause(trial: Any) -> str:
     """The last line of the traceback that Tune keeps of a trial."""
     lines = Path(trial.error_file).read_text(errors="replace").strip().splitlines()
     return f"its driver died {_RETRIES + 1} times: {lines[-1][:300]}"
-
-
-def _scheduler(search: Search, space: Space, mode: str) -> TrialScheduler:
-    algorithm, common = search.algorithm, {"metric": "signal", "mode": mode}
-    if isinstance(algorithm, Asha):
-        return AsyncHyperBandScheduler(
-            time_attr="resource", max_t=search.resources()[-1], grace_period=1,
-            reduction_factor=algorithm.reduction_factor, **common)
-    if isinstance(algorithm, Hyperband):
-        return HyperBandScheduler(
-            time_attr="resource", max_t=search.resources()[-1],
-            reduction_factor=algorithm.reduction_factor, **common)
-    if isinstance(algorithm, Pbt):
-        return PopulationBasedTraining(
-            time_attr="resource", perturbation_interval=1,
-            hyperparam_mutations={"proposal": {"values": {
-                path: _mutation(space, path) for path in space.dimensions}}},
-            quantile_fraction=algorithm.quantile, resample_probability=algorithm.resample,
-            custom_explore_fn=lambda config: _inside(config, space), log_config=False, **common)
-    return FIFOScheduler()
-
-
-def _mutation(space: Space, path: str) -> Any:
-    """A field's distribution as Tune's population-based training takes it."""
-    dimension = space.dimensions[path]
-    if dimension.values is not None:
-        return list(dimension.values)
-    low, high = dimension.bounds
-    if path in space.whole_numbers:
-        whole = tune.lograndint if dimension.log_uniform else tune.randint
-        return whole(int(low), int(high) + 1)
-    return (tune.loguniform if dimension.log_uniform else tune.uniform)(low, high)
-
-
-def _inside(config: dict, space: Space) -> dict:
-    """Tune's factors can leave a range; this brings the values back."""
-    values = config["proposal"]["values"]
-    for path, value in values.items():
-        if space.dimensions[path].bounds:
-            values[path] = space.inside(path, value)
-    return config

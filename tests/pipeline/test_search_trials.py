@@ -235,7 +235,9 @@ def test_a_population_goes_on_from_the_segments_that_it_has(run):
     again = run(search, 3).trials
     assert {t.status for t in again.values()} == {"finished"}
     assert [len(t.reports) for t in again.values()] == [3, 3, 3]
-    assert again[1] == ledger.trials[1] and again[2].reports[0] == kept[2][0]
+    assert again[1] == ledger.trials[1]
+    # Its own first segment, or that of the member whose place it took.
+    assert again[2].reports[0] in [kept[2][0], *(again[n].reports[0] for n in (0, 1))]
     assert len(list((run.folder / "s").iterdir())) == measured + 3 + 2
 
 
