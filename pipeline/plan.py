@@ -316,17 +316,25 @@ class Builder:
         seed: int,
         start: str | None = None,
     ) -> str:
-        """Fine-tunes that each start from the one before, the first from ``start``; the last."""
-        checkpoint = start or self.model(model, seed)
+        """Fine-tunes that each start from the one before, the first from ``start``; the last.
+
+        Batches are each one's own; the rows that a limit draws, and turns, are those of the whole.
+        """
+        checkpoint, before = start or self.model(model, seed), 0
         for index, (label, recipe) in enumerate(zip(labels, segments, strict=True)):
+            later = {"rows_seed": seed, "steps_before": before} if index else {}
             checkpoint = self.finetune(
-                label, model, recipe, segment_seed(seed, index), start=checkpoint)
+                label, model, recipe, segment_seed(seed, index), start=checkpoint, **later)
+            if len(segments) > 1:  # whose steps are counted; another training may count epochs
+                before += recipe.steps
         return checkpoint
 
     def finetune(
-        self, label: str, model: str, recipe: Recipe, seed: int, start: str | None = None
+        self, label: str, model: str, recipe: Recipe, seed: int, start: str | None = None,
+        **later: int,
     ) -> str:
-        """A fine-tune of a model, or one that goes on from the checkpoint ``start``."""
+        """A fine-tune of a model, or one that goes on from the checkpoint ``start``, where it is a
+        ``later`` part of one training with the fields that say so."""
         resources = self.sweep.resources.finetune
         moe = model in {pair.moe for pair in self.sweep.pairs}
         fields, dropped = {f: getattr(recipe, f) for f in Recipe.model_fields}, {}
@@ -336,6 +344,7 @@ class Builder:
             **fields,
             dropped=dropped,
             seed=seed,
+            **later,
             workers=resources.workers,
             expert_parallel=resources.expert_parallel if moe else 1,
             micro_batch=resources.micro_batch,

@@ -71,7 +71,7 @@ def load_examples(
     those that are held out for validation, none without it."""
     examples = []
     for train_set in spec.reads[len(spec.data) :] if held_out else spec.data:
-        rows, _ = select_rows(train_set, inputs, spec.seed, at_most=held_out)
+        rows, _ = select_rows(train_set, inputs, spec.seed_of_rows, at_most=held_out)
         if isinstance(tokenizer, ImageProcessor):
             encoded = [
                 ImageExample(row["image"], tokenizer.label(row["label"]), tokenizer) for row in rows

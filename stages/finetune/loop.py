@@ -307,7 +307,7 @@ def _audit(spec: FinetuneSpec, inputs: dict[str, Path], output: Path) -> list[di
     """How many rows of each train set were used, and which ones were removed by which phrase."""
     audited, all_removed = [], []
     for train_set in spec.data:
-        rows, removed = select_rows(train_set, inputs, spec.seed)
+        rows, removed = select_rows(train_set, inputs, spec.seed_of_rows)
         by_phrase = pd.Series([row["phrase"] for row in removed], dtype=str).value_counts()
         audited.append(
             {

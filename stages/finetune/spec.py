@@ -28,6 +28,11 @@ class FinetuneSpec(Recipe):
     seed: Seed = 0
     until: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many of the steps, with the schedule of all of them."""
+    rows_seed: Seed | None = None
+    """Of the rows that a ``limit`` draws, where this is a later part of a training in parts, which
+    share them; by default ``seed``."""
+    steps_before: Annotated[int, Field(ge=0)] = 0
+    """Steps of the earlier parts, after which ``alternate`` goes on taking turns."""
 
     workers: Annotated[int, Field(ge=1), RUN_TIME] = 1
     expert_parallel: Annotated[int, Field(ge=1), RUN_TIME] = 1
@@ -67,12 +72,21 @@ class FinetuneSpec(Recipe):
         identity = super().identity()
         if self.until is None:
             del identity["until"]
+        if self.rows_seed is None or all(train.limit is None for train in self.reads):
+            del identity["rows_seed"]
+        if not self.steps_before or self.alternate is None:
+            del identity["steps_before"]
         for name in VISION_WEIGHTS:  # so that a recipe without them is what it was before
             if not identity[name]:
                 del identity[name]
         if self.validation is None:
             del identity["validation"]
         return identity | templates | parts
+
+    @property
+    def seed_of_rows(self) -> int:
+        """What draws the rows of a train set with a limit."""
+        return self.seed if self.rows_seed is None else self.rows_seed
 
     def asked_micro_batch(self) -> "FinetuneSpec":
         """The spec before any micro-batch ran out of memory."""

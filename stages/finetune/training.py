@@ -96,7 +96,7 @@ class Training:
         answers = sum(self.examples[i].answer for i in batch)
         micros = micro_batches(batch, rank, workers, micro_batch_size(spec))
         if self.turns is not None:
-            self.turns.start(spec, len(self.examples), step)
+            self.turns.start(spec, len(self.examples), spec.steps_before + step)
         telemetry = RoutingTelemetry()
         sums = torch.zeros(1 + len(self.weighed), dtype=torch.float64, device=engine.device)
         for index, micro in enumerate(micros):

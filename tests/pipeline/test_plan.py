@@ -45,7 +45,8 @@ FIELDS = {
          "weight_decay", "gradient_clipping", "auxiliary_loss_weight", "precision", "seed",
          "epochs", "warmup_ratio", "optimizer", "max_nonfinite_steps", "train", "freeze", "lora",
          "alternate", "z_loss_weight", "router", "experts", "dropout", "adversarial", "until",
-         "head", "importance_loss_weight", "load_loss_weight", "gshard_loss_weight", "validation"},
+         "head", "importance_loss_weight", "load_loss_weight", "gshard_loss_weight", "validation",
+         "rows_seed", "steps_before"},
         {"workers", "expert_parallel", "micro_batch", "checkpoint_every", "deepspeed_config",
          "threads", "dropped", "out_of_memory_at"}),
     EvaluateSpec: (

@@ -255,8 +255,10 @@ def test_a_winner_of_population_based_training_is_a_chain_of_its_segments():
         chain.append(plan.nodes[key])
         key = chain[-1].inputs["model"]
     assert [(n.spec.steps, n.spec.learning_rate) for n in chain] == [(3, 0.3), (2, 0.2), (2, 0.1)]
-    # Each segment sees batches of its own.
+    # Each segment sees batches of its own, of rows and in turns that are those of the whole.
     assert chain[-1].spec.seed == 101 and len({n.spec.seed for n in chain}) == 3
+    assert [n.spec.seed_of_rows for n in chain] == [101] * 3
+    assert [n.spec.steps_before for n in chain] == [4, 2, 0]
 
 
 def test_a_longer_chain_of_a_trial_finds_its_beginning():
