@@ -239,6 +239,16 @@ class MicroBatch:
     """Which tokens are no padding, shape (tokens,), by the part of the model that reads them
     (``encoder``, ``decoder``, or empty for all of it); empty where rows hold no padding."""
 
+    @property
+    def sequences(self) -> torch.Tensor:
+        """Of texts, to which sequence each token of ``input_ids`` belongs, the same shape; -1 where
+        it is padding."""
+        if not self.real:
+            return (self.arguments["position_ids"] == 0).cumsum(-1) - 1
+        mask = self.arguments["attention_mask"]
+        rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
+        return rows.masked_fill(mask == 0, -1)
+
     def without_padding(self, routings: list[Routing]) -> list[Routing]:
         """What the sparse blocks decided for the real tokens alone."""
         if not self.real:

@@ -1,20 +1,28 @@
-"""FreeLB: adversarial training in embedding space (arXiv 1909.11764, algorithm 1)."""
+"""FreeLB: adversarial training in embedding space (arXiv 1909.11764, algorithm 1).
+
+``sequences`` says to which sequence of a micro-batch each token (R, N) of its rows belongs, -1
+where it is padding, which is never perturbed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from stages.finetune.recipe import FreeLB
 
 
 def start(embeddings: torch.Tensor, sequences: torch.Tensor, recipe: FreeLB) -> torch.Tensor:
-    """The first perturbation of packed embeddings (1, N, D), a leaf that wants a gradient.
+    """The first perturbation of embeddings (R, N, D), a leaf that wants a gradient.
 
-    ``sequences`` says to which sequence each token belongs, shape (N,). Every element is uniform
-    within ± initial / √(tokens of its sequence × D).
+    Every element is uniform within ± initial / √(tokens of its sequence × D).
     """
-    lengths = torch.bincount(sequences)[sequences]
-    bound = recipe.initial / (lengths * embeddings.shape[-1]).sqrt()
+    real = sequences >= 0
+    lengths = torch.bincount(sequences[real])[sequences]
+    bound = recipe.initial / (lengths * embeddings.shape[-1]).sqrt() * real
     uniform = torch.empty_like(embeddings, dtype=torch.float32).uniform_(-1, 1)
-    return (uniform * bound[None, :, None]).requires_grad_()
+    return (uniform * bound[..., None]).requires_grad_()
 
 
 @torch.no_grad()
@@ -22,16 +30,32 @@ def climb(delta: torch.Tensor, sequences: torch.Tensor, recipe: FreeLB) -> torch
     """The next perturbation: one step of length ``learning_rate`` along each sequence's gradient,
     then back into the ball of radius ``max_norm``; norms are L2 over all elements of a sequence.
     """
-    length = norms(delta.grad, sequences)[sequences][None, :, None]
+    real = (sequences >= 0)[..., None]
+    length = norms(delta.grad, sequences)[sequences][..., None]
     # A sequence without a gradient stays where it is.
-    moved = delta + recipe.learning_rate * (delta.grad / length).nan_to_num()
+    moved = delta + real * recipe.learning_rate * (delta.grad / length).nan_to_num()
     if recipe.max_norm is not None:
         outside = (norms(moved, sequences) / recipe.max_norm).clamp(min=1)
-        moved /= outside[sequences][None, :, None]
+        moved /= outside[sequences][..., None]
     return moved.requires_grad_()
 
 
 def norms(delta: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
     """L2 norm of each sequence's part, shape (sequences,)."""
-    squares = delta.detach()[0].square().sum(-1)
-    return squares.new_zeros(int(sequences.max()) + 1).index_add_(0, sequences, squares).sqrt()
+    squares, real = delta.detach().square().sum(-1), sequences >= 0
+    sums = squares.new_zeros(int(sequences.max()) + 1)
+    return sums.index_add_(0, sequences[real], squares[real]).sqrt()
+
+
+@contextmanager
+def added(embedding: nn.Module, delta: torch.Tensor) -> Iterator[None]:
+    """Inside, the model reads its tokens' embeddings with the perturbation on top of them.
+
+    The tokens themselves go in as ever, since a classification head finds the end of a padded row
+    by them.
+    """
+    handle = embedding.register_forward_hook(lambda _, args, out: out + delta.to(out.dtype))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -71,8 +71,6 @@ def _unheaded(recipe: Recipe) -> Iterator[Problem]:
             yield field, "is missing, and gives the head its labels; name one, or remove head"
         elif template and first and tuple(template.labels) != tuple(first.labels):
             yield field, "has other labels than the first train set's; a head has one set of them"
-    if recipe.adversarial is not None:
-        yield "adversarial", "cannot act before a classification head; remove one of them"
 
 
 READS_ROUTERS_ITSELF = ("llama_moe", "moduleformer", "phimoe")
@@ -101,8 +99,6 @@ def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
         if images != (entry.modality == "image"):
             kinds = "pgd or trades" if entry.modality == "image" else "freelb"
             yield "adversarial", f"{facts.family} reads {entry.modality}s; use {kinds}"
-        elif not images and not entry.packs:
-            yield "adversarial", f"{facts.family} models cannot read packed sequences; remove it"
     if recipe.head == "classification" and entry.encoder_decoder:
         yield "head", f"{facts.family} models write their answers; remove it"
     if recipe.head == "classification" and entry.modality == "image":

@@ -10,6 +10,7 @@ resumed run, and one with another number of workers, draws the same.
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -172,18 +173,17 @@ class Training:
         ascents = adversarial.steps if adversarial else 1
         if adversarial:
             torch.manual_seed(seed)
-            input_ids = arguments.pop("input_ids")
-            lengths = torch.tensor([len(e.input_ids) for e in examples], device=engine.device)
-            sequences = torch.arange(len(examples), device=engine.device).repeat_interleave(lengths)
-            embed = engine.module.get_input_embeddings()
-            delta = freelb.start(embed(input_ids), sequences, adversarial)
+            reader = engine.module
+            if family(reader).encoder_decoder:
+                reader = reader.get_encoder()  # whose embedding is a module of its own
+            read, sequences = reader.get_input_embeddings(), part.sequences
+            with torch.no_grad():
+                delta = freelb.start(read(arguments["input_ids"]), sequences, adversarial)
         for ascent in range(ascents):
-            if adversarial:
-                embeddings = embed(input_ids)
-                arguments["inputs_embeds"] = embeddings + delta.to(embeddings.dtype)
             torch.manual_seed(seed + 1)  # the same masks in every ascent
             engine.set_gradient_accumulation_boundary(last and ascent == ascents - 1)
-            with self.knobs.forward() as routings:
+            moved = freelb.added(read, delta) if adversarial else nullcontext()
+            with moved, self.knobs.forward() as routings:
                 out = engine(**arguments, use_cache=False)
             routings = part.without_padding(routings)
             for routing in routings if self.spec.router.capacity is not None else ():

@@ -95,8 +95,6 @@ def test_other_words_than_the_trained_ones_are_for_what_no_recipe_trained():
          "score a language model", "set its method to label_words"),
         ((HEAD, ASKED, "recipes.head.data.0={dataset: refusals}"),
          "recipes.head.data.0.template: is missing", "or remove head"),
-        ((HEAD, ASKED, "recipes.head.adversarial={}"), "recipes.head.adversarial: cannot act",
-         "remove one"),
         ((HEAD, ASKED, "recipes.sft.after=hed"), "recipes.sft.after: unknown recipe 'hed'",
          "did you mean 'head'"),
         ((HEAD, ASKED, NEXT, "recipes.head.after=next"), "recipes.head.after: comes after itself "

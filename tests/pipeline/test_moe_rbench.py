@@ -13,7 +13,7 @@ from pipeline.sweep_file import load
 from stages.finetune.evidence import Evidence
 from stages.finetune.head import with_head
 from stages.finetune.knobs import Knobs
-from stages.finetune.recipe import AdamW, Cosine, Dropout, Experts, Linear, Recipe, Step
+from stages.finetune.recipe import AdamW, Cosine, Dropout, Experts, FreeLB, Linear, Recipe, Step
 from stages.finetune.refusals import inapplicable
 from stages.models.families import FAMILIES
 from stages.models.sources import Facts
@@ -208,6 +208,19 @@ def _settings(node):
     settings = node.spec.identity()
     data = [(train["template"], train["limit"], train["repeat"]) for train in settings.pop("data")]
     return settings, data
+
+
+@pytest.mark.parametrize("file", SCRIPT_FILES)
+def test_every_script_can_be_trained_against_an_adversary(file):
+    names = [name for name in load(FOLDER / f"{file}.yaml").recipes if "." not in name]
+    sweep = load(FOLDER / f"{file}.yaml", [f"recipes.{name}.adversarial={{}}" for name in names])
+    plan = build(sweep, check(sweep, FOLDER / f"{file}.yaml"))
+    trained = [node.spec for node in plan.nodes.values() if node.stage == "finetune"]
+    assert sum(spec.adversarial == FreeLB() for spec in trained) >= len(names)
+    facts = [Facts("moe" if FAMILIES[name].is_moe else "dense", name) for name in FAMILY.values()]
+    for of in facts:
+        recipe = trained[0].model_copy(update={"adversarial": FreeLB(), "head": "language_model"})
+        assert "adversarial" not in dict(inapplicable(recipe, of)), of.family
 
 
 def test_the_rounds_of_anli_are_trained_one_after_the_other(planned):

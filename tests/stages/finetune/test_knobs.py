@@ -318,12 +318,11 @@ LOAD = {"load_loss_weight": 0.1, "router": {"noise": 0.1}}
     ("name", "fields", "field", "reason"),
     [
         ("nllb-moe", LOAD, "load_loss_weight", "trained on padded sequences"),
-        ("nllb-moe", FREELB, "adversarial", "cannot read packed sequences"),
         ("nllb-moe", {"head": "classification"}, "head", "write their answers"),
         ("nllb-moe", {"router": {"top_k": 2}}, "router.top_k", "2 is the model's own"),
         ("nllb-moe", {"router": {"top_k": 5}}, "router.top_k", "more than the 4 experts"),
         ("nllb-moe", {"freeze": ["shared_expert"]}, "freeze", "no shared experts"),
-        ("jamba", FREELB, "adversarial", "cannot read packed sequences"),
+        ("vit_moe", FREELB, "adversarial", "reads images; use pgd or trades"),
         ("mixtral", {"adversarial": {"kind": "pgd"}}, "adversarial", "reads texts; use freelb"),
         ("mixtral", {"router": {"capacity": 2}}, "router.capacity", "no capacity that can be set"),
         ("vit_moe", {"head": "classification"}, "head", "have one"),
