@@ -135,6 +135,13 @@ def _attacks(evaluation: Evaluation, columns: list[str]) -> Iterator[Quantity]:
         "robust_common", accuracy, f"{worst}, where all models are right without attack",
         ("robust" if images else "correct",), among="correct" if images else "clean",
     )  # fmt: skip
+    # Below 1 a perturbed token is, at the median distance, still nearest to its own embedding.
+    for attack, given in attack_names(evaluation).items():
+        if given.kind == "embedding_pgd":
+            yield quantity(
+                f"size/{attack}", "Size of attacks, in half distances to the nearest token",
+                attack.replace("_", " "), (f"size/{attack}",),
+            )  # fmt: skip
     change = "Changed by the attacks, mean"
     of = [f"prediction_change/{a}/{b}" for a in names for b in sizes]
     if not images:

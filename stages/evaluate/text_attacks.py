@@ -99,7 +99,9 @@ class TextAttacks(LabelledTexts):
         Columns, for each attack A: ``correct/A`` (0 or 1: right without the attack and under it)
         and ``random/A`` (the same of the control), ``changed/A`` (the prediction is another),
         ``success/A`` (wrong, of those that were right), ``margin/A``, ``queries/A``,
-        ``gradients/A``, ``edits/A``, and with routes ``routing_change/A``,
+        ``gradients/A``, ``edits/A``, ``size/A`` (how far a perturbation moves a token at most,
+        in half the median distance of an embedding to the nearest other: below 1 a token at that
+        distance stays nearest to its own), and with routes ``routing_change/A``,
         ``routing_change_random/A``, each also by layer, ``routing_change_untouched/A`` over the
         tokens that the attack left as they were, and ``experts_first_changed/A``,
         ``experts_kept/A`` and ``experts_none/A`` (``probe/change.py``); ``swap_…`` (0 or 1) under
@@ -165,7 +167,8 @@ class TextAttacks(LabelledTexts):
         return row
 
     def metrics(self) -> tuple[Metric, ...]:
-        """Robust, clean and control accuracy, prediction and routing changes, routes swapped."""
+        """Robust, clean and control accuracy, prediction and routing changes, routes swapped, sizes
+        of perturbations."""
         found = [
             mean_of("correct", "robust_accuracy", label="robust accuracy, worst attack"),
             mean_of("clean", "clean_accuracy", label="accuracy, clean"),
@@ -183,6 +186,9 @@ class TextAttacks(LabelledTexts):
                 _routes(f"routing_change_random/{name}", f"routing change, random like {title}"),
                 _routes(f"routing_change_untouched/{name}", f"the same of other tokens, {title}"),
             ]
+            if isinstance(attack, EmbeddingPGD):
+                unit = "in half distances to the nearest token"
+                found.append(mean_of(f"size/{name}", label=f"size of {title}, {unit}"))
             if not isinstance(attack, GreedyEdits):
                 found += [
                     _routes(

@@ -127,6 +127,8 @@ def text_attacks(robust=0.5, moe=True, change=0.3, clean=0.9, n=N):
         values[f"changed/{attack}"] = 1 - values[f"correct/{attack}"]
         values[f"success/{attack}"] = values[f"changed/{attack}"]
         values |= {f"{c}/{attack}": np.zeros(n) for c in ("queries", "zero_gradients")}
+        # Of the dense model's tokens the nearest are nearer.
+        values[f"size/{attack}"] = np.full(n, 0.0 if "word" in attack else 1.5 if moe else 3.0)
         moved = 1.0 if attack == "joint" else change
         for column, level_of in (("routing_change", moved), ("routing_change_random", 0.1)):
             for end in ("", *(f"/{layer}" for layer in LAYERS)):

@@ -198,6 +198,12 @@ def test_text_attacks_have_the_same_table_as_change_from_the_untuned_twin(tmp_pa
     assert (tuned["ci_low"], tuned["ci_high"]) == (both.ci_low, both.ci_high)
     # What chance gives is the same before and after, and stays a level.
     assert cell(table, "routing_change/chance", "vmoe-4", "sft")["value"] == pytest.approx(0.6)
+    # How large the same radius is beside the distance of a model's tokens, a level as well.
+    for name in ("embedding_pgd", "joint"):
+        sizes = [cell(table, f"size/{name}", model, "sft") for model in ("vmoe-4", "vit")]
+        assert [size["value"] for size in sizes] == [1.5, 3.0]
+    assert sizes[0]["group"] == "Size of attacks, in half distances to the nearest token"
+    assert "size/deep_word_bug" not in set(table["quantity"])
     # Accuracies of the whole model are levels too.
     assert not cell(table, "robust", "vmoe-4", "sft")["change_from_untuned"]
 

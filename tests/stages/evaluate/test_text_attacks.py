@@ -75,6 +75,12 @@ def test_perturbations_are_measured_in_half_distances_to_the_nearest_token(score
     # No token is moved further than the radius.
     assert sizes.le(radius.item() * (1 + 1e-4)).all() and sizes.max() > 0.5 * radius.item()
     assert scores["size/gcg"].eq(0).all()
+    # Told of every attack on embeddings and of no other.
+    told = {m.name: m for m in spec().metrics() if m.name.startswith("size/")}
+    assert list(told) == ["size/embedding_pgd", "size/routes"]
+    metric = told["size/embedding_pgd"]
+    assert metric.value(metric.statistics(scores).sum(0)) == pytest.approx(sizes.mean())
+    assert not metric.of_experts
 
 
 def test_routes_change_more_the_more_they_are_aimed_at(scores):
