@@ -70,7 +70,9 @@ class Attacker(Asker):
         """Whole words of one token, and their embeddings of length 1 (words, D)."""
         words, numbers = [], []
         for number in self.allowed.nonzero()[:, 0].tolist():
-            text = self.tokenizer.decode([number])
+            # What it adds to itself: many a decoder takes the blank at a text's beginning away.
+            once, twice = (self.tokenizer.decode([number] * times) for times in (1, 2))
+            text = twice[len(once) :]
             if text.startswith(" ") and text[1:].isalpha() and text[1:].islower():
                 words.append(text[1:])
                 numbers.append(number)

@@ -65,14 +65,16 @@ class TextAttacks(LabelledTexts):
         return self
 
     def wordings(self) -> dict[str, str]:
-        """The template's hash, that of WordNet's files where an attack takes words from it, and
-        what a search of tokens takes for an input."""
+        """The template's hash, that of WordNet's files where an attack takes words from it, what a
+        search of tokens takes for an input, and which tokens are words with neighbours."""
         asked = any(getattr(attack, "synonyms", "") == "wordnet" for attack in self.attacks)
         searches = any(isinstance(attack, GCG) for attack in self.attacks)
+        near = any(getattr(attack, "synonyms", "") == "embedding" for attack in self.attacks)
         return (
             super().wordings()
             | ({"wordnet": wordnet.digest(wordnet.folder())} if asked else {})
             | ({"tokens": "those of the row's prompt with a text in it"} if searches else {})
+            | ({"neighbours": "tokens that begin a word within a text"} if near else {})
         )
 
     def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:

@@ -254,7 +254,8 @@ def test_words_of_one_token_have_neighbours(engines, monkeypatch):
     attacker = Attacker(spec(), engine.model, engine.tokenizer)
     names = {3: " good", 4: " fine", 5: " bad", 6: "rest", 7: " Odd"}
     monkeypatch.setattr(
-        attacker.tokenizer.__class__, "decode", lambda self, ids: names.get(ids[0], "�"))
+        attacker.tokenizer.__class__, "decode",
+        lambda self, ids: "".join(names.get(number, "�") for number in ids))
     attacker.victim.table = attacker.victim.table.clone()
     attacker.victim.table[3:6, :] = 0
     attacker.victim.table[3:6, :2] = torch.tensor([[2.0, 0.0], [3.0, 4.0], [-1.0, 0.0]])
@@ -262,6 +263,20 @@ def test_words_of_one_token_have_neighbours(engines, monkeypatch):
     assert attacker.near("Good", 8, 0.5) == ["fine"]  # cosines 0.6 and -1
     assert attacker.near("good", 8, -1.0) == ["fine", "bad"]
     assert attacker.near("unheard", 8, -1.0) == []
+
+
+def test_words_have_neighbours_where_the_decoder_takes_the_first_blank_away(prepending, data):
+    assert prepending.tokenizer.decode(prepending.tokenizer("thing")["input_ids"][1:]) == "thing"
+    assert prepending.vocabulary[0] == ["t", "th", "thi", "thin", "thing", "d", "da", "day", "f",
+                                        "fi", "fil", "film", "g", "go", "goo", "good"]
+    (attack,) = spec(attacks=[ATTACKS[5] | {"cosine": -1.0}]).attacks
+    row = spec().rows(data["shop"])[0]
+    question = prepending.question(row, row["text"])
+    clean = Attempt(prepending.victim.table[question.tokens], question, row["text"], 0)
+    control = prepending.control(attack, row, clean)
+    # Of its three words "thing" alone is one token.
+    assert control.edits == 1 and control.text.startswith("Great little ")
+    assert control.text.split()[-1] in prepending.vocabulary[0]
 
 
 def test_synonyms_of_a_dictionary_are_put_in(engines, tmp_path, monkeypatch):
