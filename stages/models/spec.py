@@ -111,6 +111,14 @@ class UpcycleSpec(Spec):
     experts start with nearly even weights."""
     seed: Seed = 0
 
+    def identity(self) -> dict:
+        """Also tells, of one expert per token, that V-MoE's weight of it is its own, not always 1.
+        """
+        found = super().identity()
+        if self.top_k == 1:
+            found["weight_of_one"] = "V-MoE's own"
+        return found
+
 
 class WidenSpec(Spec):
     """A dense twin with the activated FLOPs of an upcycled one (input role: ``dense``).

@@ -5,6 +5,8 @@ the weights of the chosen ones sum to 1 (sparse upcycling, arXiv 2212.05055). A 
 with all experts and even weights. This is measured on real text before anything else happens, and
 a larger difference than rounding refuses the model; then the twin gets what makes it differ (fewer
 experts per token, its router, neurons drawn anew, noise), and the card says by how much it does.
+V-MoE with one expert per token gets its own weights, softmax values over all experts, after that: a
+weight that always is 1 has no gradient, and the task could not train the router.
 """
 
 import torch
@@ -45,6 +47,10 @@ def upcycle(
     for weights in experts.expert_weights(model):
         twin.break_symmetry(weights, spec, generator)
     how = "as routed" if copies else "with all experts at even weights"
+    if spec.top_k == 1 and model.config.model_type == "vit_moe":
+        for each in (model.config, *family(model).modules(model, "router").values()):
+            each.norm_topk_prob = False
+        how += ", before its weight was V-MoE's own" if copies else ""
     notes = {"logit_difference": kept, "logit_difference_measured": how}
     notes |= twin.notes(dense_probe, twin.probe(model, tokenizer), spec)
     own = {"gpt_neox_moe": "gpt_neox_moe", "vit_moe": "vision_moe"}.get(model.config.model_type)

@@ -3,9 +3,9 @@
 Everything but the feed-forward blocks of the sparse layers is transformers' ViT, so a dense ViT is
 transformers' own class and a folder of its weights is read by it. The router is linear without a
 bias; a chosen expert's weight is its softmax value over all experts, not renormalised (V-MoE, arXiv
-2106.05974), unless ``norm_topk_prob`` says so, as upcycled models need. The noise of training and
-the auxiliary losses are the recipe's (``stages/finetune``) and not the model's, so that they are
-the same for every family.
+2106.05974), unless ``norm_topk_prob`` says so, as upcycled models of K > 1 do. The noise of
+training and the auxiliary losses are the recipe's (``stages/finetune``) and not the model's, so
+that they are the same for every family.
 
 With ``ensemble_size`` M it is an efficient ensemble of experts (E³, arXiv 2110.03360): from the
 first sparse layer on, each image's representation stands there M times, once for each member; the

@@ -230,6 +230,36 @@ def test_upcycling_keeps_the_function(tmp_path):
     assert len(routers) == 2 and all(r.weight.std() > 0 for r in routers)
 
 
+def test_a_single_experts_weight_lets_the_task_train_the_router(tmp_path):
+    """It is V-MoE's own: normalised it would be 1, without a gradient. A block starts as the dense
+    one times that weight."""
+    dense, moe = tmp_path / "dense", tmp_path / "moe"
+    dense.mkdir(), moe.mkdir()
+    run(DENSE, {}, dense)
+    spec = UpcycleSpec(experts=4, top_k=1, layers=EveryNth(every=2), noise=0.0)
+    run(spec, {"dense": dense}, moe)
+    twin, plain = load(moe), load(dense)
+    assert not twin.config.norm_topk_prob
+    notes = ModelCard.read(moe).notes
+    assert notes["logit_difference"] < 1e-5 < 1e-3 < notes["logit_difference_of_twin"]
+    assert notes["logit_difference_measured"] == "as routed, before its weight was V-MoE's own"
+    states = torch.randn(1, 5, twin.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    for layer in (1, 3):
+        block = twin.vit.layers[layer].mlp
+        weights = (states[0] @ block.gate.weight.T).softmax(-1).amax(-1, keepdim=True)
+        assert weights.min() < 0.9
+        expected = weights * plain.vit.layers[layer].mlp(states)[0]
+        torch.testing.assert_close(block(states)[0], expected)
+    with torch.enable_grad():
+        gates = [twin.vit.layers[layer].mlp.gate.weight.requires_grad_() for layer in (1, 3)]
+        loss = torch.nn.functional.cross_entropy(twin(IMAGES).logits, torch.arange(len(IMAGES)) % 2)
+        gradients = torch.autograd.grad(loss, gates)
+    assert min(gradient.norm() for gradient in gradients) > 1e-2
+    # What was made before is made again; twins of more experts per token are what they were.
+    others = spec.model_copy(update={"top_k": 2}).identity()
+    assert set(spec.identity()) - set(others) == {"weight_of_one"}
+
+
 def test_grey_and_colour_images_are_resized(tmp_path):
     import io
 
