@@ -278,7 +278,7 @@ class Recipe(Spec):
     alternate: Alternate | None = None
     auxiliary_loss_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the load-balancing loss (arXiv 2101.03961, equation 4, over all sparse layers
-    together as Hugging Face computes it)."""
+    together as Hugging Face computes it; of routers with sigmoids, on their shares of the sum)."""
     z_loss_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the router z-loss (ST-MoE, arXiv 2202.08906, equation 5), mean over the layers."""
     importance_loss_weight: Annotated[float, Field(ge=0)] = 0.0

@@ -61,6 +61,8 @@ class FinetuneSpec(Recipe):
             parts["micro_batch"] = min(asked, self.batch_size // self.workers)
         if any(getattr(self, name) for name in VISION_WEIGHTS):  # once a mean over the layers
             parts["balancing losses"] = "sum over the layers"
+        if self.auxiliary_loss_weight:  # of sigmoids it was once that of the logits' softmax
+            parts["auxiliary_loss"] = "of the family's own scores"
         if self.lora and "router" in self.lora.roles:  # four families' logits once lacked them
             parts["lora.roles"] = "routers with their adapters"
         if self.router.initial == "random":  # biases of the choice once stayed

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from stages.models.routing import Routing
+from stages.models.routing import Routing, probabilities
 
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
@@ -21,9 +21,13 @@ PEAK_BF16_FLOPS = {
 
 
 class RoutingTelemetry:
-    """Sums over the forward passes of one optimiser step, per sparse layer."""
+    """Sums over the forward passes of one optimiser step, per sparse layer.
 
-    def __init__(self):
+    ``scores`` are those of the model's family, of which the entropy is taken.
+    """
+
+    def __init__(self, scores: str):
+        self.scores = scores
         self.layers: list[str] = []
         self.sums: torch.Tensor | None = None
 
@@ -33,7 +37,7 @@ class RoutingTelemetry:
         choices."""
         rows = []
         for routing in routings:
-            entropy = torch.special.entr(routing.logits.float().softmax(-1)).sum()
+            entropy = torch.special.entr(probabilities(routing.logits, self.scores)).sum()
             dropped = (routing.weights == 0).sum()
             tokens = entropy.new_tensor(len(routing.logits))
             rest = torch.stack([tokens, entropy, dropped.to(entropy)])

@@ -98,7 +98,7 @@ class Training:
         micros = micro_batches(batch, rank, workers, micro_batch_size(spec))
         if self.turns is not None:
             self.turns.start(spec, len(self.examples), spec.steps_before + step)
-        telemetry = RoutingTelemetry()
+        telemetry = RoutingTelemetry(family(engine.module).scores)
         sums = torch.zeros(1 + len(self.weighed), dtype=torch.float64, device=engine.device)
         for index, micro in enumerate(micros):
             place = rank * len(batch) // workers + index * len(micro)
@@ -252,8 +252,11 @@ class Training:
         """The loss of a knob over one forward pass, unweighted. ``clean`` are the logits before
         noise that the recipe adds, by layer."""
         _, of = self.weighed[knob]
-        if of is load_balancing_loss and family(self.engine.module).balanced_by_sequence:
-            return balance_by_sequence(part.by_sequence(routings))
+        if of is load_balancing_loss:
+            entry = family(self.engine.module)
+            if entry.balanced_by_sequence:
+                return balance_by_sequence(part.by_sequence(routings), entry.scores)
+            return of(routings, entry.scores)
         # The load is a probability over the noise, so its loss must know it.
         if of is load_loss:
             return of(routings, clean, self.knobs.noise)

@@ -228,6 +228,14 @@ def normalises(model: PreTrainedModel) -> bool:
     return getattr(model.config, told) if isinstance(told, str) else told
 
 
+def probabilities(logits: torch.Tensor, scores: str) -> torch.Tensor:
+    """What router logits (..., E) give to each expert, in a sum of 1: their softmax or, where a
+    family's ``scores`` are sigmoids, those over their sum (DeepSeek-V3, arXiv 2412.19437,
+    equation 19)."""
+    logits = logits.float()
+    return (F.logsigmoid(logits) if scores == "sigmoid" else logits).softmax(-1)
+
+
 @torch.no_grad()
 def weighing(model: PreTrainedModel) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The family's rule from logits (T, E) and chosen experts (T, K) to their weights (T, K).

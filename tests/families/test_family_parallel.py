@@ -202,9 +202,9 @@ def _everything(
         parts = [out[part] for part in entry.auxiliary_loss]
     elif entry.balanced_by_sequence:
         apart = zip(*(routing.split(len(tokens)) for routing in routes), strict=True)
-        parts = [balance_by_sequence(list(map(list, apart)))]
+        parts = [balance_by_sequence(list(map(list, apart)), entry.scores)]
     else:
-        parts = [load_balancing_loss(routes)]
+        parts = [load_balancing_loss(routes, entry.scores)]
     sum(parts).backward()
     seen["auxiliary loss"] = sum(parts).detach()
     for path, router in entry.modules(model, "router").items():

@@ -92,7 +92,7 @@ def reference(spec, folder, inputs):
             losses.append(nll / answers)
             if spec.auxiliary_loss_weight:
                 if ours:
-                    auxiliary = _balance(routes, micro)
+                    auxiliary = _balance(routes, micro, entry.scores)
                 elif entry.model_type == "switch_transformers":
                     auxiliary = _by_sequence(out, micro)
                 else:
@@ -155,13 +155,15 @@ def _packed(model, micro, balance):
     return out.logits[:, :-1], labels[:, 1:], out
 
 
-def _balance(routes, micro):
+def _balance(routes, micro, scores):
     """Experts times the sum of f_e P_e, over the real tokens of all layers."""
     real = _filled([[1] * len(e.input_ids) for e in micro], 0).flatten().bool()
     probabilities, chosen = [], []
     for routing in routes:
         rows = real if len(real) == len(routing.logits) else slice(None)  # no padding in one row
-        probabilities.append(routing.logits[rows].float().softmax(-1))
+        logits = routing.logits[rows].float()
+        shares = logits.sigmoid() if scores == "sigmoid" else logits.exp()
+        probabilities.append(shares / shares.sum(-1, keepdim=True))
         experts = torch.nn.functional.one_hot(routing.experts[rows], routing.logits.shape[-1])
         chosen.append(experts.sum(1).float())
     frequency, probability = torch.cat(chosen).mean(0), torch.cat(probabilities).mean(0)

@@ -8,7 +8,8 @@ from stages.finetune.knobs import Knobs
 from stages.finetune.loop import start_distributed
 from stages.finetune.recipe import Recipe
 from stages.finetune.telemetry import RoutingTelemetry, model_flops_utilisation
-from stages.models.routing import blocks
+from stages.models.families import FAMILIES
+from stages.models.routing import blocks, intercept
 from stages.models.tiny import tiny_model, tiny_tokenizer
 
 TOKENS = torch.arange(3, 67)[None]
@@ -35,7 +36,7 @@ def observed(name, passes=2, **router):
     knobs.attach()
     for module, _ in blocks(model).values():
         module.register_forward_hook(lambda m, a, out: returned.append(out))
-    telemetry = RoutingTelemetry()
+    telemetry = RoutingTelemetry(FAMILIES[name].scores)
     for _ in range(passes):
         returned.clear()
         with torch.no_grad(), knobs.forward() as routings:
@@ -55,6 +56,22 @@ def test_every_router_is_seen_under_a_name_of_its_own(name):
     for loads in row["expert_load_by_layer"].values():
         assert len(loads) == 4 and sum(loads) == pytest.approx(1)
     assert 0 < row["router_entropy"] < 1.39 and row["expert_load_variation"] > 0.05  # ln 4
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "minimax_m2", "afmoe", "ernie4_5_moe"])
+def test_entropy_is_that_of_the_familys_own_scores(name):
+    row, _ = observed(name, passes=1)
+    model, seen = tiny_model(name, tiny_tokenizer(), seed=3).train(), []
+    with torch.no_grad(), intercept(blocks(model), choice=seen.append):
+        model(input_ids=TOKENS, use_cache=False)
+    logits = torch.stack([routing.logits for routing in seen]).double()
+    entropies = {}
+    for scores, p in (("softmax", logits.exp()), ("sigmoid", logits.sigmoid())):
+        p = p / p.sum(-1, keepdim=True)
+        entropies[scores] = -(p * p.log()).sum(-1).mean().item()
+    assert FAMILIES[name].scores == ("softmax" if name == "ernie4_5_moe" else "sigmoid")
+    assert row["router_entropy"] == pytest.approx(entropies[FAMILIES[name].scores], rel=1e-5)
+    assert abs(entropies["sigmoid"] - entropies["softmax"]) > 1e-3
 
 
 def test_figures_of_switch_by_hand():

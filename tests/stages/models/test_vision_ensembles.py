@@ -182,7 +182,7 @@ def test_noise_and_auxiliary_losses_see_what_a_token_can_choose(shared):
     for choose in (random_experts, balanced_experts):
         chosen = choose(seen[0].logits.detach(), 1)
         assert torch.isfinite(seen[0].logits.gather(1, chosen)).all()
-    telemetry = RoutingTelemetry()
+    telemetry = RoutingTelemetry("softmax")
     telemetry.add(seen)
     assert telemetry.sums.isfinite().all() and telemetry.layers == ["layer_1", "layer_3"]
 
