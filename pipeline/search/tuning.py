@@ -227,6 +227,8 @@ class _Recorder(tune.Callback):
             self.tell(trial)
 
     def _fail(self, record: Trial, trial: Any, reason: str) -> None:
+        if record.over:
+            return
         values = trial.config["proposal"]["values"]  # a clone's own, which no report has yet
         record.steps, record.tokens = self.spent(values, record.reports)
         self._end(record, "failed", reason)

@@ -133,7 +133,10 @@ def test_a_failed_trial_cost_what_its_seeds_trained_until_then(work, monkeypatch
     recorder = _Recorder(ledger, 1, lambda trial: None, None, of.spent)
     trial = SimpleNamespace(trial_id="a", config={"proposal": {"number": 0, "values": rate}})
     recorder.on_trial_result(0, [], trial, {"reports": [], "failed": "the loss is nan"})
+    # What happens to its driver afterwards changes nothing.
+    recorder._fail(ledger.trials[0], trial, "its machine is gone")
     row = trial_table(Ledger(Store(of.store), "s"), of.sweep.search).iloc[0]
+    assert row["reason"] == "the loss is nan"
     assert (row["status"], row["steps"], row["tokens"]) == ("failed", 6, 1000)
 
 
