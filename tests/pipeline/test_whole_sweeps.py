@@ -17,10 +17,9 @@ from pipeline.estimate_text import scaled, work_text
 from pipeline.gpu_memory import check_memory
 from pipeline.store import Store
 from pipeline.sweep_file import load
-from stages.data import stage
 from stages.data.templates import TEMPLATES
 from stages.errors import BadInput
-from stages.evaluate.base import AXES, Response
+from stages.evaluate.base import AXES
 from stages.finetune.batches import select_rows
 from stages.models.card import ModelCard
 from stages.models.known import CANNOT_RUN, CONVERTED, KNOWN, cannot_run, known
@@ -56,26 +55,6 @@ def test_a_sweep_covers_the_axes(name):
     kinds = {e.technique.kind for e in plan.sweep.evaluations.values() if e.technique}
     assert kinds == {"dola", "expert_count", "self_consistency"} | (
         {"contrastive"} if name == "cpu" else set())
-
-
-def test_films_in_other_styles_and_edited_pairs_are_as_many_sources_as_there_are(
-    tmp_path, monkeypatch
-):
-    """16 films in three forms are no 48 documents, nor 16 premises with edited hypotheses 32."""
-    sweep = load(FOLDER / "cpu.yaml")
-    monkeypatch.chdir(FOLDER)
-    for name, rows, documents in (("styles", 48, 16), ("counterfactual", 64, 16),
-                                  ("hard_inference", 53, 23)):
-        evaluation, data = sweep.evaluations[name], {}
-        for dataset in evaluation.datasets():
-            output = tmp_path / name / dataset
-            output.mkdir(parents=True)
-            stage.run(sweep.datasets[dataset], {}, output)
-            data[dataset] = pd.read_parquet(output / "test.parquet")
-        responses = {r.id: Response(r.id, tuple(map(float, range(len(r.choices)))), (1,) * 3)
-                     for r in evaluation.requests(data)}
-        scores = evaluation.score(data, responses)
-        assert (len(scores), scores["document"].nunique()) == (rows, documents), name
 
 
 def test_the_paper_has_a_cell_for_each_script_of_a_mixture_and_no_other():
