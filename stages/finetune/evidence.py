@@ -25,6 +25,8 @@ MEASURED_IN_STEPS = (
     *("dropout.residual", "dropout.attention"),
 )
 """Knobs whose evidence comes from forward passes; that of the others from the run as a whole."""
+ACTIVE = ("optimizer", "schedule", "gradient_clipping", "precision")
+"""Those of them whose default does something as well."""
 
 
 class Evidence:
@@ -66,11 +68,12 @@ class Evidence:
 
 
 def asked(recipe: Recipe) -> dict[str, Any]:
-    """The knobs that a recipe sets to something else than the default, flat, JSON-ready."""
+    """The knobs that act: those that a recipe sets to something else than the default, and those
+    whose default does something; flat, JSON-ready."""
     found = {}
     given = recipe.model_dump(mode="json")
     for name in KNOBS:
-        if getattr(recipe, name) == Recipe.model_fields[name].default:
+        if name not in ACTIVE and getattr(recipe, name) == Recipe.model_fields[name].default:
             continue
         if name in ("router", "experts", "dropout"):
             section = getattr(recipe, name).model_dump(mode="json", exclude_defaults=True)

@@ -195,6 +195,8 @@ def build(
     tuner = lora.adapt(model, spec.lora) if spec.lora else None
     for name, counts in parameters.count(model).items():
         evidence.note("parameters", **{name: counts})
+    vectors = [p.numel() for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    evidence.note("weight_decay", parameters_of_norms_and_biases=sum(vectors))
     knobs.attach()
     config = deepspeed_config(spec, accelerator=torch.cuda.is_available())
     file = config_name(spec, accelerator=torch.cuda.is_available())

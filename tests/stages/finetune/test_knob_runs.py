@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from stages.finetune.evidence import ACTIVE
 from stages.finetune.spec import TrainSet
 from stages.models.card import ModelCard
 from tests.stages.finetune import reference
@@ -275,7 +276,7 @@ def test_a_dense_partner_says_what_was_dropped(runs):
     assert found["not_applicable"] == {
         "router.noise": {"asked": 0.3, "reason": "only Mixture-of-Experts models have it"}
     }
-    assert found["knobs"] == {} and "router_entropy" not in curve(runs / "dense")
+    assert set(found["knobs"]) == set(ACTIVE) and "router_entropy" not in curve(runs / "dense")
 
 
 def test_what_cannot_act_is_refused_by_the_loop_as_well(runs):

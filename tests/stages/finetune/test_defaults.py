@@ -1,0 +1,52 @@
+"""What a recipe does unasked has evidence, and weight decay acts on all that is trained."""
+
+import pytest
+import torch
+
+from tests.stages.finetune.results import curve, evidence, spec, weights
+from tests.stages.finetune.runs import Run, launch
+
+DECAY = 10.0
+
+
+@pytest.fixture(scope="module")
+def runs(models, data, tmp_path_factory):
+    folder, planned = tmp_path_factory.mktemp("defaults"), []
+    for name, fields in (("plain", {}), ("decay", {"weight_decay": DECAY})):
+        (folder / name).mkdir()
+        inputs = {"model": models["llama"], **data}
+        planned.append(Run(spec(workers=1, **fields), inputs, folder / name))
+    launch(1, planned, folder / "store")
+    return folder
+
+
+def test_what_acts_by_default_has_evidence(runs):
+    found, rows = evidence(runs / "plain")["knobs"], curve(runs / "plain")
+    assert list(found) == ["optimizer", "schedule", "gradient_clipping", "precision"]
+    assert found["gradient_clipping"]["asked"] == 1.0
+    assert found["gradient_clipping"]["measured"] == {
+        "largest_norm": rows["gradient_norm"].max(),
+        "steps_clipped": (rows["gradient_norm"] > 1).sum(),
+    }
+    assert found["schedule"]["asked"] == "linear"
+    rates = {"first": 3e-3, "largest": 3e-3, "last": 1e-3}
+    assert found["schedule"]["measured"] == pytest.approx(rates)
+    assert found["optimizer"]["asked"] == "adamw"
+    assert found["optimizer"]["measured"]["betas"] == [0.9, 0.999]
+    both = {"weights": "torch.float32", "optimizer": "torch.float32"}
+    assert found["precision"] == {"asked": "fp32", "measured": both}
+
+
+def test_weight_decay_acts_on_norms_too(runs):
+    """Two norms in each of four layers, and the last one."""
+    knobs = evidence(runs / "decay")["knobs"]
+    assert knobs["weight_decay"]["measured"]["parameters_of_norms_and_biases"] == 9 * 64
+    decayed, plain = weights(runs / "decay"), weights(runs / "plain")
+    norms = [name for name, value in plain.items() if value.ndim == 1]
+    assert len(norms) == 9
+    rates = torch.tensor(curve(runs / "decay")["learning_rate"])
+    kept = (1 - DECAY * rates).prod().item()
+    for name in norms:
+        # The steps themselves move a norm by less than 0.006.
+        share = (decayed[name] / plain[name]).mean().item()
+        assert share == pytest.approx(kept, abs=0.02) and kept < 0.95
