@@ -277,7 +277,8 @@ def _execute(plan, store, options: argparse.Namespace) -> dict:
 
 
 def _code(outcomes: dict) -> int:
-    return 1 if any(outcome.status != "done" for outcome in outcomes.values()) else 0
+    whole = all(outcome.status == "done" and not outcome.lacks for outcome in outcomes.values())
+    return 0 if whole else 1
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -286,10 +287,10 @@ def _report(options: argparse.Namespace) -> int:
     from pipeline.survey import leave_out_missing, survey
 
     _, plan, store = _read(options)
-    leave_out_missing(plan, store)
+    lacks = leave_out_missing(plan, store)
     states, node = survey(plan, store), plan.compare
-    gaps = {role: f"{key} has not been run" for role, key in node.inputs.items()
-            if states[key].status != "done"}
+    gaps = lacks | {role: f"{key} has not been run" for role, key in node.inputs.items()
+                    if states[key].status != "done"}
     if len(gaps) == len(node.inputs):
         raise StageFailed(f"{store.uri} holds no result of this sweep; "
                           f"run `moe-reliability run {options.sweep}` first")

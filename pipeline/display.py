@@ -132,7 +132,7 @@ def finish_lines(plan: Plan, outcomes: dict[str, Outcome], store: Store) -> list
             with store.fs.open_input_file(f"{store.root}/{folder}/{VERDICTS_FILE}") as file:
                 lines += [render_verdicts(pd.read_parquet(file)), ""]
         lines.append(f"report  {store.path(folder)}/report.html")
-    failed = {key: o for key, o in outcomes.items() if o.status == "failed"}
+    failed = {key: o for key, o in outcomes.items() if o.status == "failed" or o.lacks}
     blocked = sum(o.status == "blocked" for o in outcomes.values())
     for key, outcome in failed.items():
         lines.append(f"failed  {key}: {outcome.message}")

@@ -7,15 +7,19 @@ The requests lie in the store, a row group per shard, and are read where they ar
 moves the places of shards and nothing else, and neither its object store nor the process that
 drives the pass holds an evaluation's requests.
 Shards of generations go to vLLM instead where the sweep says so (``vllm_engine.py``).
+A judge that fails when it is asked costs its own metrics: the evaluation is scored and stored as
+the one without that judge, and the next run asks it again, with all other answers at hand.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
+from ray.exceptions import RayTaskError
 
 from pipeline.job import (
     Job,
@@ -25,10 +29,12 @@ from pipeline.job import (
     explain,
     report_progress,
 )
-from pipeline.store import Store
+from pipeline.node import fingerprint
+from pipeline.store import UNJUDGED, Store
 from stages.evaluate.base import Response
 from stages.evaluate.engine import Engine, device_of
 from stages.evaluate.engines import takes
+from stages.evaluate.partial import without
 from stages.evaluate.shards import (
     REQUEST_SCHEMA,
     RESPONSE_SCHEMA,
@@ -75,13 +81,18 @@ class Responder:
 
     def __init__(self, store: str, files: list[tuple[str, str]], checkpoint: str, dtype: str,
                  cpus: float, gpus: float, amateurs: dict[str, str], surrogates: dict[str, str]):
-        self.store, self.files = Store(store), files
-        self.engine = Engine(
-            self.store.fetch(checkpoint), dtype=dtype, device=device_of(gpus),
-            threads=None if gpus else max(1, int(cpus)),
-            amateurs={name: self.store.fetch(folder) for name, folder in amateurs.items()},
-            surrogates={name: self.store.fetch(folder) for name, folder in surrogates.items()},
-        )
+        self.store, self.files, self.checkpoint = Store(store), files, checkpoint
+        self.options = {"dtype": dtype, "device": device_of(gpus),
+                        "threads": None if gpus else max(1, int(cpus))}
+        self.others = {"amateurs": amateurs, "surrogates": surrogates}
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The model; loaded with the first shard, because Ray hides why an actor could not begin.
+        """
+        others = {role: {name: self.store.fetch(folder) for name, folder in models.items()}
+                  for role, models in self.others.items()}
+        return Engine(self.store.fetch(self.checkpoint), **self.options, **others)
 
     def __call__(self, batch: dict) -> dict:
         """Answer the shards of a batch and write them."""
@@ -112,20 +123,25 @@ def run_pass(jobs: list[Job]) -> dict[str, Outcome]:
         return outcomes | {j.node.key: Outcome("failed", explain(error, j, store)) for j in jobs}
     jobs = [job for job in jobs if job.node.key not in outcomes]
     shards = {key: [shard.id for shard in found] for key, found in planned.items()}
-    outcomes |= _judge(jobs, shards, store)
+    failed, lacks = _judge(jobs, shards, store)
+    outcomes |= failed
     for job in jobs:
         if job.node.key not in outcomes:
-            outcomes[job.node.key] = _score(job, shards[job.node.key], store)
+            outcomes[job.node.key] = _score(job, shards[job.node.key], store, lacks[job.node.key])
     return outcomes
 
 
-def _judge(jobs: list[Job], shards: dict[str, list[str]], store: Store) -> dict[str, Outcome]:
+def _judge(
+    jobs: list[Job], shards: dict[str, list[str]], store: Store
+) -> tuple[dict[str, Outcome], dict[str, dict[str, str]]]:
     """Have the judges that are models read the stored responses, one pass for each judge.
 
-    Adds their shards to those of the nodes; returns the outcomes of nodes that failed.
+    Adds their shards to those of the nodes; returns the outcomes of nodes that failed, and for each
+    node the roles of judges that did, with the reason.
     """
     failed: dict[str, Outcome] = {}
-    by_judge: dict[str, dict[str, list[Asked]]] = {}
+    lacks: dict[str, dict[str, str]] = {job.node.key: {} for job in jobs}
+    by_judge: dict[str, dict[str, tuple[str, list[Asked]]]] = {}
     for job in jobs:
         try:
             asked = judgements_for(job.node.spec.evaluation, _inputs(job, store),
@@ -134,19 +150,23 @@ def _judge(jobs: list[Job], shards: dict[str, list[str]], store: Store) -> dict[
             failed[job.node.key] = Outcome("failed", explain(error, job, store))
             continue
         for judge, requests in asked.items():
-            folder = job.inputs[f"{JUDGE}{judge}"]
+            role = f"{JUDGE}{judge}"
             cut = plan_shards(requests, job.node.spec.shard_size)
             planned = _written(job, store, cut, f"{JUDGEMENTS}-{judge}")
-            by_judge.setdefault(folder, {})[job.node.key] = planned
-    for folder, planned in by_judge.items():
-        asking = [job for job in jobs if job.node.key in planned]
+            by_judge.setdefault(job.inputs[role], {})[job.node.key] = role, planned
+    for folder, asked in by_judge.items():
+        asking = [job for job in jobs if job.node.key in asked]
         try:
-            failed |= _respond(asking, planned, store, folder)
+            _respond(asking, {key: planned for key, (_, planned) in asked.items()}, store, folder)
         except Exception as error:
-            failed |= {j.node.key: Outcome("failed", explain(error, j, store)) for j in asking}
-        for key, added in planned.items():
-            shards[key] = [*shards[key], *(shard.id for shard in added)]
-    return failed
+            for job in asking:
+                role, _ = asked[job.node.key]
+                reason = explain(error, job, store)
+                lacks[job.node.key][role] = f"failed when asked: {reason}"
+            continue
+        for key, (_, planned) in asked.items():
+            shards[key] = [*shards[key], *(shard.id for shard in planned)]
+    return failed, lacks
 
 
 def _prepare(job: Job, store: Store) -> list[Asked]:
@@ -258,8 +278,12 @@ def _by_actors(
             "amateurs": _named(jobs, AMATEUR), "surrogates": _named(jobs, SURROGATE),
         },
     )
-    for row in answered.iter_rows():
-        yield nodes[row["file"]]
+    answered.context.raise_original_map_exception = True  # so that the reason is the actor's own
+    try:
+        for row in answered.iter_rows():
+            yield nodes[row["file"]]
+    except RayTaskError as error:
+        raise error.cause from error
 
 
 def _by_vllm(
@@ -288,16 +312,38 @@ def _named(jobs: list[Job], role: str) -> dict[str, str]:
             for key, folder in job.inputs.items() if key.startswith(role)}
 
 
-def _score(job: Job, shards: list[str], store: Store) -> Outcome:
-    """Score one evaluation from its stored responses and commit it."""
+def _score(job: Job, shards: list[str], store: Store, lacks: dict[str, str]) -> Outcome:
+    """Score one evaluation from its stored responses and commit it, without the judges that it
+    ``lacks`` as the evaluation that has none of them."""
+    scored = _without(job, lacks) if lacks else job
 
     def work() -> str:
         responses = _responses(job, shards, store)
-        with store.attempt(job.node.folder) as (attempt, output), beside_the_sweep(job):
-            score_node(job.node.spec.evaluation, _inputs(job, store), responses, output)
+        with store.attempt(scored.node.folder) as (attempt, output), beside_the_sweep(job):
+            score_node(scored.node.spec.evaluation, _inputs(scored, store), responses, output)
         return attempt
 
-    return committed(job, store, work)
+    if not lacks:
+        return committed(job, store, work)
+    store.write_json(f"{job.node.folder}/{UNJUDGED}", lacks)
+    there = bool(store.finished([scored.node.folder]))
+    outcome = Outcome("done") if there else committed(scored, store, work)
+    if outcome.status != "done":
+        return outcome
+    message = "; ".join(f"{role} {reason}" for role, reason in lacks.items())
+    return replace(outcome, message=message, lacks=lacks)
+
+
+def _without(job: Job, roles: Iterable[str]) -> Job:
+    """The job of the same evaluation without some judges, which are known by their roles."""
+    judges = {role.removeprefix(JUDGE) for role in roles}
+    rest = without(job.node.spec.evaluation, (), judges)
+    spec = job.node.spec.model_copy(update={"evaluation": rest})
+    inputs = {role: folder for role, folder in job.inputs.items() if role not in roles}
+    found = fingerprint(job.node.stage, spec, {role: job.contents[role] for role in inputs})
+    keys = {role: job.node.inputs[role] for role in inputs}
+    return replace(
+        job, node=replace(job.node, spec=spec, inputs=keys, fingerprint=found), inputs=inputs)
 
 
 def _packed(tables: list[pa.Table], schema: pa.Schema = RESPONSE_SCHEMA) -> bytes:

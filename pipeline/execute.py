@@ -165,6 +165,8 @@ def execute(
                 outcomes[key] = outcome
                 if plan.nodes[key].stage == "data" and outcome.status == "done":
                     settle(plan, store)
+                if outcome.lacks:
+                    plan.leave_out(key, outcome.lacks)
                 tell(Event(outcome.status, plan.nodes[key], outcome))
         for unit in running.values():
             for node in unit.nodes:
@@ -238,12 +240,15 @@ def _unblocked(
 
 
 def _gaps(node: Node, plan: Plan, outcomes: dict[str, Outcome]) -> dict[str, str]:
-    """Roles whose node did not finish, with the reason at the root."""
-    return {
+    """Roles whose node did not finish, or failed when it was asked, with the reason at the root."""
+    gaps = {
         role: (f"{key} failed: {outcomes[key].message}" if outcomes[key].status == "failed"
                else outcomes[key].message)
         for role, key in node.inputs.items() if outcomes[key].status != "done"
     }
+    for key in node.inputs.values():
+        gaps |= outcomes[key].lacks
+    return gaps
 
 
 def _submit(jobs: list[Job], here: NodeAffinitySchedulingStrategy) -> ray.ObjectRef:

@@ -38,6 +38,8 @@ class Job:
     node: Node
     inputs: dict[str, str]
     """Role to the folder of the finished upstream node."""
+    contents: dict[str, str]
+    """Role to what stands for that input in fingerprints (``Node.content``)."""
     store: str
     sweep_folder: str
     """Where a relative ``file:`` source starts from."""
@@ -51,9 +53,11 @@ class Job:
            gaps: dict[str, str] | None = None) -> "Job":
         """The job of a plan's node; roles with a gap are left out of the inputs."""
         gaps = gaps or {}
-        inputs = {r: plan.nodes[k].folder for r, k in node.inputs.items() if r not in gaps}
+        nodes = {r: plan.nodes[k] for r, k in node.inputs.items() if r not in gaps}
+        inputs = {role: upstream.folder for role, upstream in nodes.items()}
+        contents = {role: upstream.content for role, upstream in nodes.items()}
         startable = plan.sweep.resources.machines
-        return cls(node, inputs, store.uri, str(folder), gaps, startable)
+        return cls(node, inputs, contents, store.uri, str(folder), gaps, startable)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,9 @@ class Outcome:
     seconds: float = 0.0
     died: bool = False
     """The work did not fail by itself: its process or machine was lost."""
+    lacks: dict[str, str] = field(default_factory=dict)
+    """Of an evaluation, the roles of judges that failed when they were asked, each with the reason:
+    what is done is the one without them (``Plan.leave_out``)."""
 
 
 @dataclass
@@ -154,11 +161,11 @@ def committed(job: Job, store: Store, work: Callable[[], str]) -> Outcome:
 
 def explain(error: Exception, job: Job, store: Store) -> str:
     """One line about a failure; the traceback of an unforeseen one goes beside the node."""
+    lines = str(error).strip().splitlines() or ["no message"]  # Ray Data adds some of its own
     if isinstance(error, StageFailed | BadInput):
-        return str(error)
+        return lines[0]
     path = f"{job.node.folder}/error.txt"
     store.write_bytes(path, "".join(traceback.format_exception(error)).encode())
-    lines = str(error).strip().splitlines() or ["no message"]
     return f"{type(error).__name__}: {lines[0][:300]}; the traceback is in {store.path(path)}"
 
 

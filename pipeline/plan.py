@@ -5,7 +5,6 @@ fingerprints, so an equal fingerprint means an equal result and a finished node 
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +15,7 @@ from pipeline.asked import (
     surrogate,
     sweep_recipes,
 )
+from pipeline.node import Node, fingerprint
 from pipeline.sweep import UNTUNED, Resources, Sweep, model_spec
 from stages.compare.spec import CompareSpec, Pair
 from stages.data.spec import TRAINED, DataSpec
@@ -34,39 +34,6 @@ from stages.spec import Spec
 
 Searched = dict[tuple[str, str], tuple[Recipe, ...]]
 """Model and recipe name to what a search found: one recipe, or a chain that is trained in turn."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """One stage of the sweep's graph."""
-
-    stage: str
-    name: str
-    spec: Spec
-    inputs: dict[str, str]
-    """Role to the key of the upstream node."""
-    resources: Resources
-    fingerprint: str
-    content: str
-    """What stands for it in the fingerprints of what reads it: its own, but for a data set from
-    which texts that are trained on are left out. Which rows these are counts there, and not where
-    they were looked for, so that one more training set leaves scores as they are."""
-    left_out: str = ""
-    """Digest of those rows, once the data set is made and there are some."""
-    found: str | None = None
-    """Folder in which another sweep stored this very result, under a name of its own."""
-    part_of: str | None = None
-    """Folder of the fine-tune whose first steps these are; it holds the resumable state."""
-
-    @property
-    def key(self) -> str:
-        """Unique in the plan: ``<stage>/<name>``."""
-        return f"{self.stage}/{self.name}"
-
-    @property
-    def folder(self) -> str:
-        """Where its result lies in the store."""
-        return self.found or f"{self.key}@{self.fingerprint}"
 
 
 @dataclass
@@ -94,16 +61,15 @@ class Plan:
         left_out: str = "",
     ) -> Node:
         """A node with its fingerprint; its inputs are in the plan."""
-        made = {"stage": stage, "version": spec.VERSION, "spec": spec.identity()}
         # A report also tells how its data sets were made.
         read = {role: node.fingerprint if stage == "compare" else node.content
                 for role, node in ((role, self.nodes[key]) for role, key in inputs.items())}
-        fingerprint = content = _digest(made | {"inputs": read})
+        found = content = fingerprint(stage, spec, read)
         if any(role.startswith(TRAINED) for role in inputs):
             read = {role: of for role, of in read.items() if not role.startswith(TRAINED)}
             rows = {"left_out": left_out} if left_out else {}
-            content = _digest(made | {"inputs": read} | rows)
-        return Node(stage, name, spec, inputs, resources, fingerprint, content, left_out)
+            content = fingerprint(stage, spec, read | rows)
+        return Node(stage, name, spec, inputs, resources, found, content, left_out)
 
     def leave_out(self, key: str, roles: Iterable[str]) -> bool:
         """Put in a node's place the one that does without inputs; False where there is none.
@@ -166,11 +132,6 @@ class Plan:
                 found.add(key)
                 stack.extend(self.nodes[key].inputs.values())
         return found
-
-
-def _digest(content: dict) -> str:
-    text = json.dumps(content, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def build(

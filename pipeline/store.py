@@ -7,6 +7,7 @@ Layout, on a local folder or any file system that pyarrow knows (``s3://``, ``gs
         attempt-<id>/        the files of one attempt
         progress.json        how far the running attempt is
         responses/, train/   resumable work: shards of responses, training checkpoints
+        unjudged.json        judges that failed when they were asked, by role, with the reason
 
 Work happens in an attempt's own folder, so two writers of one node cannot mix, and no rename is
 needed. A folder without a manifest is unfinished and never read. On a remote store an attempt is
@@ -30,6 +31,7 @@ from stages.errors import BadInput
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
+UNJUDGED = "unjudged.json"
 WEIGHTS = ".safetensors"
 """How the names of files end that hold a model's weights."""
 

@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.plan import Node, Plan
-from pipeline.store import Store
+from pipeline.store import UNJUDGED, Store
 from stages.data.card import CARD_FILE
 from stages.data.spec import TRAINED
+from stages.evaluate.spec import JUDGE
 
 Status = Literal["done", "stale", "to run"]
 
@@ -80,15 +81,28 @@ def survey(plan: Plan, store: Store) -> dict[str, State]:
     return states
 
 
-def leave_out_missing(plan: Plan, store: Store) -> None:
+def leave_out_missing(plan: Plan, store: Store) -> dict[str, str]:
     """Put in the place of each unfinished evaluation, and each unfinished data set, the one that
-    does without what is not finished."""
+    does without what is not finished, and without judges that failed when they were asked.
+
+    Returns the roles of these judges, with the reason.
+    """
+    failed: dict[str, str] = {}
     for stage in ("data", "evaluate"):
         states = survey(plan, store)
         for key, node in list(plan.nodes.items()):
+            if node.stage != stage or states[key].status == "done":
+                continue
             roles = [role for role, k in node.inputs.items() if states[k].status != "done"]
-            if node.stage == stage and states[key].status != "done" and roles:
+            if roles:
                 plan.leave_out(key, roles)
+            node = plan.nodes[key]
+            if any(role.startswith(JUDGE) for role in node.inputs):
+                lacks = store.read_json(f"{node.folder}/{UNJUDGED}") or {}
+                if lacks and not store.finished([node.folder]):
+                    plan.leave_out(key, lacks)
+                    failed |= lacks
+    return failed
 
 
 def _difference(manifest: dict, node: Node, plan: Plan) -> str:

@@ -142,7 +142,7 @@ class TrialWork:
         for key, outcome in outcomes.items():
             if outcome.died:
                 raise RuntimeError(f"{key}: {outcome.message}")
-            if outcome.status == "failed":
+            if outcome.status == "failed" or outcome.lacks:
                 raise StageFailed(f"{key}: {outcome.message}")
 
 

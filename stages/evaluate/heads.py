@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from stages.errors import StageFailed
@@ -22,6 +22,19 @@ def has_head(folder: Path) -> bool:
     """Whether a checkpoint's folder holds a model for sequence classification or regression."""
     file = folder / "config.json"
     return file.is_file() and is_classifier(json.loads(file.read_text()))
+
+
+def most_tokens(model: PreTrainedModel) -> int:
+    """Most tokens that a model can read.
+
+    A table of positions that has an entry for padding (RoBERTa's) counts from behind that entry.
+    """
+    positions = getattr(model.config, "max_position_embeddings", LONGEST)
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            return positions - padding - 1
+    return positions
 
 
 class Head:
@@ -78,7 +91,7 @@ class Head:
         A prompt too long for the model loses tokens from its left, as everywhere: at its end is
         what is asked. A judge keeps the beginning, where the request and the answer begin.
         """
-        longest = getattr(self.model.config, "max_position_embeddings", LONGEST)
+        longest = most_tokens(self.model)
         responses = []
         for request in requests:
             self.tokenizer.truncation_side = "right" if request.model else "left"

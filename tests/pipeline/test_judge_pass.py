@@ -1,11 +1,13 @@
 """A judge that is a model, on Ray: brought once, asked after the models under test, resumed."""
 
 import json
+from pathlib import Path
 
 import pandas as pd
 from smoke import SMOKE, planned
 
 from pipeline.execute import execute
+from pipeline.plan import Plan
 from pipeline.store import Store
 from pipeline.survey import survey
 from stages.evaluate.engine import Engine
@@ -24,10 +26,11 @@ def test_stored_answers_are_judged_by_a_model_of_its_own(cluster, tmp_path):
     store = Store(str(tmp_path / "store"))
     key = "evaluate/tiny-none-refusal"
 
-    def run() -> Store:
+    def run(plan=plan, lacks=None) -> Path:
         todo = {k for k in plan.needs({key}) if survey(plan, store)[k].status != "done"}
         outcomes = execute(plan, todo, store, SMOKE.parent, lambda event: None)
         assert outcomes[key].status == "done", outcomes[key].message
+        assert outcomes[key].lacks == (lacks or {})
         return store.fetch(plan.nodes[key].folder)
 
     scores = pd.read_parquet(run() / "scores.parquet")
@@ -47,3 +50,15 @@ def test_stored_answers_are_judged_by_a_model_of_its_own(cluster, tmp_path):
     pd.testing.assert_frame_equal(scores, again)
     after = {path: path.stat().st_mtime_ns for path in (folder / "responses").iterdir()}
     assert {path for path in after if after[path] != before[path]} == {lost}
+    # A judge that fails when it is asked: the plan goes on with the evaluation without it.
+    (folder / "manifest.json").unlink()
+    lost.unlink()
+    (store.fetch("judge/guard@" + plan.nodes["judge/guard"].fingerprint)
+     / "chat_template.jinja").unlink()
+    rest = Plan(plan.sweep, dict(plan.nodes))
+    reason = ("failed when asked: judge 'guard': its tokenizer has no chat template to put an "
+              "answer into; name a guard model that has one")
+    without = pd.read_parquet(run(rest, {"judge/guard": reason}) / "scores.parquet")
+    assert rest.nodes[key].folder != plan.nodes[key].folder and not lost.exists()
+    pd.testing.assert_frame_equal(scores[list(without)], without)
+    assert set(scores) - set(without) == {"harm_guard", "judge_guard"}

@@ -104,7 +104,7 @@ def test_an_actor_with_two_accelerators_spreads_the_model_and_answers_the_same(
 
 
 def test_what_its_accelerators_cannot_hold_is_refused(stored, monkeypatch):
-    store, _, size = stored
+    store, shards, size = stored
     accelerators(monkeypatch, int(0.3 * size), int(0.3 * size))
     with pytest.raises(StageFailed, match="would hold a part of it.; take more of them, `gpus`"):
-        actor(store, gpus=2)
+        answers(store, shards, actor(store, gpus=2))

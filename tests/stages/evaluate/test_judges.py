@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoModelForSequenceClassification, DebertaV2Config
+from transformers import AutoModelForSequenceClassification, DebertaV2Config, RobertaConfig
 
 from stages.errors import StageFailed
 from stages.evaluate.base import Request, Response
 from stages.evaluate.engine import Engine
+from stages.evaluate.heads import most_tokens
 from stages.evaluate.judge_stage import run as bring_judge
 from stages.evaluate.judges import Guard, Keywords, Regressor
 from stages.evaluate.out_of_distribution import OutOfDistribution
@@ -247,6 +248,20 @@ def test_a_judge_reads_the_beginning_and_a_classifier_the_end(folders):
     assert abs(first.outputs[0] - last.outputs[0]) > 1e-3
 
 
+def test_a_table_of_positions_with_one_for_padding_holds_fewer_tokens(folders, tmp_path):
+    """RoBERTa's: of 40 positions, those up to the padding's (2) stand for no token."""
+    config = RobertaConfig(
+        vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=48, max_position_embeddings=40, num_labels=1, pad_token_id=2,
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    (found,) = Engine(tmp_path).respond([REGRESSOR.request("q", "a" * 900, "b")])
+    assert found.tokens == (37,)
+    assert most_tokens(Engine(folders / "harm").head.model) == 512
+
+
 def test_the_guard_reads_two_turns_and_gives_the_unsafe_words_probability(folders):
     engine = Engine(folders / "guard")
     response = engine.respond([GUARD.request("q", "Explain.", "No.")])[0]
@@ -324,6 +339,12 @@ def test_the_judges_model_must_be_of_its_kind(folders, tmp_path):
     with pytest.raises(StageFailed, match="a guard judge needs a causal language model"):
         wrong = JudgeSpec(kind="guard", source=f"file:{folders / 'harm'}")
         bring_judge(wrong, {}, tmp_path / "wrong")
+    # Told before any answer is written.
+    (tmp_path / "brought").mkdir()
+    (tmp_path / "guard" / "chat_template.jinja").unlink()
+    silent = JudgeSpec(kind="guard", source=f"file:{tmp_path / 'guard'}")
+    with pytest.raises(StageFailed, match="through its chat template, and this one has none"):
+        bring_judge(silent, {}, tmp_path / "brought")
 
 
 # --- heads of checkpoints ---------------------------------------------------------------------
