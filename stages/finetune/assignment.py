@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
 
@@ -35,3 +36,30 @@ def balanced_experts(logits: torch.Tensor, k: int) -> torch.Tensor:
         rounds.append(column // places)
         scores[np.arange(len(scores)), rounds[-1]] = barred
     return torch.from_numpy(np.stack(rounds, axis=1)[:tokens]).to(logits.device)
+
+
+def softmax_weights(
+    logits: torch.Tensor, experts: torch.Tensor, *, of_chosen: bool
+) -> torch.Tensor:
+    """Weights (T, K) of chosen experts: the softmax of the logits (T, E), or of theirs alone."""
+    if of_chosen:
+        return logits.gather(-1, experts).float().softmax(-1)
+    return logits.float().softmax(-1).gather(-1, experts)
+
+
+def reassigned(output: tuple, experts: torch.Tensor, weights: torch.Tensor) -> tuple:
+    """What a router that chooses inside its block returns, with other experts and weights (T, K).
+
+    One of Switch Transformers: a mask of the only expert (B, S, E), its weight and the logits; no
+    expert is then too full for a token. Others: the pairs of a token and an expert by their place,
+    their tokens and weights in the order of the experts, how many each of them has, and the logits.
+    """
+    if len(output) == 3:
+        mask, weight, logits = output
+        only = F.one_hot(experts.view(mask.shape[:-1]), mask.shape[-1]).to(mask.dtype)
+        return only, weights.view_as(weight).to(weight.dtype), logits
+    _, _, weight, sizes, logits = output
+    chosen, order = experts.flatten().sort()
+    given = torch.bincount(chosen, minlength=len(sizes)).tolist()
+    weights = weights.flatten()[order].to(weight.dtype)
+    return order, order // experts.shape[1], weights, given, logits

@@ -253,14 +253,14 @@ class MicroBatch:
         """What the sparse blocks decided for the real tokens alone."""
         if not self.real:
             return routings
-        return [routing.only(self._real(routing.layer)) for routing in routings]
+        return [routing.only(self.real_tokens(routing.layer)) for routing in routings]
 
     def by_sequence(self, routings: list[Routing]) -> list[list[Routing]]:
         """What the sparse blocks decided for the real tokens of each sequence of padded rows, from
         that for the real tokens of all."""
         rows, parts = len(self.arguments["attention_mask"]), []
         for routing in routings:
-            lengths = self._real(routing.layer).view(rows, -1).sum(1).tolist()
+            lengths = self.real_tokens(routing.layer).view(rows, -1).sum(1).tolist()
             tensors = (routing.logits, routing.experts, routing.weights)
             split = zip(*(tensor.split(lengths) for tensor in tensors), strict=True)
             parts.append([Routing(routing.layer, *each) for each in split])
@@ -271,9 +271,13 @@ class MicroBatch:
         flat = {layer: each.flatten(0, -2) for layer, each in logits.items()}
         if not self.real:
             return flat
-        return {layer: each[self._real(layer)] for layer, each in flat.items()}
+        return {layer: each[self.real_tokens(layer)] for layer, each in flat.items()}
 
-    def _real(self, layer: str) -> torch.Tensor:
+    def real_tokens(self, layer: str) -> torch.Tensor | None:
+        """Which tokens are no padding where a layer reads them, shape (tokens,); None where rows
+        hold no padding."""
+        if not self.real:
+            return None
         return next(m for part, m in self.real.items() if not part or part in layer.split("."))
 
 

@@ -6,12 +6,19 @@ everything else sees the plain model, whatever mode it is in.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stages.finetune.assignment import balanced_experts, random_experts
+from stages.finetune.assignment import (
+    balanced_experts,
+    random_experts,
+    reassigned,
+    softmax_weights,
+)
+from stages.finetune.batches import MicroBatch
 from stages.finetune.dropout import (
     attention_dropout,
     attention_modules,
@@ -38,8 +45,14 @@ class Knobs:
         self.model, self.recipe, self.evidence = model, recipe, evidence
         self.residual = residual_modules(model) if recipe.dropout.residual else []
         self.attention = attention_modules(model) if recipe.dropout.attention is not None else []
-        reassigns = recipe.router.assignment != "top_k"
-        self.weigh = weighing(model) if reassigns else None
+        self.reassigns, self.weigh = recipe.router.assignment != "top_k", None
+        if self.reassigns and family(model).index is not None:
+            self.weigh = weighing(model)
+        elif self.reassigns:
+            of_chosen = family(model).scores == "softmax of the chosen"
+            self.weigh = partial(softmax_weights, of_chosen=of_chosen)
+        self.part: MicroBatch | None = None
+        """What the forward pass reads, where some of it may be padding."""
         self.noise = recipe.router.noise
         """Standard deviation of the noise on router logits."""
         self.clean: dict[str, torch.Tensor] = {}
@@ -65,10 +78,11 @@ class Knobs:
                 self.noise = 1 / getattr(self.model.config, entry.num_experts)
 
     @contextmanager
-    def forward(self) -> Iterator[list[Routing]]:
-        """A forward pass inside is one of training; what its sparse blocks decided is in the list,
-        in the order of the layers."""
+    def forward(self, part: MicroBatch | None = None) -> Iterator[list[Routing]]:
+        """A forward pass inside is one of training, of a micro-batch where that may hold padding;
+        what its sparse blocks decided is in the list, in the order of the layers."""
         routings: list[Routing] = []
+        self.part = part
         recipe = self.recipe
         with ExitStack() as undo:
             if self.blocks:
@@ -106,6 +120,9 @@ class Knobs:
         if not self.knows_choice:
             for path, (module, _) in self.blocks.items():
                 undo.enter_context(module.register_forward_hook(self._best(path, routings)))
+        if self.reassigns and not self.sees_choice:
+            for path, (module, _) in self.blocks.items():
+                undo.enter_context(module.register_forward_hook(self._reassign(path, routings)))
         undo.enter_context(intercept(self.blocks, **seen))
         if self.recipe.experts.dropout:
             p, name = self.recipe.experts.dropout, "experts.dropout"
@@ -145,6 +162,16 @@ class Knobs:
 
         return note
 
+    def _reassign(self, layer: str, routings: list[Routing]) -> Callable:
+        """Changes what a router that chooses inside its block has just returned and noted."""
+
+        def change(module: nn.Module, args: tuple, output: tuple) -> tuple:
+            found = routings.pop()
+            routings.append(changed := self._assigned(found))
+            return reassigned(output, changed.experts, changed.weights)
+
+        return change
+
     def _jitter(self, module: nn.Module, args: tuple) -> tuple:
         width = self.recipe.router.jitter
         factor = torch.empty_like(args[0]).uniform_(1 - width, 1 + width)
@@ -163,16 +190,23 @@ class Knobs:
         return choice
 
     def _assigned(self, found: Routing) -> Routing:
-        """The experts that the recipe's assignment gives to each token."""
+        """The experts that the recipe's assignment gives to each token; padding takes none of the
+        places that are shared out evenly."""
         assignment, k = self.recipe.router.assignment, found.experts.shape[1]
         if assignment == "top_k":
             return found
-        choose = random_experts if assignment == "random" else balanced_experts
-        experts = choose(found.logits, k)
+        real = self.part.real_tokens(found.layer) if self.part is not None else None
+        real = slice(None) if real is None else real
+        experts = found.experts.clone()
+        if assignment == "random":
+            experts = random_experts(found.logits, k)
+        else:
+            experts[real] = balanced_experts(found.logits[real], k)
         if self.evidence.open:
-            kept = (experts[:, :, None] == found.experts[:, None]).any(-1).float()
+            before, after = found.experts[real], experts[real]
+            kept = (after[:, :, None] == before[:, None]).any(-1).float()
             self.evidence.mean("router.assignment", "share_of_choices_changed", 1 - kept)
-            own, given = (load_variation(load(e, found)) for e in (found.experts, experts))
+            own, given = (load_variation(load(e, found)) for e in (before, after))
             self.evidence.mean("router.assignment", "load_variation_of_the_router", own)
             self.evidence.mean("router.assignment", "load_variation", given)
         return found.change(experts=experts, weights=self.weigh(found.logits, experts))

@@ -139,8 +139,9 @@ class Router(Spec):
     when absent. Of one sequence in Switch, of a micro-batch's sequences together in NLLB-MoE."""
     assignment: Literal["top_k", "random", "balanced"] = "top_k"
     """``random`` draws the experts of each token evenly; ``balanced`` gives every expert the same
-    number of a micro-batch's tokens and maximises the sum of their logits (BASE layers, arXiv
-    2103.16716; for k > 1 one expert per token after the other). The weights stay the router's."""
+    number of a micro-batch's tokens, padding left out, and maximises the sum of their logits (BASE
+    layers, arXiv 2103.16716; for k > 1 one expert per token after the other). The weights stay the
+    router's, and no expert is full: a capacity does not act."""
 
 
 class Experts(Spec):

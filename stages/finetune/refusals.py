@@ -54,6 +54,8 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         yield "alternate", "stands beside lora; keep one"
     elif recipe.alternate is not None and not ("router" in trained and trained - {"router"}):
         yield "alternate", "needs a trained router and another trained part; mend train or freeze"
+    if recipe.router.capacity is not None and recipe.router.assignment != "top_k":
+        yield "router.capacity", "cannot act beside assignment, where no expert is full; keep one"
     if recipe.load_loss_weight and not recipe.router.noise:
         yield "load_loss_weight", "is a probability over router.noise; set that, such as 1/E"
     for field in AUXILIARY_WEIGHTS:
@@ -124,7 +126,7 @@ def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
         reason = f"{facts.family} has no capacity that can be set ({', '.join(CAPACITY)} have)"
         yield "router.capacity", f"{reason}; remove it"
     if entry.index is None:
-        unseen = {"router.assignment", "experts.drop"}
+        unseen = {"experts.drop"}
         if not entry.router_decides_top_k:
             unseen.add("router.top_k")
         if not (entry.auxiliary_loss or entry.chooses_largest):

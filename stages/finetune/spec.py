@@ -67,6 +67,8 @@ class FinetuneSpec(Recipe):
             parts["lora.roles"] = "routers with their adapters"
         if self.router.initial == "random":  # biases of the choice once stayed
             parts["router.initial"] = "with biases of 0"
+        if self.router.assignment == "balanced":  # padding once took places as well
+            parts["router.assignment"] = "of real tokens"
         if self.experts.dropout:  # JetMoE's and MoLM's was once another one
             parts["experts.dropout"] = "of the weighted sum"
         used = sorted({train.template for train in self.reads if train.template is not None})

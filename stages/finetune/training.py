@@ -183,7 +183,7 @@ class Training:
             torch.manual_seed(seed + 1)  # the same masks in every ascent
             engine.set_gradient_accumulation_boundary(last and ascent == ascents - 1)
             moved = freelb.added(read, delta) if adversarial else nullcontext()
-            with moved, self.knobs.forward() as routings:
+            with moved, self.knobs.forward(part) as routings:
                 out = engine(**arguments, use_cache=False)
             routings = part.without_padding(routings)
             for routing in routings if self.spec.router.capacity is not None else ():
@@ -291,7 +291,7 @@ class Training:
         elif family(model).encoder_decoder:
             # The encoder's states are among the engine's outputs, which allow no backward pass but
             # its own.
-            with self.knobs.forward() as again:
+            with self.knobs.forward(part) as again:
                 model(**part.arguments, use_cache=False)
             again = part.without_padding(again)
             clean = part.real_logits(self.knobs.clean)

@@ -260,10 +260,10 @@ WRONG = {
         "smollm2"),
     "missing model folder": (
         {"models.tiny.source": "file:nowhere"}, "nowhere does not exist", "Hugging Face"),
-    "assignment inside the blocks of an architecture": (
+    "dropped experts inside the blocks of an architecture": (
         {"models.tiny-moe": {"source": "tiny:jetmoe"},
-         "recipes.sft.router": {"assignment": "balanced"}},
-        "recipes.sft.router.assignment: tiny-moe: jetmoe chooses its experts inside its blocks",
+         "recipes.sft.experts": {"drop": 0.1}},
+        "recipes.sft.experts.drop: tiny-moe: jetmoe chooses its experts inside its blocks",
         "remove it"),
     "residual dropout before a norm": (
         {"models.tiny-moe": {"source": "tiny:flex_olmo"},

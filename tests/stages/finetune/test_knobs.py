@@ -7,10 +7,11 @@ import torch
 from transformers import AutoConfig
 
 from stages.finetune.assignment import balanced_experts, random_experts
+from stages.finetune.batches import Example, micro_batch
 from stages.finetune.evidence import Evidence
 from stages.finetune.knobs import Knobs
 from stages.finetune.recipe import AUXILIARY_WEIGHTS
-from stages.finetune.refusals import inapplicable
+from stages.finetune.refusals import contradictions, inapplicable
 from stages.finetune.router_losses import z_loss
 from stages.models.families import FAMILIES
 from stages.models.modes import evaluating
@@ -18,6 +19,7 @@ from stages.models.routing import blocks
 from stages.models.sources import Facts
 from stages.models.tiny import tiny_model, tiny_tokenizer
 from tests.stages.finetune.passes import TOKENS, plain, recipe, run
+from tests.stages.finetune.results import spec
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,7 @@ def test_a_moduleformer_trains_with_the_experts_of_another_top_k():
     facts = Facts("moe", "moduleformer", experts=4, top_k=2)
     assert not list(inapplicable(recipe(router={"top_k": 3}), facts))
     refused = recipe(router={"top_k": 3, "assignment": "random"}, experts={"drop": 0.1})
-    assert [f for f, _ in inapplicable(refused, facts)] == ["router.assignment", "experts.drop"]
+    assert [f for f, _ in inapplicable(refused, facts)] == ["experts.drop"]
 
 
 def test_random_experts_are_different_and_evenly_drawn():
@@ -163,6 +165,73 @@ def test_balanced_training_evens_the_load(models):
         assert torch.bincount(routing.experts.flatten()).tolist() == [32] * 4
     measured = evidence.measured("router.assignment")
     assert measured["load_variation"] == 0 < measured["load_variation_of_the_router"]
+
+
+INSIDE = ("jetmoe", "moduleformer", "switch_transformers")
+"""Families that choose their experts inside their blocks."""
+
+
+@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("way", ["random", "balanced"])
+def test_an_assignment_acts_on_a_choice_inside_a_block(name, way):
+    """The experts meet the tokens that the assignment gives them, with the router's weights."""
+    model, met = tiny_model(name, tiny_tokenizer(), seed=3), []
+    before = plain(model)
+    hooks = [module.register_forward_hook(lambda m, args, out: met.append(out))
+             for module, _ in blocks(model).values()]  # fmt: skip
+    logits, routings, evidence = run(model, router={"assignment": way})
+    for hook in hooks:
+        hook.remove()
+    assert (logits - before).abs().max() > 1e-3 and torch.equal(plain(model), before)
+    assert len(routings) == len(blocks(model))
+    for routing in routings:
+        chosen, count = routing.experts, routing.experts.shape[1]
+        assert all(len(set(row)) == count for row in chosen.tolist())
+        if name == "jetmoe":
+            expected = routing.logits.gather(-1, chosen).softmax(-1)
+        else:
+            expected = routing.logits.softmax(-1).gather(-1, chosen)
+        torch.testing.assert_close(routing.weights, expected)
+        if way == "balanced":
+            assert torch.bincount(chosen.flatten()).tolist() == [64 * count // 4] * 4
+    measured = evidence.measured("router.assignment")
+    assert 0.05 < measured["share_of_choices_changed"] < 0.9
+    assert way == "random" or measured["load_variation"] == 0
+    again, *_ = run(model, router={"assignment": way})
+    assert torch.equal(again, logits)
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_an_assignment_of_what_the_router_chooses_changes_nothing(name, monkeypatch):
+    model = tiny_model(name, tiny_tokenizer(), seed=3)
+    for router, _ in blocks(model).values():
+        router.expert_capacity = 64
+    own = lambda logits, k: logits.topk(k).indices  # noqa: E731
+    monkeypatch.setattr("stages.finetune.knobs.random_experts", own)
+    logits, *_ = run(model, router={"assignment": "random"})
+    torch.testing.assert_close(logits, plain(model), rtol=0, atol=1e-5)
+
+
+def test_padding_takes_no_place_of_a_balanced_assignment():
+    """Two prompts of 6 and 2 tokens: two of the eight for each of four experts, and padding moves
+    nobody."""
+    model = tiny_model("switch_transformers", tiny_tokenizer(), seed=3)
+    examples = [Example((5, 6, 7, 8, 9, 10, 20, 21), 2), Example((11, 12, 22, 23), 2)]
+    part = micro_batch(examples, model.config, torch.device("cpu"))
+    knobs = Knobs(model, recipe(router={"assignment": "balanced"}), Evidence())
+    knobs.attach()
+    with torch.no_grad(), knobs.forward(part) as routings:
+        model(**part.arguments, use_cache=False)
+    encoder, decoder = part.without_padding(routings)
+    assert torch.bincount(encoder.experts.flatten()).tolist() == [2] * 4
+    assert torch.bincount(decoder.experts.flatten()).tolist() == [1] * 4
+    assert len(routings[0].experts) == 12
+    beside = recipe(router={"assignment": "balanced", "capacity": 3})
+    # What was trained before, with padding in the experts' places, is not taken for it.
+    assert spec(router={"assignment": "balanced"}).identity()["router.assignment"]
+    assert "router.assignment" not in spec(router={"assignment": "random"}).identity()
+    refusal = "cannot act beside assignment, where no expert is full; keep one"
+    assert ("router.capacity", refusal) in list(contradictions(beside))
 
 
 def test_dropped_experts_add_nothing_and_the_others_more(models):
@@ -307,7 +376,7 @@ def test_families_that_choose_inside_their_blocks_have_what_needs_no_choice(name
     refused = recipe(router={"top_k": 2, "assignment": "random"}, experts={"drop": 0.1})
     facts = Facts("moe", name, experts=4, top_k=1)
     assert {field for field, _ in inapplicable(refused, facts)} == {
-        "router.top_k", "router.assignment", "experts.drop"}  # fmt: skip
+        "router.top_k", "experts.drop"}  # fmt: skip
 
 
 FREELB = {"adversarial": {"kind": "freelb"}}
