@@ -28,7 +28,8 @@ class Variance:
     least what it says, also far in the tail, where Holm's correction reads it and where one t with
     the degrees of freedom of Welch and Satterthwaite is wrong too often: the variance of three
     seeds is small by chance too often. It covers more where models of different seeds disagree on
-    single documents, which is in both parts.
+    single documents, which is in both parts. Few rare events estimate their own spread badly, as
+    they do in a bootstrap of one seed.
     """
 
     documents: int
