@@ -242,7 +242,8 @@ def test_a_population_goes_on_from_the_segments_that_it_has(run):
     assert again[1] == ledger.trials[1]
     # Its own first segment, or that of the member whose place it took.
     assert again[2].reports[0] in [kept[2][0], *(again[n].reports[0] for n in (0, 1))]
-    assert len(list((run.folder / "s").iterdir())) == measured + 3 + 2
+    # Not those beginnings that a member which took them over has in the ledger.
+    assert measured < len(list((run.folder / "s").iterdir())) <= measured + 3 + 2
 
 
 def test_what_begins_a_training_is_done_in_its_first_segment():
