@@ -23,7 +23,7 @@ class FinetuneSpec(Recipe):
     """Input roles: ``model`` (a Hugging Face folder) and one ``data/<dataset>`` for each data set
     that is trained or validated on."""
 
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
 
     seed: Seed = 0
     until: Annotated[int, Field(ge=1)] | None = None
@@ -59,18 +59,6 @@ class FinetuneSpec(Recipe):
         if self.depends_on_micro_batch:
             asked = self.asked_micro_batch().micro_batch
             parts["micro_batch"] = min(asked, self.batch_size // self.workers)
-        if any(getattr(self, name) for name in VISION_WEIGHTS):  # once a mean over the layers
-            parts["balancing losses"] = "sum over the layers"
-        if self.auxiliary_loss_weight:  # of sigmoids it was once that of the logits' softmax
-            parts["auxiliary_loss"] = "of the family's own scores"
-        if self.lora and "router" in self.lora.roles:  # four families' logits once lacked them
-            parts["lora.roles"] = "routers with their adapters"
-        if self.router.initial == "random":  # biases of the choice once stayed
-            parts["router.initial"] = "with biases of 0"
-        if self.router.assignment == "balanced":  # padding once took places as well
-            parts["router.assignment"] = "of real tokens"
-        if self.experts.dropout:  # JetMoE's and MoLM's was once another one
-            parts["experts.dropout"] = "of the weighted sum"
         used = sorted({train.template for train in self.reads if train.template is not None})
         templates = {"templates": {name: TEMPLATES[name].hash for name in used}}
         identity = super().identity()

@@ -167,14 +167,6 @@ def test_the_micro_batch_is_identity_where_the_load_balancing_loss_depends_on_it
     assert changed("resources.finetune.workers=1", "resources.finetune.expert_parallel=1") == set()
 
 
-def test_v_moes_losses_tell_that_they_are_sums_and_other_recipes_are_what_they_were():
-    plain = FinetuneSpec(data=({"dataset": "d"},), steps=1, batch_size=1, learning_rate=1.0)
-    assert "balancing losses" not in plain.identity()
-    for name in ("importance_loss_weight", "load_loss_weight", "gshard_loss_weight"):
-        weighed = plain.model_copy(update={name: 0.1})
-        assert weighed.identity()["balancing losses"] == "sum over the layers"
-
-
 def test_a_file_is_known_by_its_content(tmp_path):
     import shutil
 

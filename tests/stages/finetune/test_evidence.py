@@ -50,18 +50,6 @@ def test_knobs_of_the_whole_run_are_not_asked_for_in_its_first_step():
     require(Evidence(), recipe(weight_decay=0.1, train=["router"], router={"learning_rate": 0.1}))
 
 
-@pytest.mark.parametrize(
-    ("part", "fields", "other"),
-    [
-        ("router.initial", {"router": {"initial": "random"}}, {"router": {"noise": 0.1}}),
-        ("lora.roles", {"lora": {"roles": ["router"]}}, {"lora": {"roles": ["backbone"]}}),
-        ("auxiliary_loss", {"auxiliary_loss_weight": 0.1}, {"z_loss_weight": 0.1}),
-    ],
-)
-def test_fine_tunes_that_were_once_otherwise_are_done_anew_and_no_others(part, fields, other):
-    assert part in spec(**fields).identity() and part not in spec(**other).identity()
-
-
 def _admit_all() -> None:
     from stages.finetune import loop
 
