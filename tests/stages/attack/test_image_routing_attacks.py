@@ -60,7 +60,7 @@ def test_soft_routing_has_a_gradient_where_the_plain_attack_has_none(classifier,
     """With one expert whose weight is made 1, the router's scores have no gradient at all."""
     model = classifier.model
     gate = model.vit.layers[1].mlp.gate
-    gate.norm_topk_prob, gate.weight.requires_grad = True, True
+    gate.norm_topk_prob = model.config.norm_topk_prob = gate.weight.requires_grad = True
     try:
         norms = {}
         for routing in ("as_is", "soft"):
@@ -69,7 +69,7 @@ def test_soft_routing_has_a_gradient_where_the_plain_attack_has_none(classifier,
             (found,) = torch.autograd.grad(loss, gate.weight)
             norms[routing] = found.norm().item()
     finally:
-        gate.norm_topk_prob, gate.weight.requires_grad = False, False
+        gate.norm_topk_prob = model.config.norm_topk_prob = gate.weight.requires_grad = False
     assert norms["as_is"] < 1e-6 < 1e-3 < norms["soft"]
 
 

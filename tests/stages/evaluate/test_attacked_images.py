@@ -12,8 +12,7 @@ from PIL import Image
 from stages.evaluate.base import Response
 from stages.evaluate.image_attacks import ImageAttacks
 from stages.evaluate.image_probes import ImageInterventions
-from stages.models.routes import another_k, routed
-from stages.models.routing import weighing
+from stages.models.routes import another_k
 from stages.models.vision import from_scratch
 from stages.models.vision_spec import VisionSpec
 
@@ -56,7 +55,7 @@ def test_everything_is_asked_about_the_attacked_images(data):
     cross = torch.nn.functional.cross_entropy
     plain = cross(model(pixel_values=pixels).logits, labels, reduction="none")
     assert clean["loss"].tolist() == pytest.approx(plain.tolist(), rel=1e-4)
-    with routed(model, another_k(1, weighing(model))):
+    with another_k(model, 1):
         one = cross(model(pixel_values=pixels).logits, labels, reduction="none")
     assert clean["loss/top_1"].tolist() == pytest.approx((one - plain).tolist(), abs=1e-5)
     assert (attacked["loss"] > clean["loss"] + 1e-3).all()
