@@ -11,6 +11,7 @@ A judge that fails when it is asked costs its own metrics: the evaluation is sco
 the one without that judge, and the next run asks it again, with all other answers at hand.
 """
 
+import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -221,6 +222,7 @@ def _respond(
 
     Returns the outcomes of nodes some of whose requests vLLM could not answer.
     """
+    gc.collect()  # what a failed pass before this one holds
     by_key = {job.node.key: job for job in jobs}
     ours, others, waiting = [], [], {}
     for job in jobs:

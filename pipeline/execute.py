@@ -6,6 +6,7 @@ would otherwise start more worker groups than fit, a node is submitted only when
 running nodes, together with its own, find places on the cluster's machines.
 """
 
+import gc
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -268,7 +269,11 @@ def _drive(jobs: list[Job]) -> dict[str, Outcome]:
     if stage == "evaluate":
         from pipeline.evaluate import run_pass
 
-        return run_pass(jobs)
+        outcomes = run_pass(jobs)
+        # A pass that failed lives on in its traceback, which refers to itself, and with it the
+        # actors and their CPUs and GPUs, for as long as this process waits for other tasks.
+        gc.collect()
+        return outcomes
     if stage == "finetune":
         from pipeline.train import fit
 
