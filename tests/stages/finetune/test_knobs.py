@@ -441,7 +441,7 @@ ROLES = {  # of which a dense model has none
 # Of two the choice is made inside their blocks, of MoLM as well but for its size.
 REFUSING = {
     "router.top_k": {"switch_transformers", "jetmoe", "phimoe"},
-    "router.assignment": {"switch_transformers", "jetmoe", "phimoe", "moduleformer"},
+    "router.assignment": {"phimoe"},
     "experts.drop": {"switch_transformers", "jetmoe", "moduleformer"},
 }
 
