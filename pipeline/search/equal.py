@@ -77,6 +77,10 @@ class SharedClaims:
         """As that of Claims."""
         ray.get(self._actor.release.remote(trial))
 
+    def close(self) -> None:
+        """End the actor, which the trials' stored functions refer to for longer."""
+        ray.kill(self._actor)
+
 
 class Shared:
     """Measures each recipe once at each point of its training, whichever trials ask for it."""

@@ -14,6 +14,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -88,21 +89,21 @@ def run_trials(
             arguments["max_concurrent_trials"] = concurrent
     # What went wrong is in the ledger; the rest is about files that Tune was told not to write.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    claims = SharedClaims(known(ledger, search, space))
-    driver = tune.with_parameters(_drive, shared=Shared(measure, search, space, claims))
-    tune.run(
-        tune.with_resources(driver, {_SLOT: _slot(concurrent)}),
-        name="tune",
-        storage_path=storage,
-        scheduler=scheduler(search, space, ledger, "max" if upwards else "min"),
-        callbacks=[_Recorder(ledger, search.resources()[-1], tell, claims, spent)],
-        reuse_actors=True,
-        max_failures=_RETRIES,
-        raise_on_failed_trial=False,
-        trial_dirname_creator=lambda trial: trial.trial_id,
-        verbose=0,
-        **arguments,
-    )
+    with closing(SharedClaims(known(ledger, search, space))) as claims:
+        driver = tune.with_parameters(_drive, shared=Shared(measure, search, space, claims))
+        tune.run(
+            tune.with_resources(driver, {_SLOT: _slot(concurrent)}),
+            name="tune",
+            storage_path=storage,
+            scheduler=scheduler(search, space, ledger, "max" if upwards else "min"),
+            callbacks=[_Recorder(ledger, search.resources()[-1], tell, claims, spent)],
+            reuse_actors=True,
+            max_failures=_RETRIES,
+            raise_on_failed_trial=False,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+            verbose=0,
+            **arguments,
+        )
 
 
 def _slot(concurrent: int) -> float:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from ray.util.state import list_actors
 from search_sweeps import BASE, RATE, search_of
 
 from pipeline.search.ledger import Ledger, Report, Trial
@@ -97,6 +98,8 @@ def test_random_trials_are_the_space_s_draws_and_failures_end_nothing(run):
     assert table["objective:edits/clean_accuracy"].isna().sum() == len(failed)
     assert table.loc[table["status"] == "finished", "tokens"].eq(10).all()
     assert table.loc[table["status"] == "failed", "tokens"].eq(7).all()
+    claims = [a for a in list_actors(limit=1000) if a.class_name == "Claims"]
+    assert claims and {a.state for a in claims} == {"DEAD"}
 
 
 def test_a_grid_is_gone_through_once(run):
