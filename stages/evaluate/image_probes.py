@@ -29,12 +29,6 @@ class ImageInterventions(Interventions, LabelledImages):
     """Of that attack."""
     seed: Seed = 0
 
-    def wordings(self) -> dict[str, str]:
-        """What else the scores hang on: who is served where experts have a capacity."""
-        drawn = {"next_ranked", "random"} & set(self.substitutions) and self.weights == "by_logits"
-        anew = drawn or self.prune or self.random_masks
-        return super().wordings() | ({"capacity": "serves the same tokens"} if anew else {})
-
     def procedure(
         self, model: "PreTrainedModel", tokenizer: "ImageProcessor", rows: Sequence[dict]
     ) -> Iterable[dict]:

@@ -57,6 +57,7 @@ class Interventions(Evaluation):
     """Criticality of each layer's router: the largest rise of the loss over so many random masks of
     half its experts (after RoSais, arXiv 2602.08621)."""
 
+    VERSION: ClassVar[int] = 2
     axis: ClassVar[str] = "adversarial"
     primary: ClassVar[str] = "intervened_accuracy"
 
@@ -89,10 +90,6 @@ class Interventions(Evaluation):
         """The scored split and, where usage is needed, the one that it is counted on."""
         usage = {self._usage: (self.dataset, self.calibration_split)} if self.prune else {}
         return super().sources() | usage
-
-    def wordings(self) -> dict[str, str]:
-        """What else the scores hang on: by what another number of experts is chosen."""
-        return super().wordings() | ({"top_k": "the routers themselves"} if self.top_k else {})
 
     @property
     def _usage(self) -> str:

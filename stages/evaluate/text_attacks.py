@@ -54,7 +54,7 @@ class TextAttacks(LabelledTexts):
     """Exchange the routes of the clean and the attacked text also in one layer at a time."""
 
     axis: ClassVar[str] = "adversarial"
-    VERSION: ClassVar[int] = 5
+    VERSION: ClassVar[int] = 6
     primary: ClassVar[str] = "robust_accuracy"
 
     @model_validator(mode="after")
@@ -65,17 +65,10 @@ class TextAttacks(LabelledTexts):
         return self
 
     def wordings(self) -> dict[str, str]:
-        """The template's hash, that of WordNet's files where an attack takes words from it, what a
-        search of tokens takes for an input, and which tokens are words with neighbours."""
+        """The template's hash, and that of WordNet's files where an attack takes words from it."""
         asked = any(getattr(attack, "synonyms", "") == "wordnet" for attack in self.attacks)
-        searches = any(isinstance(attack, GCG) for attack in self.attacks)
-        near = any(getattr(attack, "synonyms", "") == "embedding" for attack in self.attacks)
-        return (
-            super().wordings()
-            | ({"wordnet": wordnet.digest(wordnet.folder())} if asked else {})
-            | ({"tokens": "those of the row's prompt with a text in it"} if searches else {})
-            | ({"neighbours": "tokens that begin a word within a text"} if near else {})
-        )
+        found = {"wordnet": wordnet.digest(wordnet.folder())} if asked else {}
+        return super().wordings() | found
 
     def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:
         """One per example; the first ones are those that attacks are checked on."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from stages.data.templates import TEMPLATES
-from stages.finetune.recipe import VISION_WEIGHTS, Recipe, TrainSet
+from stages.finetune.recipe import Recipe, TrainSet
 from stages.spec import RUN_TIME, Seed
 
 __all__ = ["FinetuneSpec", "Recipe", "TrainSet"]
@@ -62,17 +62,11 @@ class FinetuneSpec(Recipe):
         used = sorted({train.template for train in self.reads if train.template is not None})
         templates = {"templates": {name: TEMPLATES[name].hash for name in used}}
         identity = super().identity()
-        if self.until is None:
-            del identity["until"]
-        if self.rows_seed is None or all(train.limit is None for train in self.reads):
+        # What nothing depends on.
+        if all(train.limit is None for train in self.reads):
             del identity["rows_seed"]
-        if not self.steps_before or self.alternate is None:
+        if self.alternate is None:
             del identity["steps_before"]
-        for name in VISION_WEIGHTS:  # so that a recipe without them is what it was before
-            if not identity[name]:
-                del identity[name]
-        if self.validation is None:
-            del identity["validation"]
         return identity | templates | parts
 
     @property

@@ -90,10 +90,6 @@ def test_the_names_are_those_of_texts():
     texts = ExpertInterventions(dataset="d", template="sentiment", **told)
     images = ImageInterventions(dataset="d", **told)
     assert [m.name for m in images.metrics()] == [m.name for m in texts.metrics()]
-    # Of images alone experts can have a capacity.
-    assert "capacity" in images.wordings() and "capacity" not in texts.wordings()
-    assert not ImageInterventions(dataset="d").wordings()
-    assert ImageInterventions(dataset="d", weights="by_logits").wordings()
     assert images.of_experts and ImageGeometry(dataset="d").of_experts
     assert images.sources() == {"d": ("d", "test"), "d#train": ("d", "train")}
     with pytest.raises(ValidationError, match="no intervention is named"):

@@ -283,7 +283,7 @@ def test_synonyms_of_a_dictionary_are_put_in(engines, tmp_path, monkeypatch):
     monkeypatch.setenv("WNSEARCHDIR", str(write_dictionary(tmp_path)))
     evaluation = spec(attacks=[{"kind": "word_neighbours", "synonyms": "wordnet", "edits": 2}])
     assert evaluation.wordings()["wordnet"] == digest(tmp_path)
-    assert "wordnet" not in spec().wordings() and "tokens" not in evaluation.wordings()
+    assert "wordnet" not in spec().wordings()
     texts = ["Good film", "A film, just awful"]
     shop = pd.DataFrame({"id": ["0", "1"], "document": ["0", "1"], "text": texts,
                          "label": ["positive", "negative"]})
