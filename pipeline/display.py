@@ -94,6 +94,8 @@ class Watcher:
             self.begun[key] = now
             if event.node.stage == "finetune":
                 self._line(f"{'':>9} {key:<{self.width}}  started")
+        elif event.kind == "waits":
+            self._line(f"{'':>9} {key:<{self.width}}  waits: {event.progress['text']}")
         elif event.kind == "progress":
             progress = event.progress
             text = f"{progress['done']}/{progress['total']} {progress['text']}"

@@ -8,8 +8,10 @@ running nodes, together with its own, find places on the cluster's machines.
 
 import gc
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.job import PROJECT, Event, Job, Outcome, reads_files, run_stage
+from pipeline.leases import Leases
 from pipeline.machines import Machine, machines, placed, this_machine
 from pipeline.plan import Node, Plan
 from pipeline.store import PROGRESS, Store
@@ -137,20 +140,39 @@ def execute(
     """Run the nodes ``todo`` of a plan; nodes outside it count as done. Returns an outcome each.
 
     Nodes share the cluster as far as their workers fit, or follow each other ``one_by_one``. A
-    node whose input failed is blocked; the comparison runs all the same, with gaps.
+    node whose input failed is blocked; the comparison runs all the same, with gaps. A node that
+    another command works at is waited for, and done here only if that one leaves it undone.
     """
+    with closing(Leases(store)) as leases:
+        return _execute(plan, todo, store, folder, tell, one_by_one, leases)
+
+
+def _execute(
+    plan: Plan,
+    todo: set[str],
+    store: Store,
+    folder: Path,
+    tell: Callable[[Event], None],
+    one_by_one: bool,
+    leases: Leases,
+) -> dict[str, Outcome]:
     room = machines(plan.sweep.resources.machines)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     outcomes = {key: Outcome("done") for key in plan.nodes if key not in todo}
     waiting = _units(plan, todo)
     running: dict[ray.ObjectRef, Unit] = {}
     shown: dict[str, dict] = {}
+    told: set[str] = set()
     while waiting or running:
         for unit in _ready(waiting, plan, outcomes, running, room):
             if one_by_one and running:
                 break
             waiting.remove(unit)
-            nodes = _unblocked(unit, plan, outcomes, store, tell)
+            nodes = _unblocked(unit, plan, outcomes, tell)
+            nodes, elsewhere = _leased(nodes, leases, told, tell)
+            if elsewhere:
+                waiting.append(Unit(elsewhere))
+            nodes = _undone(nodes, outcomes, store, leases, tell)
             if not nodes:
                 continue
             jobs = [
@@ -159,9 +181,16 @@ def execute(
             running[_submit(jobs, here)] = Unit(nodes)
             for node in nodes:
                 tell(Event("start", node))
-        finished, _ = ray.wait(list(running), num_returns=1, timeout=1.0) if running else ([], [])
+        finished: list[ray.ObjectRef] = []
+        if running:
+            finished, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+        elif waiting:  # for another command
+            time.sleep(1.0)
+        leases.renew()
         for reference in finished:
             unit = running.pop(reference)
+            for node in unit.nodes:
+                leases.release(node.work_folder)
             for key, outcome in _result(reference, unit).items():
                 outcomes[key] = outcome
                 if plan.nodes[key].stage == "data" and outcome.status == "done":
@@ -221,9 +250,9 @@ def _ready(
 
 
 def _unblocked(
-    unit: Unit, plan: Plan, outcomes: dict[str, Outcome], store: Store,
-    tell: Callable[[Event], None],
+    unit: Unit, plan: Plan, outcomes: dict[str, Outcome], tell: Callable[[Event], None]
 ) -> list[Node]:
+    """The nodes whose inputs are there, as the plan has them by now; the others are blocked."""
     nodes = []
     for node in unit.nodes:
         gaps = _gaps(node, plan, outcomes)
@@ -231,13 +260,43 @@ def _unblocked(
             outcomes[node.key] = Outcome("blocked", next(iter(gaps.values())))
             tell(Event("blocked", node, outcomes[node.key]))
             continue
-        now = plan.nodes[node.key]
-        if now is not node and node.stage != "compare" and store.finished([now.folder]):
-            outcomes[node.key] = Outcome("done")
-            tell(Event("done", now, outcomes[node.key]))
-            continue
-        nodes.append(now)
+        nodes.append(plan.nodes[node.key])
     return nodes
+
+
+def _leased(
+    nodes: list[Node], leases: Leases, told: set[str], tell: Callable[[Event], None]
+) -> tuple[list[Node], list[Node]]:
+    """The nodes that this command may work at now, and those that another works at."""
+    mine, elsewhere = [], []
+    for node in nodes:
+        other = leases.take(node.work_folder)
+        if other is None:
+            mine.append(node)
+            continue
+        elsewhere.append(node)
+        if node.key not in told:
+            told.add(node.key)
+            tell(Event("waits", node, progress={"text": f"{other} works at it"}))
+    return mine, elsewhere
+
+
+def _undone(
+    nodes: list[Node], outcomes: dict[str, Outcome], store: Store, leases: Leases,
+    tell: Callable[[Event], None],
+) -> list[Node]:
+    """The nodes without a result: a data set that was made may have given the plan other ones, and
+    another command may have been here. A comparison is shown as the newest all the same."""
+    done = store.finished([node.folder for node in nodes])
+    undone = []
+    for node in nodes:
+        if node.folder not in done or node.stage == "compare":
+            undone.append(node)
+            continue
+        leases.release(node.work_folder)
+        outcomes[node.key] = Outcome("done")
+        tell(Event("done", node, outcomes[node.key]))
+    return undone
 
 
 def _gaps(node: Node, plan: Plan, outcomes: dict[str, Outcome]) -> dict[str, str]:

@@ -79,7 +79,7 @@ class Event:
     """Something to tell the person who watches."""
 
     kind: str
-    """``start``, ``progress`` or an outcome's status."""
+    """``start``, ``progress``, ``waits`` (another command works at it) or an outcome's status."""
     node: Node
     outcome: Outcome | None = None
     progress: dict = field(default_factory=dict)

@@ -40,6 +40,11 @@ class Node:
         """Where its result lies in the store."""
         return self.found or f"{self.key}@{self.fingerprint}"
 
+    @property
+    def work_folder(self) -> str:
+        """Where the resumable state of its work lies."""
+        return self.part_of or self.folder
+
 
 def fingerprint(stage: str, spec: Spec, inputs: dict[str, str]) -> str:
     """What a result is known by; ``inputs`` are the fingerprints of its inputs, by role."""

@@ -80,7 +80,7 @@ def fit(job: Job) -> Outcome:
     """
     store = Store(job.store)
     resources = job.node.resources
-    home = job.node.part_of or job.node.folder
+    home = job.node.work_folder
 
     def trainer() -> TorchTrainer:
         return TorchTrainer(
