@@ -1,14 +1,14 @@
 """Three ways to classify, each a field of the evaluation.
 
 - ``label_words``: the label whose words are most probable after the prompt, within the closed set.
-- ``prompting``: the model writes an answer, and the first label word in it counts.
+- ``prompting``: the model is told the label words and writes an answer, in which a rule finds the
+  label (``free_answers.py``).
 - ``head``: the largest output of the checkpoint's classification head; output i belongs to the
   template's i-th label.
 
 All go through the same template, which training uses as well.
 """
 
-import re
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -19,17 +19,17 @@ from scipy.special import logsumexp
 from stages.data.spec import Task
 from stages.data.templates import TEMPLATES, Template
 from stages.errors import StageFailed
+from stages.evaluate import free_answers
 from stages.evaluate.base import Evaluation, Request, Response, mean_of
 from stages.evaluate.examples import answers
-from stages.evaluate.prompting import CHAT_CHOICES, Shots
+from stages.evaluate.free_answers import OUT_OF_SET, label_in
+from stages.evaluate.prompting import CHAT_CHOICES, Shots, wording
 from stages.evaluate.techniques import ExpertCount
 from stages.evaluate.thinking import stripped
 
 CONTENT_FREE = "N/A"
 """What stands for the text in the prompt that calibration compares with."""
 CALIBRATION = "#calibration"
-OUT_OF_SET = ""
-"""The prediction where an answer holds no label word."""
 ANSWER_TOKENS = 16
 
 
@@ -92,24 +92,28 @@ class Classification(Evaluation):
         return {dataset: self.task for dataset in names}
 
     def wordings(self) -> dict[str, str]:
-        """The template's hash, and which side of a prompt a head does without."""
+        """The template's hash; which side of a prompt a head does without; how the model is told
+        the labels, and how they are read, where it writes its answers."""
         cut = {"too_long": "left"} if self.method == "head" else {}
         shots = self.shots.rule if self.shots else {}
         chat = CHAT_CHOICES if self.chat and self.method == "label_words" else {}
-        return {"template": TEMPLATES[self.template].hash, **cut, **shots, **chat}
+        written = {"options": wording(free_answers.OPTIONS), "read": str(free_answers.VERSION)}
+        template = {"template": TEMPLATES[self.template].hash}
+        return {**template, **cut, **shots, **chat, **(written if self.generates else {})}
 
     def vote(self, request: Request, text: str) -> str:
         """The label in an answer."""
         return label_in(TEMPLATES[self.template], stripped(text)[0])
 
     def prompts(self, rows: pd.DataFrame, data: dict[str, pd.DataFrame]) -> list[str]:
-        """The prompt of each row, with the answered examples before it."""
+        """The prompt of each row, with the answered examples before it, and before these the
+        options where the model writes its answers."""
         template = TEMPLATES[self.template]
-        before = ""
+        before = free_answers.options(template) if self.generates else ""
         if self.shots is not None:
             drawn = self.shots.drawn(data, template.columns, balance="label")
             check_labels(self.shots.dataset, drawn["label"], self.template)
-            before = "".join(
+            before += "".join(
                 f"{template.fill(row)}{template.labels[row['label']]}\n\n"
                 for row in drawn.to_dict("records")
             )
@@ -181,18 +185,6 @@ def most_probable(template: Template, logprobs: np.ndarray) -> str:
         for label in template.labels
     ]
     return list(template.labels)[int(np.argmax(scores))]
-
-
-def label_in(template: Template, text: str) -> str:
-    """The label whose word comes first in a text, whole words only and not after "not"; nothing
-    where there is none. At the same place the longest word counts."""
-    found = []
-    for label, word in template.words:
-        pattern = rf"(?<!\bnot )(?<!\bnon-)\b{re.escape(word.strip())}\b"
-        match = re.search(pattern, text, re.IGNORECASE)
-        if match:
-            found.append((match.start(), -len(word), label))
-    return min(found)[2] if found else OUT_OF_SET
 
 
 def _largest_output(template: Template, response: Response) -> str:

@@ -10,7 +10,7 @@ from sklearn import metrics as sklearn_metrics
 from stages.data.templates import TEMPLATES, Template
 from stages.errors import StageFailed
 from stages.evaluate.base import Request, Response
-from stages.evaluate.classification import label_in, most_probable
+from stages.evaluate.classification import most_probable
 from stages.evaluate.out_of_distribution import AdversarialSets
 from stages.evaluate.prompting import CHAT_CHOICES, Shots
 from stages.evaluate.scorer import encode
@@ -170,29 +170,6 @@ def test_shots_take_turns_and_stand_before_every_prompt():
         evaluation.requests(strange)
 
 
-# --- prompting --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "label"),
-    [
-        ("Yes.", "entailment"),
-        ("I think no; well, maybe yes", "contradiction"),
-        ("nothing known", ""),  # "no" within a word
-        ("", ""),
-    ],
-)
-def test_the_first_label_word_counts(text, label):
-    assert label_in(TEMPLATES["nli"], text) == label
-
-
-def test_a_denied_label_word_is_none():
-    toxicity = TEMPLATES["toxicity"]
-    assert label_in(toxicity, "It is not toxic, it is benign.") == "benign"
-    assert label_in(toxicity, "non-toxic") == ""
-    assert label_in(toxicity, "Toxic!") == "toxic"
-
-
 # --- the three methods ------------------------------------------------------------------------
 
 
@@ -297,4 +274,5 @@ def test_requests_of_a_chat():
         turns + word for word in ("Yes", "Maybe", "No")]
     plain = AdversarialSets(**FIELDS)
     assert words.wordings() == plain.wordings() | CHAT_CHOICES
-    assert evaluation.wordings() == plain.wordings()
+    written = AdversarialSets(**FIELDS, method="prompting")
+    assert evaluation.wordings() == written.wordings()
