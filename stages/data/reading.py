@@ -11,7 +11,6 @@ from stages.data import files
 from stages.data.pack_readers import MINORS
 from stages.data.published import Form, Published
 from stages.data.schema import shared
-from stages.data.spec import LABELLED
 from stages.errors import BadInput
 
 
@@ -32,15 +31,13 @@ def read(published: Published, split: str, paths: list[Path], where: str) -> Rea
     tables = [_table(published, split, path, where) for path in paths]
     table = pa.concat_tables(tables, promote_options="permissive")
     rows, dropped = table.num_rows, {}
-    if published.task in LABELLED:
-        table, dropped["no label"] = _labelled(table)
     if published.harmful:
         table, dropped["filtered"] = _without_minors(table)
     return Read(table, dropped, rows)
 
 
 def _table(published: Published, split: str, path: Path, where: str) -> pa.Table:
-    """One file's rows with the task's columns; a label that is to be left out is null."""
+    """One file's rows with the task's columns; a label that stands for none is null."""
     if published.original is not None and path.suffix == published.original_suffix:
         with files.readable(path, where):
             whole = published.original(path)
@@ -110,11 +107,6 @@ def _labels(column: pa.ChunkedArray, form: Form, where: str) -> pa.Array:
             )
         names.append(form.labels.get(label))
     return pa.array(names, pa.string()).take(encoded.indices)
-
-
-def _labelled(table: pa.Table) -> tuple[pa.Table, int]:
-    kept = table.filter(pc.is_valid(table["label"]))
-    return kept, table.num_rows - kept.num_rows
 
 
 def _without_minors(table: pa.Table) -> tuple[pa.Table, int]:

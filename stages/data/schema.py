@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import unicodedata
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -44,6 +45,17 @@ _CONTENT_COLUMNS = frozenset(
     }
 )
 
+UNLABELLED = frozenset({"", "-", "-1"})
+"""What stands in the place of a label that nobody agreed on or that is hidden; null is read as
+empty. One that a data set's ``labels`` name is a label."""
+
+
+class Conformed(NamedTuple):
+    """A table in its task's schema, and for which reason how many rows were left out of it."""
+
+    table: pa.Table
+    dropped: dict[str, int]
+
 
 def normalise(text: str) -> str:
     """Unicode NFKC, case folded, white space collapsed."""
@@ -81,14 +93,27 @@ def source_columns(found: list[str], spec: DataSpec, where: str) -> dict[str, st
     return chosen
 
 
-def conform(table: pa.Table, chosen: dict[str, str], spec: DataSpec, where: str) -> pa.Table:
+def conform(table: pa.Table, chosen: dict[str, str], spec: DataSpec, where: str) -> Conformed:
     """The table in its task's schema, less ``id`` and ``document`` where the source has none.
 
-    Checks ids (given once each), labels (among the declared ones) and lists of answers; raises
-    BadInput. Rows without text stay, see ``without_text``.
+    Rows without a label (``UNLABELLED``) are left out and counted, those without text stay, see
+    ``without_text``. Checks ids (given once each), labels (among the declared ones) and lists of
+    answers; raises BadInput.
     """
     if table.num_rows == 0:
         raise BadInput(f"{where}: holds no rows; give a source with rows")
+    dropped = {}
+    if spec.task in LABELLED:
+        labels = _column(table[chosen["label"]], "label", pa.string(), where)
+        labelled = pc.invert(_unlabelled(labels, spec))
+        dropped["no label"] = table.num_rows - pc.sum(labelled).as_py()
+        if dropped["no label"] == table.num_rows:
+            raise BadInput(
+                f"{where}: none of its {table.num_rows} rows has a label; "
+                "map label to another column or give a source with labels"
+            )
+        if dropped["no label"]:
+            table = table.filter(labelled)
     schema = SCHEMAS[spec.task]
     made = {}
     for name in schema.names:
@@ -109,14 +134,13 @@ def conform(table: pa.Table, chosen: dict[str, str], spec: DataSpec, where: str)
         if spec.shared_documents is not None:
             made["document"] = shared(made["document"], spec.shared_documents)
     if spec.task in LABELLED:
-        _check_given(made["label"], "label", where)
         made["label"] = _labels(made["label"], spec, where)
     for name in _LISTS:
         if name in made:
             _check_list(made[name], name, where)
     if spec.task == "multiple_choice":
         _check_answers(made["choices"], made["answer"], where)
-    return pa.table(made)
+    return Conformed(pa.table(made), dropped)
 
 
 def shared(documents: pa.Array, group: str) -> pa.Array:
@@ -166,7 +190,7 @@ def _column(column: pa.ChunkedArray, name: str, wanted: pa.DataType, where: str)
             f"{where}: column {name} holds {found}, not {kind}; map it to another column "
             "(only JSONL, Parquet and Arrow hold lists and numbers)"
         )
-    # A missing text is an empty one; a missing name or label is an error of its own.
+    # A missing text or label is an empty one; a missing name is an error of its own.
     empty = {pa.string(): "", pa.binary(): b""}
     return pc.fill_null(cast, empty[wanted]) if wanted in empty else cast
 
@@ -178,6 +202,12 @@ def _check_given(column: pa.Array, name: str, where: str) -> None:
             f"{where}: {missing} of {len(column)} rows have no {name}; "
             "fill them in or leave those rows out of the source"
         )
+
+
+def _unlabelled(labels: pa.Array, spec: DataSpec) -> pa.Array:
+    """Per row, whether it has no label."""
+    marks = pa.array(sorted(UNLABELLED - set(spec.labels)), pa.string())
+    return pc.is_in(pc.utf8_trim_whitespace(labels), marks)
 
 
 def _labels(column: pa.Array, spec: DataSpec, where: str) -> pa.Array:

@@ -15,7 +15,7 @@ from stages.data import downloads, files, images
 from stages.data.catalogue import find
 from stages.data.published import Published
 from stages.data.reading import read
-from stages.data.schema import SCHEMAS, conform, source_columns
+from stages.data.schema import SCHEMAS, Conformed, conform, source_columns
 from stages.data.sets import SETS, KnownSet
 from stages.data.spec import LABELLED, DataSpec, Task
 from stages.errors import BadInput, StageFailed
@@ -216,14 +216,14 @@ def load(spec: DataSpec) -> Loaded:
         rows = source.read()
         table = pa.Table.from_pylist(rows.rows, schema=SCHEMAS[source.task])
         chosen = source_columns(table.column_names, spec, where)
-        return Loaded(conform(table, chosen, spec, where), rows.dropped, source.licence)
+        table, dropped = conform(table, chosen, spec, where)
+        return Loaded(table, rows.dropped | dropped, source.licence)
     if isinstance(source, LocalFile):
-        table = _read_file(source.path, spec, where)
+        found = _read_file(source.path, spec, where)
         _check_unchanged(source, spec, where)
         note = _stray([source.path]) if spec.task != "images" else ""
-        return Loaded(table, {}, "that of the user's file", note=note)
-    table = _read_hub(source, spec, where)
-    return Loaded(table, {}, f"see the data set's page, {source.repository}")
+        return Loaded(*found, "that of the user's file", note=note)
+    return Loaded(*_read_hub(source, spec, where), f"see the data set's page, {source.repository}")
 
 
 def _check_unchanged(source: CatalogueSet | LocalFile, spec: DataSpec, where: str) -> None:
@@ -249,9 +249,10 @@ def _load_published(source: CatalogueSet, spec: DataSpec, where: str) -> Loaded:
     if expected is not None and found.rows != expected:
         notes.append(f"{found.rows:,} rows, published are {expected:,}")
     chosen = source_columns(found.table.column_names, spec, where)
+    table, dropped = conform(found.table, chosen, spec, where)
     return Loaded(
-        conform(found.table, chosen, spec, where),
-        found.dropped,
+        table,
+        dropped | found.dropped,
         published.licence,
         published.citation,
         {path.name: files.digest(path) for path in paths},
@@ -266,7 +267,7 @@ def _stray(paths: list[Path]) -> str:
     return f"lines that are not UTF-8, read as Windows-1252: {lines:,}" if lines else ""
 
 
-def _read_file(path: Path, spec: DataSpec, where: str) -> pa.Table:
+def _read_file(path: Path, spec: DataSpec, where: str) -> Conformed:
     if spec.task == "images" and images.holds_images(path):
         table = images.read(path, where)
         return conform(table, source_columns(table.column_names, spec, where), spec, where)
@@ -277,7 +278,7 @@ def _read_file(path: Path, spec: DataSpec, where: str) -> pa.Table:
     return conform(table, chosen, spec, where)
 
 
-def _read_hub(source: HubSet, spec: DataSpec, where: str) -> pa.Table:
+def _read_hub(source: HubSet, spec: DataSpec, where: str) -> Conformed:
     import datasets
 
     try:
@@ -295,7 +296,7 @@ def _read_hub(source: HubSet, spec: DataSpec, where: str) -> pa.Table:
     if isinstance(feature, datasets.ClassLabel):
         place = table.column_names.index(chosen["label"])
         numbers = table[chosen["label"]].to_pylist()
-        # -1 stands for a hidden label.
-        names = [feature.names[n] if n is not None and n >= 0 else None for n in numbers]
+        # -1 stands for a hidden label and has no name.
+        names = [feature.names[n] if n is not None and n >= 0 else n and str(n) for n in numbers]
         table = table.set_column(place, chosen["label"], pa.array(names, pa.string()))
     return conform(table, chosen, spec, where)

@@ -82,7 +82,8 @@ class DataSpec(Spec):
     columns: dict[str, str] = {}
     """Column of the task's schema to column of the source, where the names differ."""
     labels: dict[str, str] = {}
-    """Label of the source to label of the task, where they differ (tasks with labels)."""
+    """Label of the source to label of the task, where they differ (tasks with labels). Rows whose
+    label stands for none (``schema.UNLABELLED``) are left out, unless it is named here."""
     shared_documents: Annotated[str, Field(min_length=1)] | None = None
     """Name of a group of data sets, in which the same ``document`` is the same source: a text here
     and its rewrites there. They are one bootstrap cluster, and at equal seed and shares no split

@@ -130,7 +130,7 @@ def test_duplicates_across_documents_never_reach_two_splits(tmp_path):
     card, splits = prepare(tmp_path / "a", rows, splits=SPLITS)
     texts = [normalise(text) for table in splits.values() for text in table["text"].to_pylist()]
     assert sorted(texts) == sorted({*texts}) and texts.count("good phone") == 1
-    assert card.dropped == {"empty": 0, "duplicates": 49, "overlap": 0}
+    assert card.dropped == {"no label": 0, "empty": 0, "duplicates": 49, "overlap": 0}
     assert sum(card.rows.values()) == 51
 
 
@@ -192,7 +192,7 @@ def test_rows_without_text_are_left_out_and_literal_words_are_kept(tmp_path):
     rows = [{"text": text, "label": "x"} for text in words]
     card, splits = prepare(tmp_path / "a", rows)
     assert sorted(splits["test"]["text"].to_pylist()) == sorted(["NA", "null", 'a "b"\tc'])
-    assert card.dropped == {"empty": 3, "duplicates": 0, "overlap": 0}
+    assert card.dropped == {"no label": 0, "empty": 3, "duplicates": 0, "overlap": 0}
     table = splits["test"]
     assert table["document"].equals(table["id"])
 

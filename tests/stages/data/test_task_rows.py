@@ -80,7 +80,6 @@ def test_every_task_is_read_alike_from_files_and_hub(monkeypatch, tmp_path, task
 
 
 WRONG_ROWS = [
-    ("nli", {"label": None}, "1 of 1 rows have no label"),
     ("paraphrase", {"sentence2": 4}, "sentence2 holds int64, not text"),
     ("statements", {"incorrect_answers": []}, "row 0 needs one or more incorrect_answers"),
     ("statements", {"correct_answers": ["a", ""]}, "none of them empty"),
