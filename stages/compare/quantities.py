@@ -188,7 +188,7 @@ def _interventions(evaluation: Evaluation, columns: list[str]) -> Iterator[Quant
 def _lipschitz(evaluation: Evaluation, columns: list[str]) -> Iterator[Quantity]:
     group = "Local Lipschitz constant (lower bound)"
     sizes = evaluation.sizes
-    for suffix, radius in sorted(sizes.items(), key=lambda size: size[1]):
+    for suffix, radius in sizes.items():
         within = f", radius {radius:g}" if len(sizes) > 1 else ""
         for column, label, experts in (
             ("lipschitz", "routes free", False), ("lipschitz_frozen", "experts frozen", True)

@@ -62,7 +62,7 @@ class ImageGeometry(Geometry, LabelledImages):
 class ImageLipschitz(Lipschitz, LabelledImages):
     """Slopes of the logits over the pixels of an image, within [0, 1]."""
 
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
 
     kind: Literal["image_lipschitz"] = "image_lipschitz"
     radius: Annotated[float, Field(gt=0)] = 0.5

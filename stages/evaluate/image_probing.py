@@ -101,6 +101,8 @@ class ImageClimber(Shown):
         free = self.classifier
         weigh = weighing(self.model) if routing else None
         held = self._held(routing, weigh)
+        # Unlike in texts, the Jacobian's norm is none of the slopes found: its steepest direction
+        # and the opposite one may both leave the valid range, as where pixels are black and white.
         columns = {"jacobian": jacobian_norms(free, self.pixels, self._draws("jacobian")),
                    "jacobian_frozen": unknown}  # fmt: skip
         for suffix, radius in self.spec.sizes.items():

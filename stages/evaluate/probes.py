@@ -280,7 +280,8 @@ class Lipschitz(Evaluation):
 
     radii: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Other radii than ``radius``, in its unit, within which slopes are looked for as well. Where
-    routes may change, a smaller one finds a jump steeper."""
+    routes may change, a search within a smaller one finds a jump steeper; what it finds counts
+    within the larger ones too."""
     block_radius: Annotated[float, Field(gt=0)] = 0.1
     """Of each token's ball around what a feed-forward block is given, in median norms of that."""
     steps: Annotated[int, Field(ge=1)] = 10
@@ -293,15 +294,17 @@ class Lipschitz(Evaluation):
 
     @property
     def sizes(self) -> dict[str, float]:
-        """All radii by the end that they give the names of their columns."""
-        return {"": self.radius} | {f"/{radius:g}": radius for radius in self.radii}
+        """All radii by the end that they give the names of their columns, the smallest first."""
+        sizes = {"": self.radius} | {f"/{radius:g}": radius for radius in self.radii}
+        return dict(sorted(sizes.items(), key=lambda size: size[1]))
 
     def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
         """One row per example: ``lipschitz`` found by ascent, ``lipschitz_random``, ``jacobian``;
         of a model with experts also with each token kept at its experts (``lipschitz_frozen``), the
         ratio to that (``routing_share``) and with the weights kept as well (``jacobian_frozen``).
-        The ones found within another radius R are ``lipschitz/R``, ``lipschitz_random/R`` and
-        ``lipschitz_frozen/R``.
+        The ones within another radius R are ``lipschitz/R``, ``lipschitz_random/R`` and
+        ``lipschitz_frozen/R``. Each is the largest that was found within its radius or a smaller
+        one.
 
         ``block/LAYER``, ``block_random/LAYER`` and ``block_frozen/LAYER`` are those of a
         feed-forward block, means over the tokens; ``block``, ``block_random`` and ``block_frozen``
@@ -315,6 +318,10 @@ class Lipschitz(Evaluation):
             for found in results(about["example_id"], responses)
         ]
         found = pd.DataFrame(rows).assign(answer="")
+        for name in ("lipschitz", "lipschitz_random", "lipschitz_frozen"):
+            # The balls lie in each other, and a slope found in one is a slope in all larger ones.
+            nested = [name + suffix for suffix in self.sizes]
+            found[nested] = found[nested].cummax(axis=1)
         found["routing_share"] = found["lipschitz"] / found["lipschitz_frozen"]
         return pd.concat([about, found], axis=1)
 
@@ -362,9 +369,10 @@ def _blocks(by_layer: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 class LocalLipschitz(Lipschitz, LabelledTexts):
-    """Slopes of the log-probabilities of the answers over the embeddings of a text's tokens."""
+    """Slopes of the log-probabilities of the answers over the embeddings of a text's tokens; the
+    norm of the Jacobian there is one that counts within every radius, experts frozen or not."""
 
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
 
     kind: Literal["local_lipschitz"] = "local_lipschitz"
     radius: Annotated[float, Field(gt=0)] = 0.1

@@ -151,11 +151,11 @@ class Climber(Asker):
             with torch.no_grad():
                 logprobs, routing = self.victim.routes(clean[None], question)
             held = self._held(question, routing, weigh) if routing else None
-            found = {"prediction": self.labels[int(logprobs.argmax())]}
+            norm = jacobian_norm(free, clean, editable)
+            found = {"prediction": self.labels[int(logprobs.argmax())], "jacobian": norm}
             for suffix, radius in self.spec.sizes.items():
-                for name, value in self._slopes(row, question, radius, free, held).items():
+                for name, value in self._slopes(row, question, radius, free, held, norm).items():
                     found[name + suffix] = value
-            found["jacobian"] = jacobian_norm(free, clean, editable)
             fixed = self._held(question, routing, None)
             found["jacobian_frozen"] = (
                 jacobian_norm(fixed, clean, editable) if routing else float("nan")
@@ -163,18 +163,28 @@ class Climber(Asker):
             yield found | {"blocks": self._blocks(row, question, weigh)}
 
     def _slopes(
-        self, row: dict, question: Question, radius: float, free: Function, held: Function | None
+        self,
+        row: dict,
+        question: Question,
+        radius: float,
+        free: Function,
+        held: Function | None,
+        norm: float,
     ) -> dict[str, float]:
-        """The steepest slopes found within one radius."""
+        """The steepest slopes found within one radius; ``norm`` is that of the Jacobian."""
         spec, clean = self.spec, self.victim.table[question.tokens]
         radius = radius * scale(self.victim.table, "l2")
 
         def slope(function: Function) -> float:
             seed = hash_of(f"{spec.seed}/{row['id']}")
-            return steepest(
+            found = steepest(
                 function, clean, question.editable, radius, steps=spec.steps,
                 restarts=spec.restarts, generator=torch.Generator().manual_seed(seed),
             )  # fmt: skip
+            # Embeddings may move in every direction, so that slopes come as near to the norm as one
+            # likes in any ball. With the experts held, the Jacobian is the same: near the text the
+            # choice is that anyway. (That of ``jacobian_frozen`` lacks what the weights do.)
+            return max(found, norm)
 
         generator = torch.Generator().manual_seed(hash_of(f"{spec.seed}/{row['id']}/random"))
         return {

@@ -158,12 +158,20 @@ def test_geometry_is_averaged_over_layers(engines, data):
 
 
 def test_slopes_around_a_text(engines, data):
-    evaluation = LocalLipschitz(**SHOP, steps=4, samples=4, radii=(0.3,))
+    evaluation = LocalLipschitz(**SHOP, steps=4, samples=4, radii=(0.3, 0.01))
     scores = scores_of(engines["mixtral"], evaluation, data)
-    wider = LocalLipschitz(**SHOP, steps=4, samples=4, radius=0.3)
-    wider = scores_of(engines["mixtral"], wider, data)
+    single = [
+        scores_of(engines["mixtral"], LocalLipschitz(**SHOP, steps=4, samples=4, radius=r), data)
+        for r in (0.01, 0.1, 0.3)
+    ]
     for column in ("lipschitz", "lipschitz_random", "lipschitz_frozen"):
-        assert np.allclose(scores[f"{column}/0.3"], wider[column])
+        # What is found within a radius is what any search within it or a smaller one found.
+        searched = np.stack([each[column] for each in single])
+        nested = np.stack([scores[column + suffix] for suffix in ("/0.01", "", "/0.3")])
+        assert np.allclose(nested, np.maximum.accumulate(searched))
+        assert (np.diff(nested, axis=0) >= 0).all() and (np.diff(searched, axis=0) < 0).any()
+        if column != "lipschitz_random":
+            assert (nested >= scores["jacobian"].to_numpy()).all()
     layers = [f"model.layers.{i}.mlp" for i in range(4)]
     for column in ("block", "block_random", "block_frozen"):
         of = scores[[f"{column}/{layer}" for layer in layers]]
