@@ -9,7 +9,7 @@ import pandas as pd
 from stages.compare.contrast import Contrast
 from stages.compare.measured import VALUE
 from stages.evaluate.base import Metric
-from stages.evaluate.probes import correlation
+from stages.evaluate.examples import correlation
 
 LOG = Metric("log", VALUE.statistics, lambda sums: np.log(VALUE.value(sums)))
 """The logarithm of the mean of ``frame``."""

@@ -176,3 +176,19 @@ def difference(
         return first.mean(axis=-1) - (second.mean(axis=-1) if subtrahend else 0.0)
 
     return Metric(name, statistics, value, datasets=_read_by(parts), **fields)
+
+
+def correlation(one: str, other: str, label: str) -> Metric:
+    """Pearson's correlation of two score columns, of experts."""
+
+    def statistics(scores: pd.DataFrame) -> np.ndarray:
+        there = (scores[one].notna() & scores[other].notna()).to_numpy()
+        x, y = (np.where(there, scores[c].to_numpy(dtype=float), 0.0) for c in (one, other))
+        return np.stack([there.astype(float), x, y, x * x, y * y, x * y], axis=1)
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y))
+
+    return Metric(f"correlation_{one}_{other}", statistics, value, label=label, of_experts=True)

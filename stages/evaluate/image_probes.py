@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from stages.evaluate.labelled_images import LabelledImages
-from stages.evaluate.probes import Geometry, Interventions, Lipschitz
+from stages.evaluate.probes import GEOMETRY, Geometry, Interventions, Lipschitz
 from stages.spec import Seed
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ class ImageInterventions(Interventions, LabelledImages):
 
     The images that usage is counted on travel with every request; take few of them.
     """
+
+    VERSION: ClassVar[int] = 3
 
     kind: Literal["image_interventions"] = "image_interventions"
     budget: Annotated[float, Field(ge=0)] = 0.0
@@ -39,9 +41,13 @@ class ImageInterventions(Interventions, LabelledImages):
 
 
 class ImageGeometry(Geometry, LabelledImages):
-    """Geometry at the tokens of images: the patches and the class token."""
+    """Geometry at the tokens of images: the patches and the class token. A token that an expert
+    had no room for (``dropped``, their share) is left out of what hangs on its choice."""
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
+    quantities: ClassVar[dict[str, str]] = GEOMETRY | {
+        "dropped": "tokens that an expert had no room for"
+    }
 
     kind: Literal["image_geometry"] = "image_geometry"
     budget: Annotated[float, Field(gt=0)] = 0.03

@@ -13,7 +13,7 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from stages.evaluate.base import Evaluation, Metric, Request, Response, mean_of
-from stages.evaluate.examples import difference, results
+from stages.evaluate.examples import correlation, difference, results
 from stages.evaluate.labelled_texts import LabelledTexts
 
 if TYPE_CHECKING:
@@ -208,16 +208,17 @@ class Geometry(Evaluation):
     input and certify one layer, not the model.
     """
 
+    quantities: ClassVar[dict[str, str]] = GEOMETRY
     axis: ClassVar[str] = "adversarial"
     primary: ClassVar[str] = "disagreement"
 
     def score(self, data: dict[str, pd.DataFrame], responses: dict[str, Response]) -> pd.DataFrame:
-        """One row per example: each quantity Q of ``GEOMETRY``, ``Q/LAYER`` by layer, and
+        """One row per example: each quantity Q of ``quantities``, ``Q/LAYER`` by layer, and
         ``loss_rise`` under the attack."""
         about, rows = self.about(data), []
         for found in results(about["example_id"], responses):
             row = {"prediction": found["prediction"], "answer": "", "loss_rise": found["loss_rise"]}
-            for name in GEOMETRY:
+            for name in self.quantities:
                 layers = {f"{name}/{k}": v[name] for k, v in found["layers"].items() if name in v}
                 values = np.array([v for v in layers.values() if not np.isnan(v)])
                 row[name] = float(values.mean()) if len(values) else np.nan
@@ -229,19 +230,19 @@ class Geometry(Evaluation):
         """The mean of every quantity, and the correlation of the routing term with the loss."""
         lower = {
             "disagreement", "disagreement_next", "jump", "routing_term", "routing_jacobian",
-            "overlap", "eigenvalue",
+            "overlap", "eigenvalue", "dropped",
         }  # fmt: skip
         return (
             *(
                 mean_of(name, label=label, higher_is_better=name not in lower, of_experts=True)
-                for name, label in GEOMETRY.items()
+                for name, label in self.quantities.items()
             ),
             correlation("routing_term", "loss_rise", "routing term with loss under attack"),
         )
 
     def curves(self, scores: pd.DataFrame) -> tuple[Metric, ...]:
         """Every quantity by layer."""
-        return tuple(mean_of(c) for c in scores if c.split("/")[0] in GEOMETRY and "/" in c)
+        return tuple(mean_of(c) for c in scores if c.split("/")[0] in self.quantities and "/" in c)
 
 
 class RouterGeometry(Geometry, LabelledTexts):
@@ -388,19 +389,3 @@ class LocalLipschitz(Lipschitz, LabelledTexts):
         from stages.evaluate.probing import Climber
 
         return Climber(self, model, tokenizer).run(rows)
-
-
-def correlation(one: str, other: str, label: str) -> Metric:
-    """Pearson's correlation of two score columns, of experts."""
-
-    def statistics(scores: pd.DataFrame) -> np.ndarray:
-        there = (scores[one].notna() & scores[other].notna()).to_numpy()
-        x, y = (np.where(there, scores[c].to_numpy(dtype=float), 0.0) for c in (one, other))
-        return np.stack([there.astype(float), x, y, x * x, y * y, x * y], axis=1)
-
-    def value(sums: np.ndarray) -> np.ndarray:
-        n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return (n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y))
-
-    return Metric(f"correlation_{one}_{other}", statistics, value, label=label, of_experts=True)

@@ -147,7 +147,7 @@ def fixed(experts: Sequence[int]) -> Policy:
 
 
 def next_ranked(weigh: Weigh | None = None) -> Policy:
-    """Ranks K + 1 to 2K: the best K of the experts that were not chosen, by their logits.
+    """Ranks K + 1 to 2K: the best K of the experts that were not chosen, with room or without.
 
     A bias that a family adds for the choice alone is not counted. Raises StageFailed with fewer
     than 2K experts that a token may be given to.
@@ -162,7 +162,7 @@ def next_ranked(weigh: Weigh | None = None) -> Policy:
                 f"{routing.layer}: chooses {count} of {allowed} experts, so there are no "
                 f"ranks {count + 1} to {2 * count}"
             )
-        others.masked_fill_(selected(routing), -torch.inf)
+        others.masked_fill_(chosen(routing), -torch.inf)
         return _weighed(routing, others.topk(count, -1).indices, weigh)
 
     return policy
@@ -227,15 +227,13 @@ def masked(experts: Mapping[str, Collection[int]], weigh: Weigh) -> Policy:
                 "mask fewer"
             )
         # Those that were chosen and may stay do, whatever rule chose them.
-        taken = torch.zeros_like(routing.logits, dtype=torch.bool)
-        others = left.masked_fill(taken.scatter(-1, routing.experts, True), -torch.inf)
-        best = others.topk(count, -1).indices
+        best = left.masked_fill(chosen(routing), -torch.inf).topk(count, -1).indices
         lost = torch.isin(routing.experts, torch.tensor(gone, device=best.device))
         # The first that is replaced gets the best of the others, the second the next.
         place = (lost.cumsum(-1) - 1).clamp(min=0)
-        chosen = torch.where(lost, best.gather(-1, place), routing.experts)
-        weights = weigh(routing.logits, chosen) * (routing.weights != 0)
-        return routing.change(experts=chosen, weights=weights)
+        numbers = torch.where(lost, best.gather(-1, place), routing.experts)
+        weights = weigh(routing.logits, numbers) * (routing.weights != 0)
+        return routing.change(experts=numbers, weights=weights)
 
     return policy
 
@@ -366,8 +364,13 @@ class _Straight(torch.autograd.Function):
 def selected(routing: Routing) -> torch.Tensor:
     """Which experts add to each token's output, booleans (T, E): those chosen with a weight above
     zero, as in the published code of arXiv 2210.10253."""
-    chosen = torch.zeros_like(routing.logits, dtype=torch.bool)
-    return chosen.scatter(-1, routing.experts.clamp(min=0), routing.weights > 0)
+    none = torch.zeros_like(routing.logits, dtype=torch.bool)
+    return none.scatter(-1, routing.experts.clamp(min=0), routing.weights > 0)
+
+
+def chosen(routing: Routing) -> torch.Tensor:
+    """The same with those that had no room for the token."""
+    return selected(routing.change(weights=routing.experts >= 0))
 
 
 def _weighed(routing: Routing, experts: torch.Tensor, weigh: Weigh | None) -> Routing:

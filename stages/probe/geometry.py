@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from stages.errors import StageFailed
 from stages.models.families import family
-from stages.models.routes import routed, selected
+from stages.models.routes import chosen, routed
 from stages.models.routing import Routing, blocks
 from stages.probe.smoothness import Smoothness, smoothness
 
@@ -95,13 +95,22 @@ def _scorers(router: nn.Module, hidden: torch.Tensor, routing: Routing) -> torch
 
 def measured(block: Watched, generator: torch.Generator) -> dict[str, float]:
     """Means over the tokens of one input of all that this module tells about them, and the fits of
-    ``groups``."""
+    ``groups``.
+
+    What hangs on a token's choice is told of those alone whose experts all had room for it;
+    ``dropped`` is the share of the others.
+    """
     values = margins(block.routing) | differences(block, generator)
     if block.scorers is not None:
         values |= radii(block.routing, block.scorers)
-    return {name: value.nanmean().item() for name, value in values.items()} | groups(
-        block, generator
-    )
+    means = {name: value.nanmean().item() for name, value in values.items()}
+    dropped = (~_served(block.routing)).float().mean().item()
+    return means | {"dropped": dropped} | groups(block, generator)
+
+
+def _served(routing: Routing) -> torch.Tensor:
+    """Which tokens all their experts had room for, booleans (T,)."""
+    return (routing.weights > 0).all(-1)
 
 
 def groups(block: Watched, generator: torch.Generator) -> dict[str, float]:
@@ -145,17 +154,18 @@ def groups(block: Watched, generator: torch.Generator) -> dict[str, float]:
 
 def margins(routing: Routing) -> dict[str, torch.Tensor]:
     """Per token (T,): ``router_margin``, the first minus the second probability; ``logit_margin``,
-    the smallest logit chosen minus the largest not chosen, NaN where none was left; ``entropy`` of
-    the probabilities, nats.
+    the smallest logit chosen minus the largest not chosen, NaN where none was left or one of the
+    chosen had no room; ``entropy`` of the probabilities, nats.
     """
     probabilities = routing.logits.float().softmax(-1)
     first, second = probabilities.topk(2, -1).values.unbind(-1)
-    chosen = selected(routing)
-    inside = routing.logits.masked_fill(~chosen, torch.inf).amin(-1)
-    outside = routing.logits.masked_fill(chosen, -torch.inf).amax(-1)
+    among = chosen(routing)
+    inside = routing.logits.masked_fill(~among, torch.inf).amin(-1)
+    outside = routing.logits.masked_fill(among, -torch.inf).amax(-1)
+    there = outside.isfinite() & _served(routing)
     return {
         "router_margin": first - second,
-        "logit_margin": torch.where(outside.isfinite(), inside - outside, torch.nan),
+        "logit_margin": torch.where(there, inside - outside, torch.nan),
         "entropy": torch.special.entr(probabilities).sum(-1),
     }
 
@@ -165,14 +175,15 @@ def radii(routing: Routing, scorers: torch.Tensor) -> dict[str, torch.Tensor]:
 
     ``radius_l2`` and ``radius_linf``: the least over pairs of a chosen and another expert of the
     difference of their logits over the dual norm of that of their rows (E, D). Exact for a linear
-    router that takes the largest logits; NaN for tokens whose choice is not that, or is of all.
+    router that takes the largest logits; NaN for tokens whose choice is not that, or is of all, or
+    of an expert that had no room.
     """
-    logits, chosen = routing.logits.double(), selected(routing)
-    count = chosen.sum(-1)
-    largest = torch.zeros_like(chosen).scatter(-1, logits.topk(int(count.max()), -1).indices, True)
-    plain = (largest == chosen).all(-1)
+    logits, among = routing.logits.double(), chosen(routing)
+    best = logits.topk(routing.experts.shape[1], -1).indices
+    largest = torch.zeros_like(among).scatter(-1, best, True)
+    plain = (largest == among).all(-1) & _served(routing)
     gaps = logits[:, :, None] - logits[:, None, :]  # (T, E, E)
-    pairs = chosen[:, :, None] & ~chosen[:, None, :]
+    pairs = among[:, :, None] & ~among[:, None, :]
     found = {}
     for name, dual in (("radius_l2", 2), ("radius_linf", 1)):
         lengths = (scorers[:, None] - scorers[None]).double().norm(p=dual, dim=-1)
@@ -189,13 +200,14 @@ def differences(watched: Watched, generator: torch.Generator) -> dict[str, torch
     drawn ones. ``jump``: what the output changes by when rank K gives way to K + 1, the weight of
     rank K times the distance of their outputs. ``routing_term``: product of the weights of the two
     best, the distance of their outputs and the distance of their rows in the router;
-    ``routing_jacobian``: see there.
+    ``routing_jacobian``: see there. All are NaN for a token that one of its experts had no room
+    for.
     """
     routing, hidden = watched.routing, watched.hidden
     logits = routing.logits.float()
     order = routing.weights.argsort(-1, descending=True)
     ranked, weights = routing.experts.gather(-1, order), routing.weights.gather(-1, order).float()
-    others = logits.masked_fill(selected(routing), -torch.inf).argmax(-1)
+    others = logits.masked_fill(chosen(routing), -torch.inf).argmax(-1)
     last = ranked[:, -1]
     single = ranked.shape[1] == 1
     first, second = ranked[:, 0], others if single else ranked[:, 1]
@@ -220,7 +232,8 @@ def differences(watched: Watched, generator: torch.Generator) -> dict[str, torch
         distance = (outputs[""][0] - outputs[""][1]).norm(dim=-1)
         found["routing_term"] = weights[:, 0] * beside * distance * rows
         found["routing_jacobian"] = routing_jacobian(watched)
-    return found
+    dropped = ~_served(routing)
+    return {name: value.masked_fill(dropped, torch.nan) for name, value in found.items()}
 
 
 def routing_jacobian(watched: Watched) -> torch.Tensor:
@@ -228,14 +241,16 @@ def routing_jacobian(watched: Watched) -> torch.Tensor:
 
     The spectral norm of Σ_a f_a ∇w_a over the chosen experts: what the Jacobian of Σ_a w_a f_a has
     beside Σ_a w_a J_a, with the choice as it is. For two experts whose weights sum to 1 it is the
-    routing term. NaN for weights that are neither a softmax over all experts nor over the chosen.
+    routing term. NaN for weights that are neither a softmax over all experts nor over the chosen,
+    of the tokens that their experts had room for.
     """
     routing, hidden = watched.routing, watched.hidden
     logits, weights_TK = routing.logits.float(), routing.weights.float()
     probabilities_TE = logits.softmax(-1)
     own = probabilities_TE.gather(-1, routing.experts)
     renormalised = own / own.sum(-1, keepdim=True)
-    errors = [(weights_TK - rule).abs().max() for rule in (renormalised, own)]
+    served = _served(routing)[:, None]
+    errors = [((weights_TK - rule) * served).abs().max() for rule in (renormalised, own)]
     if min(errors) > 1e-2:
         return logits.new_full((len(logits),), torch.nan)
     # Which experts' logits each weight depends on, as weights (T, E) of the softmax that it is of.

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from stages.attack.image_spec import PGD
 from stages.attack.images import attack_images
 from stages.errors import StageFailed
+from stages.evaluate.base import Response
 from stages.evaluate.image_probes import ImageGeometry, ImageInterventions, ImageLipschitz
 from stages.evaluate.image_probing import ImageIntervenor
-from stages.evaluate.probes import GEOMETRY, ExpertInterventions
+from stages.evaluate.probes import GEOMETRY, ExpertInterventions, RouterGeometry
 from stages.evaluate.showing import Shown
 from stages.models import routes
 from stages.models.images import load_processor
@@ -149,6 +150,30 @@ def test_geometry_is_that_of_each_images_tokens(both, data):
     assert fits["overlap"].between(0, 1 + 1e-6).all()
     gain = fits["smoothness"] - fits["smoothness_random"]
     assert np.allclose(fits["smoothness_gain"], gain)
+
+
+def test_tokens_that_an_expert_had_no_room_for_are_left_out_and_counted(both, data):
+    """One expert each of four, which take one of an image's five tokens."""
+    evaluation = ImageGeometry(dataset="digits", steps=1)
+    this = shown(both, evaluation)
+    assert scores_of(both[0]["sparse"], evaluation, data)["dropped"].eq(0).all()
+    this.model.config.eval_capacity_factor, this.model.config.group_size = 0.5, 1
+    rows = [json.loads(request.row) for request in evaluation.requests(data)]
+    found = evaluation.procedure(this.model, this.classifier.processor, rows)
+    scores = evaluation.score(data, {
+        row["id"]: Response(row["id"], result=json.dumps(result))
+        for row, result in zip(rows, found, strict=True)})
+    for routing in this.seen(this.pixels)[1]:
+        kept = routing.weights.view(16, 5) > 0
+        first, second = routing.logits.topk(2).values.view(16, 5, 2).unbind(-1)
+        margin = ((first - second) * kept).sum(1) / kept.sum(1)
+        dropped = scores[f"dropped/{routing.layer}"]
+        assert np.allclose(dropped, 1 - kept.float().mean(1)) and dropped.between(0.2, 0.8).all()
+        assert np.allclose(scores[f"logit_margin/{routing.layer}"], margin, rtol=1e-3)
+        assert scores[f"disagreement_next/{routing.layer}"].gt(0.01).all()
+    names = [metric.name for metric in evaluation.metrics()]
+    assert "dropped" in names and not any(m.name == "dropped" for m in RouterGeometry(
+        dataset="d", template="sentiment").metrics())  # fmt: skip
 
 
 def test_fixed_routing_on_a_trained_router_against_the_root_of_the_experts(both, data):

@@ -5,7 +5,7 @@ import torch
 
 from stages.models import routes
 from stages.models.routes import routed, selected
-from stages.models.routing import weighing
+from stages.models.routing import Routing, weighing
 from stages.models.vision import from_scratch
 from stages.models.vision_spec import VisionSpec
 
@@ -89,6 +89,9 @@ def test_what_had_no_room_stays_dropped():
                    routes.at_random(0)):  # fmt: skip
         changed, found = under(policy)
         assert torch.equal(selected(found).sum(-1), served) and not torch.equal(changed, plain)
+    for policy in (routes.next_ranked(weigh), routes.next_ranked()):
+        _, found = under(policy)
+        assert (found.experts[:, :, None] != first.experts[:, None]).all()
     for expert in range(4):
         changed, found = under(routes.masked({first.layer: [expert]}, weigh))
         assert torch.equal(found.weights != 0, first.weights != 0)
@@ -102,6 +105,24 @@ def test_what_had_no_room_stays_dropped():
     idle = first.change(experts=first.experts.clamp(max=2))
     left = routes.masked({first.layer: [3]}, weigh)(idle)
     assert torch.equal(left.experts, idle.experts)
+
+
+@pytest.mark.parametrize("weigh", [None, lambda logits, experts: logits.gather(-1, experts)])
+def test_an_expert_without_room_is_no_second_best(weigh):
+    """Ranks 3 and 4 of five, in the place of two experts of which both, one or none had room."""
+    logits = torch.tensor([[3.0, 5.0, 4.0, 1.0, 2.0]]).expand(4, -1)
+    weights = torch.tensor([[0.6, 0.3], [0.6, 0.0], [0.0, 0.3], [0.0, 0.0]])
+    routing = Routing("x", logits, torch.tensor([[1, 2]]).expand(4, -1), weights)
+    found = routes.next_ranked(weigh)(routing)
+    assert found.experts.tolist() == [[0, 4]] * 4
+    serve = [row.nonzero().flatten().tolist() for row in selected(found)]
+    assert serve == [[0, 4], [0], [0], []]
+    own = [[0.6, 0.3], [0.6, 0.0], [0.3, 0.0], [0.0, 0.0]]
+    assert torch.equal(found.weights, torch.tensor(own) if weigh is None else torch.tensor(
+        [[3.0, 2.0], [3.0, 0.0], [3.0, 0.0], [0.0, 0.0]]))  # fmt: skip
+    assert routes.chosen(routing).tolist() == [[False, True, True, False, False]] * 4
+    late = routing.change(experts=torch.where(weights > 0, routing.experts, routes.DROPPED))
+    assert torch.equal(routes.chosen(late), selected(routing))
 
 
 def test_another_k_and_dropped_outputs_by_hand():

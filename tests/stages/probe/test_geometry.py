@@ -6,7 +6,7 @@ import torch
 from stages.errors import StageFailed
 from stages.models.routing import Routing
 from stages.models.tiny import tiny_model, tiny_tokenizer
-from stages.probe.geometry import Watched, differences, margins, radii, watched
+from stages.probe.geometry import Watched, differences, margins, measured, radii, watched
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -112,6 +112,41 @@ def test_differences_of_two_experts_by_hand():
     assert found["disagreement_next"].item() == pytest.approx(2 / 1)
     assert found["jump"].item() == pytest.approx(0.3 * 2)
     assert found["routing_term"].item() == pytest.approx(0.7 * 0.3 * 1 * 2**0.5)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_token_without_room_is_left_out_and_counted(count):
+    """What hangs on the choice is told of the tokens that all their experts had room for, whichever
+    others are among them."""
+    expert, scorers = affine(5, 12), torch.randn(5, 12, generator=GENERATOR, dtype=torch.float64)
+    hidden = torch.randn(8, 12, generator=GENERATOR, dtype=torch.float64)
+    routing = routing_of(hidden @ scorers.T, count, normalised=False)
+    kept = torch.ones_like(routing.weights)
+    kept[1, 0] = kept[4, -1] = kept[5] = 0
+    full = kept.bool().all(-1)
+    assert full.sum() == 5
+
+    def told(weights, tokens=slice(None)):
+        part = routing.change(weights=weights).only(tokens)
+        block = Watched(part, hidden[tokens], scorers.float(), expert)
+        found = margins(part) | differences(block, torch.Generator()) | radii(part, scorers)
+        return found, measured(block, torch.Generator())
+
+    whole, _ = told(routing.weights)
+    found, means = told(routing.weights * kept)
+    of_choice = set(found) - {"router_margin", "entropy"}
+    assert {"logit_margin", "disagreement", "disagreement_next", "jump", "routing_term",
+            "routing_jacobian", "radius_l2", "cosine"} <= of_choice
+    for name in found:
+        known = full if name in of_choice else torch.ones_like(full)
+        assert torch.equal(found[name].isnan(), ~known)
+        torch.testing.assert_close(found[name][known], whole[name][known])
+        assert means[name] == pytest.approx(whole[name][known].mean().item())
+    assert means["dropped"] == pytest.approx(3 / 8)
+    # Where no token is left there is no number, also where the same rank of all had no room.
+    for rank in range(count):
+        _, none = told(routing.weights.index_fill(-1, torch.tensor(rank), 0))
+        assert all(none[name] != none[name] for name in of_choice) and none["dropped"] == 1
 
 
 def test_a_model_is_watched_block_by_block():
