@@ -197,12 +197,12 @@ def test_slopes_around_a_text(engines, data):
         return torch.linalg.matrix_norm(jacobian.flatten(1), 2).item()
 
     free, frozen = norm(None), norm(imposed(routes))
+    # With the experts alone held, not their weights, the answers are the same near the text.
+    assert norm(imposed(routes, weigh=weighing(engine.model))) == pytest.approx(free, rel=1e-4)
     assert 0 < question.editable.sum() < len(clean)
     assert scores["jacobian"][0] == pytest.approx(free, rel=1e-4)
     assert scores["jacobian_frozen"][0] == pytest.approx(frozen, rel=1e-4)
     assert abs(frozen / free - 1) > 1e-2
-    # Ascent within the experts of the text finds about what their Jacobian with its weights says.
-    assert (scores["lipschitz_frozen"] >= 0.5 * scores["jacobian_frozen"]).all()
     assert np.allclose(scores["routing_share"], scores["lipschitz"] / scores["lipschitz_frozen"])
     dense = scores_of(engines["llama"], evaluation, data)
     assert dense["lipschitz"].gt(0).all() and dense["lipschitz_frozen"].isna().all()
