@@ -32,7 +32,7 @@ def check_memory(plan: Plan, store: Store, folder: Path, path: Path) -> None:
         # Those that an actor holds beside the model.
         others = [estimator.size(key) for role, key in node.inputs.items()
                   if role.startswith((AMATEUR, SURROGATE))]
-        problem = size and _misfit(node, size, sum(other.total for other in others if other))
+        problem = size and _misfit(node, size, [other for other in others if other])
         if problem:
             name = node.inputs["checkpoint"].partition("/")[2]
             problems.setdefault(name, f"{path}: resources.evaluate.gpus: {name} {problem}")
@@ -40,9 +40,8 @@ def check_memory(plan: Plan, store: Store, folder: Path, path: Path) -> None:
         raise BadInput("\n".join(problems.values()))
 
 
-def _misfit(node: Node, size: Known, others: int) -> str:
-    """Why the GPUs of one actor do not do for a model and so many parameters of others; empty where
-    they do."""
+def _misfit(node: Node, size: Known, others: list[Known]) -> str:
+    """Why the GPUs of one actor do not do for a model and others beside it; empty where they do."""
     gpus, memory = node.resources.gpus, node.resources.gpu_memory_gb
     heads = size.config.get("num_attention_heads") if node.spec.engine == "vllm" else None
     if heads and heads % gpus:
@@ -50,14 +49,19 @@ def _misfit(node: Node, size: Known, others: int) -> str:
         return (f"has {heads} attention heads, which vLLM cannot deal out evenly to {gpus:g} GPUs; "
                 f"set it to one of {', '.join(map(str, counts))}")
     spare, word = SPARE[node.spec.engine]
-    need = (size.total + others) * {"float32": 4, "bfloat16": 2}[node.spec.dtype]
+    more = sum(other.total for other in others)
+    precision = node.spec.dtype
+    need = (size.total + more) * {"float32": 4, "bfloat16": 2}[precision]
+    if precision != "float32" and node.spec.engine == "transformers":
+        need += sum(each.float32_head for each in (size, *others))
+        precision += " with the head in float32"
     if memory is None or need <= (room := memory * 1e9 * (1 - spare)) * gpus:
         return ""
     enough = math.ceil(need / room)
     if heads:
         enough = next((n for n in range(enough, heads + 1) if heads % n == 0), None)
     remedy = f"set it to {enough}" if enough else "use GPUs with more memory"
-    beside = f" and {parameters(others)} more of other models" if others else ""
+    beside = f" and {parameters(more)} more of other models" if more else ""
     return (f"has {parameters(size.total)} parameters{beside}, {need / 1e9:.1f} GB in "
-            f"{node.spec.dtype}; "
+            f"{precision}; "
             f"{gpus:g} × {memory:g} GB less {word} cannot hold them; {remedy}")

@@ -33,6 +33,7 @@ from stages.evaluate.techniques import (
     read,
 )
 from stages.evaluate.windows import score_windows
+from stages.models.float32_head import with_float32_head
 from stages.models.load import load, load_input, load_tokenizer
 
 
@@ -44,11 +45,12 @@ def device_of(gpus: float) -> str:
 class Engine:
     """A model and its tokenizer or image processor, read once from a Hugging Face folder.
 
-    ``dtype`` names a torch type, ``device`` a torch device or ``auto``, which with ``max_memory``
-    and ``offload`` is as for ``load``; ``threads`` is the number of CPU threads of this process
-    from now on (``None`` leaves it as it is). ``amateurs`` are the folders of the models that
-    ``contrastive`` decodes against, ``surrogates`` those of the other models that procedures hold,
-    by name; each is loaded when first needed.
+    ``dtype`` names a torch type, that of all but the head, which computes in float32; ``device``
+    names a torch device or is ``auto``, which with ``max_memory`` and ``offload`` is as for
+    ``load``; ``threads`` is the number of CPU threads of this process from now on (``None`` leaves
+    it as it is). ``amateurs`` are the folders of the models that ``contrastive`` decodes against,
+    ``surrogates`` those of the other models that procedures hold, by name; each is loaded when
+    first needed.
     Raises StageFailed for a folder that cannot be loaded.
     """
 
@@ -87,7 +89,10 @@ class Engine:
                 f"{self.folder}: has a classification head and cannot continue texts; evaluate it "
                 "with method: head"
             )
-        return load(self.folder, **self.place).requires_grad_(False)
+        return self._loaded(self.folder)
+
+    def _loaded(self, folder: Path) -> PreTrainedModel:
+        return with_float32_head(load(folder, **self.place)).requires_grad_(False)
 
     def respond(self, requests: Sequence[Request]) -> list[Response]:
         """A response for each request, in their order; the same list gives the same responses."""
@@ -123,8 +128,7 @@ class Engine:
         """Another model, and its tokenizer or image processor."""
         if name not in self.held:
             folder = self.surrogates[name]
-            model = load(folder, **self.place).requires_grad_(False)
-            self.held[name] = model, load_input(folder)
+            self.held[name] = self._loaded(folder), load_input(folder)
         return self.held[name]
 
     def _under(self, technique: AnyTechnique | None, requests: list[Request]) -> list[Response]:
@@ -213,8 +217,7 @@ class Engine:
                 f"technique.amateur: {technique.amateur} has another tokenizer than the model; "
                 "name one of the same family"
             )
-        amateur = load(folder, **self.place)
-        return ModelContrast(self.model, amateur, technique)
+        return ModelContrast(self.model, self._loaded(folder), technique)
 
 
 def _changed(

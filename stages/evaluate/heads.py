@@ -12,6 +12,7 @@ from stages.errors import StageFailed
 from stages.evaluate.base import Request, Response
 from stages.models.classifier import is_classifier, register
 from stages.models.families import FAMILIES
+from stages.models.float32_head import with_float32_head
 from stages.models.load import check_fits
 
 LONGEST = 512
@@ -81,7 +82,7 @@ class Head:
             )
         if device == "auto" and offload is None:
             check_fits(model, folder)
-        self.model = model.eval()
+        self.model = with_float32_head(model.eval())
 
     @torch.inference_mode()
     def respond(self, requests: Sequence[Request]) -> list[Response]:

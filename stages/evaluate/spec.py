@@ -9,6 +9,9 @@ from stages.evaluate.engines import EngineName
 from stages.evaluate.registry import AnyEvaluation
 from stages.spec import RUN_TIME, Spec
 
+LOWER_PRECISION_VERSION = 1
+"""Raised when scores in a lower precision than float32 change and those in float32 do not."""
+
 AMATEUR = "amateur/"
 """Input role of the model that a contrastive technique decodes against, before its name."""
 
@@ -43,7 +46,8 @@ class EvaluateSpec(Spec):
 
     evaluation: AnyEvaluation
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the weights and of the forward pass."""
+    """Precision of the weights and of the forward pass, but for the head, which in this project's
+    own workers computes in float32: else the larger logits are, the more of them tie."""
     engine: EngineName = "transformers"
     """What writes the answers that are texts; where two tokens are equally good up to rounding,
     another engine may take the other."""
@@ -59,8 +63,9 @@ class EvaluateSpec(Spec):
     """Requests whose responses are written together."""
 
     def identity(self) -> dict:
-        """Also covers the evaluation's version, the wording of its prompts and, where it takes
-        answers that are texts, how they are stripped and voted on."""
+        """Also covers the evaluation's version, the wording of its prompts, in a lower precision
+        what is computed in float32 all the same and, where it takes answers that are texts, how
+        they are stripped and voted on."""
         found = super().identity() | {
             "evaluation_version": self.evaluation.VERSION,
             "wordings": self.evaluation.wordings(),
@@ -68,6 +73,8 @@ class EvaluateSpec(Spec):
         for field in self.evaluation.added:
             if not getattr(self.evaluation, field):
                 del found["evaluation"][field]
+        if self.dtype != "float32":
+            found["lower_precision"] = LOWER_PRECISION_VERSION
         if self.evaluation.writes_texts:
             found["thinking"] = thinking.VERSION
         if isinstance(self.evaluation.technique, techniques.SelfConsistency):

@@ -34,6 +34,14 @@ class Known:
     top_k: int = 0
     """Experts that one token passes."""
 
+    @property
+    def float32_head(self) -> int:
+        """Bytes that a head in float32 adds to a language model in bfloat16: two for each of its
+        weights, four where it shares them with the embedding; 0 where there is no configuration."""
+        rows, tied = self.config.get("vocab_size", 0), self.config.get("tie_word_embeddings")
+        width = self.config.get("hidden_size", self.config.get("d_model", 0))
+        return rows * width * (4 if tied else 2)
+
     def flops(self, read: float, written: float) -> float:
         """Operations of a forward pass over so many tokens of prompts and of answers."""
         return forward_flops(self.flops_per_token, self.flops_per_read_token, read, written)

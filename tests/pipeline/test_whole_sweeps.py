@@ -227,7 +227,11 @@ def test_known_sizes_are_those_of_the_configuration(source):
     fields = dict(entry.config)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("meta"):
-        card = measure(auto_class(config).from_config(config), source)
+        model = auto_class(config).from_config(config)
+        card = measure(model, source)
+    head = model.get_output_embeddings()  # none of an image classifier
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    assert entry.float32_head == (head.weight.numel() * (4 if tied else 2) if head else 0)
     assert (card.total_parameters, card.active_parameters, card.flops_per_token) == (
         entry.total, entry.active, entry.flops_per_token)
     assert (card.flops_per_expert, card.flops_per_read_token, card.top_k) == (
@@ -402,10 +406,10 @@ def test_gpus_that_cannot_hold_a_model_are_refused(tmp_path):
     plan = planned(file, "resources.evaluate.gpus=1")
     with pytest.raises(BadInput) as caught:
         check_memory(plan, store, FOLDER, file)
-    # 46.7 B parameters of two bytes, 72 GB a GPU to spare.
+    # 46.7 B parameters of two bytes and 32000 × 4096 of two more, 72 GB a GPU to spare.
     assert str(caught.value) == (
-        f"{file}: resources.evaluate.gpus: mixtral-8x7b has 46.7 B parameters, 93.4 GB in "
-        "bfloat16; 1 × 80 GB less a tenth cannot hold them; set it to 2")
+        f"{file}: resources.evaluate.gpus: mixtral-8x7b has 46.7 B parameters, 93.7 GB in "
+        "bfloat16 with the head in float32; 1 × 80 GB less a tenth cannot hold them; set it to 2")
     check_memory(planned(file, "resources.evaluate.gpus=1", "resources.evaluate.gpu_memory_gb=141"),
                  store, FOLDER, file)
     # An amateur stands beside the model.
@@ -413,8 +417,9 @@ def test_gpus_that_cannot_hold_a_model_are_refused(tmp_path):
                "resources.evaluate.gpus=2"]
     with pytest.raises(BadInput) as caught:
         check_memory(planned(file, *amateur), store, FOLDER, file)
-    assert ("mixtral-8x7b has 46.7 B parameters and 46.7 B more of other models, 186.8 GB in "
-            "bfloat16; 2 × 80 GB less a tenth cannot hold them; set it to 3") in str(caught.value)
+    assert ("mixtral-8x7b has 46.7 B parameters and 46.7 B more of other models, 187.3 GB in "
+            "bfloat16 with the head in float32; 2 × 80 GB less a tenth cannot hold them; set it to "
+            "3") in str(caught.value)
     sweep = load(file, ["resources.evaluate.gpus=1.5"])
     with pytest.raises(BadInput, match="resources.evaluate.gpus: 1.5 is more than one GPU and a"):
         check(sweep, file)

@@ -20,9 +20,9 @@ def folder(request, tmp_path_factory):
     return folder
 
 
-def limit(folder):
-    """Half of the weights' bytes."""
-    return {"cpu": (folder / "model.safetensors").stat().st_size // 2}
+def limit(folder, share=2):
+    """Half of the weights' bytes in float32, or another share."""
+    return {"cpu": (folder / "model.safetensors").stat().st_size // share}
 
 
 def requests(moe):
@@ -38,10 +38,12 @@ def requests(moe):
     ]
 
 
-def test_answers_under_a_memory_limit_are_the_same(folder, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_answers_under_a_memory_limit_are_the_same(folder, tmp_path, dtype):
     asked = requests(json.loads((folder / "config.json").read_text())["model_type"] == "mixtral")
-    whole = Engine(folder).respond(asked)
-    engine = Engine(folder, device="auto", max_memory=limit(folder), offload=tmp_path)
+    whole = Engine(folder, dtype=dtype).respond(asked)
+    limited = limit(folder, 4 if dtype == "bfloat16" else 2)
+    engine = Engine(folder, dtype=dtype, device="auto", max_memory=limited, offload=tmp_path)
     assert set(engine.model.hf_device_map.values()) == {"cpu", "disk"} and spread(engine.model)
     assert engine.respond(asked) == whole
     # The weights that are read at each pass were not kept after the last one.
