@@ -193,7 +193,7 @@ def test_the_binary_form_shows_both_options_in_random_order():
     for told, expected in (
         (lambda place: (-1.0, -2.0), [1.0 - place for place in right]),
         (lambda place: (-3.0 - 2 * place, -5.0 + 2 * place), [1.0] * 100),
-        (lambda place: (-1.0, -1.0), [0.0] * 100),
+        (lambda place: (-1.0, -1.0), [0.5] * 100),
     ):
         given = [Response(r.id, told(place), (1, 1))
                  for r, place in zip(asked[100:], right, strict=True)]
@@ -201,10 +201,10 @@ def test_the_binary_form_shows_both_options_in_random_order():
         # Whatever the statements' own probabilities are.
         assert scores["binary"].tolist() == expected and not scores["mc1"].any()
         assert scores["binary_gold"].tolist() == ["AB"[place] for place in right]
-    assert summarise(scores, evaluation.metrics())["binary"]["value"] == 0
+    assert summarise(scores, evaluation.metrics())["binary"]["value"] == 0.5
     assert evaluation.metrics()[:-1] and plain.metrics()[-1].name == "mc3"
     identities = [EvaluateSpec(evaluation=e).identity() for e in (plain, evaluation)]
-    assert [i["evaluation_version"] for i in identities] == [2, 2]
+    assert [i["evaluation_version"] for i in identities] == [3, 3]
     assert ["binary" in i["wordings"] for i in identities] == [False, True]
 
 
