@@ -88,6 +88,7 @@ class LayerContrast:
         tied = bool(getattr(model.config, "tie_word_embeddings", False))
         self.layers = candidates(technique, len(self.exits.layers), tied)
         self.technique = technique
+        self.normed = technique.kind == "dola"
 
     def scores(
         self, inputs: dict, where: torch.Tensor, caches: list[Cache | None] | None = None
@@ -100,7 +101,7 @@ class LayerContrast:
             part = slice(start, start + POSITIONS)
             last = mature[:, part].float().log_softmax(-1)
             early = [
-                self.exits.logits(hidden[layer][:, part]).float().log_softmax(-1)
+                self.exits.logits(hidden[layer][:, part], self.normed).float().log_softmax(-1)
                 for layer in self.layers
             ]
             score, place = layer_contrast(last, torch.stack(early), self.technique)
@@ -147,7 +148,8 @@ def _improbable(logprobs: torch.Tensor, share: float) -> torch.Tensor:
 
 
 class EarlyExits:
-    """The logits that a model's own final norm and head would give after an earlier layer.
+    """The logits that a model's own final norm and head, or its head alone, would give after an
+    earlier layer.
 
     The head is run by the model's own ``forward``, its stack of layers replaced by the hidden
     states in question, so that what an architecture does to its logits (scaling, soft caps) is
@@ -214,9 +216,9 @@ class EarlyExits:
             for hook in hooks:
                 hook.remove()
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (B, N, V) of hidden states (B, N, D)."""
-        state = self.output(last_hidden_state=self.norm(hidden))
+    def logits(self, hidden: torch.Tensor, normed: bool = True) -> torch.Tensor:
+        """Logits (B, N, V) of hidden states (B, N, D), through the final norm or without it."""
+        state = self.output(last_hidden_state=self.norm(hidden) if normed else hidden)
         # An attribute of the instance hides the method of its class; a model that is spread over
         # devices has one there already.
         before = self.stack.__dict__.get("forward")

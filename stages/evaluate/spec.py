@@ -64,8 +64,8 @@ class EvaluateSpec(Spec):
 
     def identity(self) -> dict:
         """Also covers the evaluation's version, the wording of its prompts, in a lower precision
-        what is computed in float32 all the same and, where it takes answers that are texts, how
-        they are stripped and voted on."""
+        what is computed in float32 all the same, of ``dola_original`` what that is and, where it
+        takes answers that are texts, how they are stripped and voted on."""
         found = super().identity() | {
             "evaluation_version": self.evaluation.VERSION,
             "wordings": self.evaluation.wordings(),
@@ -77,6 +77,9 @@ class EvaluateSpec(Spec):
             found["lower_precision"] = LOWER_PRECISION_VERSION
         if self.evaluation.writes_texts:
             found["thinking"] = thinking.VERSION
-        if isinstance(self.evaluation.technique, techniques.SelfConsistency):
+        technique = self.evaluation.technique
+        if isinstance(technique, techniques.SelfConsistency):
             found["votes"] = techniques.VOTES_VERSION
+        if isinstance(technique, techniques.DoLa) and technique.kind == "dola_original":
+            found["dola_original"] = techniques.DOLA_ORIGINAL_VERSION
         return found

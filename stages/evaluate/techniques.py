@@ -27,9 +27,11 @@ class DoLa(Spec):
     most from the last layer's; a token's score is its log-probability in the last layer minus that
     in the premature one. Scores of choices are sums of these differences, not log-probabilities.
 
-    ``dola`` measures the difference by the Jensen-Shannon divergence, as the paper defines it.
-    ``dola_original`` does what the authors' code does: the divergences' arguments are reversed,
-    ½ KL(M‖last) + ½ KL(M‖candidate) with M the mean of both, which may choose other layers.
+    ``dola`` measures the difference by the Jensen-Shannon divergence, as the paper defines it, and
+    reads an earlier layer out through the model's final norm and head. ``dola_original`` does what
+    the authors' code does (github.com/voidism/DoLa): the divergences' arguments are reversed,
+    ½ KL(M‖last) + ½ KL(M‖candidate) with M the mean of both, and earlier layers go through the head
+    without the final norm. It may choose other layers and gives other scores.
     """
 
     kind: Literal["dola", "dola_original"]
@@ -40,6 +42,10 @@ class DoLa(Spec):
     relative_top: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Tokens less probable than this share of the most probable one are out of the question (the
     paper's alpha). The authors use 0 to score choices and 0.1 to generate."""
+
+
+DOLA_ORIGINAL_VERSION = 1
+"""Raised when the scores of ``dola_original`` change and those of ``dola`` do not."""
 
 
 class Contrastive(Spec):

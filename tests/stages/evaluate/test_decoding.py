@@ -123,9 +123,25 @@ def test_candidate_layers():
 # --- models -----------------------------------------------------------------------------------
 
 
-def reference_dola(model, context: str, choice: str, layers) -> tuple[float, list[int]]:
+def reversed_distance(p, q) -> float:
+    mean = (p + q) / 2
+    return float((mean * (mean / p).log()).mean() + (mean * (mean / q).log()).mean()) / 2
+
+
+# How different two distributions are, and what stands before the head of an earlier layer: the
+# paper's, and those of the authors' code.
+DIFFERENCES = {
+    "dola": (jensenshannon, lambda model, hidden: model.model.norm(hidden)),
+    "dola_original": (reversed_distance, lambda model, hidden: hidden),
+}
+
+
+def reference_dola(
+    model, context: str, choice: str, layers, kind="dola"
+) -> tuple[float, list[int]]:
     """One sequence, hidden states as transformers gives them, norm and head by hand; the score and
     the layer chosen for each token."""
+    difference, before_head = DIFFERENCES[kind]
     ids = TOKENIZER(context + choice, return_tensors="pt")["input_ids"]
     start = len(TOKENIZER(context)["input_ids"])
     with torch.no_grad():
@@ -134,25 +150,26 @@ def reference_dola(model, context: str, choice: str, layers) -> tuple[float, lis
         for place in range(start, ids.shape[1]):
             last = model.lm_head(hidden[-1][0, place - 1]).log_softmax(-1)
             early = [
-                model.lm_head(model.model.norm(hidden[layer][0, place - 1])).log_softmax(-1)
+                model.lm_head(before_head(model, hidden[layer][0, place - 1])).log_softmax(-1)
                 for layer in layers
             ]
-            distance = [jensenshannon(last.exp(), each.exp()) for each in early]
+            distance = [difference(last.exp(), each.exp()) for each in early]
             furthest = max(range(len(early)), key=lambda i: distance[i])
             chosen.append(layers[furthest])
             total += float(last[ids[0, place]] - early[furthest][ids[0, place]])
     return total, chosen
 
 
+@pytest.mark.parametrize("kind", ["dola", "dola_original"])
 @pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2_moe"])
-def test_dola_scores_equal_a_plain_loop(name):
+def test_dola_scores_equal_a_plain_loop(name, kind):
     model = tiny_model(name, TOKENIZER, seed=0)
-    predictor = LayerContrast(model, DOLA)
+    predictor = LayerContrast(model, DOLA.model_copy(update={"kind": kind}))
     for packed in (True, False):
         responses = score(model, TOKENIZER, CHOICES, predictor=predictor, packed=packed)
         for request, response in zip(CHOICES, responses, strict=True):
             context, layers = request.context, DOLA.candidate_layers
-            found = [reference_dola(model, context, c, layers) for c in request.choices]
+            found = [reference_dola(model, context, c, layers, kind) for c in request.choices]
             assert response.logprobs == pytest.approx([total for total, _ in found], abs=1e-4)
             assert response.layers == tuple(layer for _, chosen in found for layer in chosen)
     assert score(model, TOKENIZER, CHOICES)[0].layers == ()

@@ -20,7 +20,7 @@ from stages.evaluate.registry import KINDS, AnyEvaluation
 from stages.evaluate.shards import requests_from_table, responses_from_table
 from stages.evaluate.spec import EvaluateSpec
 from stages.evaluate.stage import requests_for, run, score_node
-from stages.evaluate.techniques import SelfConsistency
+from stages.evaluate.techniques import DoLa, SelfConsistency
 from stages.models.tiny import tiny_model, tiny_tokenizer
 
 EVALUATIONS = {
@@ -207,6 +207,12 @@ def test_identity_is_what_changes_results(monkeypatch):
     assert written.identity() == stored[0] and drawn.identity() != stored[1]
     monkeypatch.setattr(thinking, "VERSION", 99)
     assert written.identity() != stored[0] and one.identity() == before
+    # So does what the authors' DoLa is, of that alone.
+    dola, original = (one.model_copy(update={"evaluation": one.evaluation.model_copy(
+        update={"technique": DoLa(kind=kind)})}) for kind in ("dola", "dola_original"))
+    stored = dola.identity(), original.identity()
+    monkeypatch.setattr(techniques, "DOLA_ORIGINAL_VERSION", 99)
+    assert dola.identity() == stored[0] and original.identity() != stored[1]
 
 
 def test_the_planner_does_not_wait_for_heavy_imports():
