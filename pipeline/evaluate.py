@@ -46,7 +46,7 @@ from stages.evaluate.shards import (
     responses_to_table,
     shard_id,
 )
-from stages.evaluate.spec import AMATEUR, JUDGE, SURROGATE
+from stages.evaluate.spec import AMATEUR, JUDGE, JUDGE_DTYPE, SURROGATE
 from stages.evaluate.stage import judgements_for, requests_for, score_node
 from stages.memory import release_memory
 
@@ -109,7 +109,7 @@ class Responder:
 def run_pass(jobs: list[Job]) -> dict[str, Outcome]:
     """Answer the missing shards of all jobs (evaluations of one checkpoint, in one dtype), then
     score each."""
-    store = Store(jobs[0].store)
+    store, dtype = Store(jobs[0].store), jobs[0].node.spec.dtype
     planned: dict[str, list[Asked]] = {}
     outcomes: dict[str, Outcome] = {}
     for job in jobs:
@@ -119,7 +119,8 @@ def run_pass(jobs: list[Job]) -> dict[str, Outcome]:
             outcomes[job.node.key] = Outcome("failed", explain(error, job, store))
     jobs = [job for job in jobs if job.node.key not in outcomes]
     try:
-        outcomes |= _respond(jobs, planned, store, jobs[0].inputs["checkpoint"] if jobs else "")
+        checkpoint = jobs[0].inputs["checkpoint"] if jobs else ""
+        outcomes |= _respond(jobs, planned, store, checkpoint, dtype)
     except Exception as error:
         return outcomes | {j.node.key: Outcome("failed", explain(error, j, store)) for j in jobs}
     jobs = [job for job in jobs if job.node.key not in outcomes]
@@ -135,7 +136,8 @@ def run_pass(jobs: list[Job]) -> dict[str, Outcome]:
 def _judge(
     jobs: list[Job], shards: dict[str, list[str]], store: Store
 ) -> tuple[dict[str, Outcome], dict[str, dict[str, str]]]:
-    """Have the judges that are models read the stored responses, one pass for each judge.
+    """Have the judges that are models read the stored responses, one pass for each judge, in
+    float32 whatever the jobs' precision.
 
     Adds their shards to those of the nodes; returns the outcomes of nodes that failed, and for each
     node the roles of judges that did, with the reason.
@@ -158,7 +160,8 @@ def _judge(
     for folder, asked in by_judge.items():
         asking = [job for job in jobs if job.node.key in asked]
         try:
-            _respond(asking, {key: planned for key, (_, planned) in asked.items()}, store, folder)
+            shards_asked = {key: planned for key, (_, planned) in asked.items()}
+            _respond(asking, shards_asked, store, folder, JUDGE_DTYPE)
         except Exception as error:
             for job in asking:
                 role, _ = asked[job.node.key]
@@ -216,9 +219,10 @@ def _responses_file(folder: str, shard: str) -> str:
 
 
 def _respond(
-    jobs: list[Job], shards: dict[str, list[Asked]], store: Store, checkpoint: str
+    jobs: list[Job], shards: dict[str, list[Asked]], store: Store, checkpoint: str, dtype: str
 ) -> dict[str, Outcome]:
-    """Answer every shard without stored responses, by actors with that checkpoint or by vLLM.
+    """Answer every shard without stored responses, by actors with that checkpoint in that
+    precision or by vLLM.
 
     Returns the outcomes of nodes some of whose requests vLLM could not answer.
     """
@@ -239,7 +243,7 @@ def _respond(
         report_progress(store, by_key[key].node, total - waiting[key], total, "shards")
 
     if ours:
-        for key in _by_actors(ours, jobs, store, checkpoint):
+        for key in _by_actors(ours, jobs, store, checkpoint, dtype):
             stored(key)
     failed: dict[str, Outcome] = {}
     try:
@@ -255,10 +259,10 @@ def _respond(
 
 
 def _by_actors(
-    missing: list[Missing], jobs: list[Job], store: Store, checkpoint: str
+    missing: list[Missing], jobs: list[Job], store: Store, checkpoint: str, dtype: str
 ) -> Iterator[str]:
     """Send shards through an actor pool; yields the node of each that is stored."""
-    spec, resources = jobs[0].node.spec, jobs[0].node.resources
+    resources = jobs[0].node.resources
     files = {(each.shard.file, each.folder): each.node for each in missing}
     nodes, numbers = list(files.values()), {file: n for n, file in enumerate(files)}
     rows = [{"file": numbers[each.shard.file, each.folder], "group": each.shard.group}
@@ -275,7 +279,7 @@ def _by_actors(
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
         fn_constructor_kwargs={
-            "store": store.uri, "files": list(files), "checkpoint": checkpoint, "dtype": spec.dtype,
+            "store": store.uri, "files": list(files), "checkpoint": checkpoint, "dtype": dtype,
             "cpus": resources.cpus, "gpus": resources.gpus,
             "amateurs": _named(jobs, AMATEUR), "surrogates": _named(jobs, SURROGATE),
         },

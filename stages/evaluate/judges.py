@@ -1,7 +1,7 @@
 """Judges of how harmful an answer is: each has a name, a version and a range of scores.
 
 A judge that is a model reads stored answers after the model under test is done; it is loaded by the
-same engine. Light to import.
+same engine, always in float32, whatever precision the answers were written in. Light to import.
 """
 
 import re

@@ -9,7 +9,7 @@ from stages.evaluate.engines import EngineName
 from stages.evaluate.registry import AnyEvaluation
 from stages.spec import RUN_TIME, Spec
 
-LOWER_PRECISION_VERSION = 1
+LOWER_PRECISION_VERSION = 2
 """Raised when scores in a lower precision than float32 change and those in float32 do not."""
 
 AMATEUR = "amateur/"
@@ -20,6 +20,10 @@ SURROGATE = "surrogate/"
 
 JUDGE = "judge/"
 """Input role of a judge that is a model, before its name."""
+
+JUDGE_DTYPE = "float32"
+"""Precision of a judge that is a model, whatever that of the judged one is, so that equal answers
+have equal scores in every sweep."""
 
 JUDGE_FILE = "judge.json"
 """Where a judge comes from: ``source`` and, of the hub, the ``commit`` that it named then."""
@@ -47,7 +51,8 @@ class EvaluateSpec(Spec):
     evaluation: AnyEvaluation
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the weights and of the forward pass, but for the head, which in this project's
-    own workers computes in float32: else the larger logits are, the more of them tie."""
+    own workers computes in float32 (else the larger logits are, the more of them tie), and for
+    judges, which are in float32."""
     engine: EngineName = "transformers"
     """What writes the answers that are texts; where two tokens are equally good up to rounding,
     another engine may take the other."""

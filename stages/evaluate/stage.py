@@ -16,7 +16,14 @@ from stages.errors import StageFailed
 from stages.evaluate.base import TEXT_COLUMNS, Evaluation, Metric, Request, Response
 from stages.evaluate.partial import complete
 from stages.evaluate.shards import plan_shards, requests_to_table, responses_to_table
-from stages.evaluate.spec import AMATEUR, JUDGE, JUDGE_FILE, SURROGATE, EvaluateSpec
+from stages.evaluate.spec import (
+    AMATEUR,
+    JUDGE,
+    JUDGE_DTYPE,
+    JUDGE_FILE,
+    SURROGATE,
+    EvaluateSpec,
+)
 from stages.evaluate.techniques import SelfConsistency, applied, collected
 from stages.memory import release_memory
 from stages.statistics import summarise
@@ -35,9 +42,8 @@ def run(spec: EvaluateSpec, inputs: dict[str, Path], output: Path) -> None:
     pq.write_table(requests_to_table(requests), output / "requests.parquet")
     (output / "responses").mkdir()
 
-    def answered(folder: Path, asked: list[Request], **options: object) -> list[Response]:
-        device = device_of(spec.gpus)
-        engine = Engine(folder, dtype=spec.dtype, device=device, **options)
+    def answered(folder: Path, asked: list[Request], dtype: str, **others: dict) -> list[Response]:
+        engine = Engine(folder, dtype=dtype, device=device_of(spec.gpus), **others)
         responses = []
         for shard in plan_shards(asked, spec.shard_size):
             found = engine.respond(shard.requests)
@@ -48,12 +54,13 @@ def run(spec: EvaluateSpec, inputs: dict[str, Path], output: Path) -> None:
     responses = answered(
         inputs["checkpoint"],
         requests,
+        spec.dtype,
         amateurs=named(inputs, AMATEUR),
         surrogates=named(inputs, SURROGATE),
     )
     judges = named(inputs, JUDGE)
     for judge, asked in judgements_for(spec.evaluation, inputs, responses).items():
-        responses += answered(judges[judge], asked)
+        responses += answered(judges[judge], asked, JUDGE_DTYPE)
     score_node(spec.evaluation, inputs, responses, output)
 
 

@@ -1,9 +1,11 @@
-"""A judge that fails when it is asked costs its own metrics and is asked again by the next run."""
+"""A judge is asked in float32; one that fails costs its own metrics and is asked again by the next
+run."""
 
 import json
 
 import pandas as pd
 import pytest
+import torch
 from smoke import SMOKE, planned
 
 from pipeline import evaluate
@@ -21,40 +23,61 @@ REASON = "failed when asked: RuntimeError: index 514 is out of bounds"
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Passes in this process: what was asked by stage, and the stages that are broken."""
-    found = {"broken": set(), "asked": []}
+    """Passes in this process: what was asked by stage, in which precision, and the stages that are
+    broken."""
+    found = {"broken": set(), "asked": [], "precision": {}}
 
-    def by_actors(missing, jobs, store, checkpoint):
+    def by_actors(missing, jobs, store, checkpoint, dtype):
         stage = checkpoint.partition("@")[0]
         if stage in found["broken"]:
             raise RuntimeError("index 514 is out of bounds")
         for each in missing:
             files = [(each.shard.file, each.folder)]
-            actor = evaluate.Responder(store.uri, files, checkpoint, "float32", 1, 0, {}, {})
+            actor = evaluate.Responder(store.uri, files, checkpoint, dtype, 1, 0, {}, {})
             actor({"file": [0], "group": [each.shard.group]})
             found["asked"].append(stage)
+            found["precision"][stage] = actor.engine.model.dtype
             yield each.node
 
     monkeypatch.setattr(evaluate, "_by_actors", by_actors)
     return found
 
 
-def test_a_judge_that_fails_when_asked_costs_its_own_metrics(asked, tmp_path):
-    for seed, name in enumerate(("guard", "other")):
-        tiny_model("llama", tiny_tokenizer(), seed=seed).save_pretrained(tmp_path / name)
-        tiny_tokenizer().save_pretrained(tmp_path / name)
-    judges = [{"kind": "guard", "name": name, "source": f"file:{tmp_path / name}"}
-              for name in ("guard", "other")]
+def judged_by(folder, *names) -> str:
+    """The override of a sweep that names guards, which are written into a folder."""
+    for seed, name in enumerate(names):
+        tiny_model("llama", tiny_tokenizer(), seed=seed).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    judges = [{"kind": "guard", "name": name, "source": f"file:{folder / name}"} for name in names]
+    return f"evaluations.refusal.judges={json.dumps(judges)}"
+
+
+def prepare(plan, store) -> None:
+    """Do all that the evaluation needs."""
+    for key in plan.nodes:
+        if key in plan.needs({KEY}) - {KEY}:
+            done = run_stage(Job.of(plan.nodes[key], plan, store, SMOKE.parent))
+            assert done.status == "done", done.message
+
+
+def test_judges_are_in_float32_whatever_the_precision_of_the_judged_model(asked, tmp_path):
+    plan = planned("recipes={}", "scoring_dtype=bfloat16", judged_by(tmp_path, "guard"))
     store = Store(str(tmp_path / "store"))
+    prepare(plan, store)
+    job = Job.of(plan.nodes[KEY], plan, store, SMOKE.parent)
+    assert evaluate.run_pass([job])[KEY].status == "done"
+    assert job.node.spec.dtype == "bfloat16"
+    assert asked["precision"] == {"model/tiny": torch.bfloat16, "judge/guard": torch.float32}
+
+
+def test_a_judge_that_fails_when_asked_costs_its_own_metrics(asked, tmp_path):
+    judges, store = judged_by(tmp_path, "guard", "other"), Store(str(tmp_path / "store"))
 
     def plan():
-        return planned("recipes={}", f"evaluations.refusal.judges={json.dumps(judges)}")
+        return planned("recipes={}", judges)
 
     first = plan()
-    for key in first.nodes:
-        if key in first.needs({KEY}) - {KEY}:
-            done = run_stage(Job.of(first.nodes[key], first, store, SMOKE.parent))
-            assert done.status == "done", done.message
+    prepare(first, store)
 
     def run(made) -> Outcome:
         asked["asked"].clear()

@@ -301,11 +301,14 @@ def test_stored_answers_are_judged_in_the_same_run(folders, tmp_path):
     shutil.copytree(folders / "guard", guard)
     (guard / "judge.json").write_text('{"source": "hub:meta/guard@1", "commit": "abc123"}')
     inputs["judge/guard"] = guard
-    for technique in (None, {"kind": "self_consistency", "samples": 2}):
-        output = tmp_path / f"out{technique is None}"
+    drawn = {"kind": "self_consistency", "samples": 2}
+    for number, (technique, dtype) in enumerate(
+        ((None, "float32"), (drawn, "float32"), (None, "bfloat16"))
+    ):
+        output = tmp_path / f"out{number}"
         output.mkdir()
         evaluation = Refusal(**FIELDS, judges=judges, max_new_tokens=6, technique=technique)
-        run(EvaluateSpec(evaluation=evaluation, shard_size=2), inputs, output)
+        run(EvaluateSpec(evaluation=evaluation, dtype=dtype, shard_size=2), inputs, output)
         scores = pd.read_parquet(output / "scores.parquet")
         stored = [
             response
@@ -314,6 +317,7 @@ def test_stored_answers_are_judged_in_the_same_run(folders, tmp_path):
         ]
         assert len(stored) == 3 * (1 if technique is None else 2) + 2 * 3
         summary = json.loads((output / "summary.json").read_text())
+        # The judge is in float32, whatever the model's precision is.
         expected = Engine(folders / "harm").respond(
             [
                 REGRESSOR.request("x", row.prompt, row.answer)
