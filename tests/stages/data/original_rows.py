@@ -127,6 +127,12 @@ FILES = [
         {},
     ),
     (
+        "freshqa_true_premises",
+        "freshqa.csv",
+        [{"question": "Who is the mayor?", "answers": ["Ann"], "category": "fast-changing"}],
+        {},
+    ),
+    (
         "snli_hard",
         "snli_1.0_test_hard.jsonl",
         pairs(
