@@ -142,8 +142,8 @@ SETS = {
               "xstest_unsafe xstest_safe",
     "truthfulness": "truthfulqa nq_open sciq freshqa_false_premises freshqa_true_premises",
     "adversarial": "snli snli_hard anli_r1 anli_r2 anli_r3 adv_glue_mnli adv_glue_mnli_mismatched "
-                   "adv_glue_rte adv_glue_qnli adv_glue_qqp adv_glue_sst2 counterfactual_snli "
-                   "counterfactual_imdb",
+                   "mnli adv_glue_rte adv_glue_qnli adv_glue_qqp adv_glue_sst2 counterfactual_snli "
+                   "counterfactual_snli_original counterfactual_imdb",
     "out_of_distribution": "mnli contract_nli wanli anli amazon dynasent semeval sst5 "
                            "civil_comments hate_speech adv_civil implicit_hate toxigen "
                            "sst2_augment sst2_shakespeare_words sst2_shakespeare_p0 "
