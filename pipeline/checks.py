@@ -16,6 +16,7 @@ from stages.data import sources as data_sources
 from stages.data.spec import TEMPLATED, DataSpec
 from stages.data.templates import TEMPLATES
 from stages.errors import BadInput
+from stages.evaluate.techniques import Contrastive
 from stages.finetune.config import FOLDER as DEEPSPEED_CONFIGS
 from stages.finetune.config import deepspeed_config
 from stages.finetune.dense import for_dense
@@ -36,6 +37,26 @@ def check(sweep: Sweep, path: Path) -> dict[str, str]:
     if problems:
         raise BadInput("\n".join(f"{path}: {problem}" for problem in dict.fromkeys(problems)))
     return checks.contents
+
+
+def unable(sweep: Sweep, path: Path) -> dict[str, str]:
+    """The evaluations that the one model of a sweep without pairs cannot do, with the reason.
+
+    What is not known of a model before it is here is no reason; what is wrong with the sweep is
+    ``check``'s to tell.
+    """
+    checks, found = _Checks(sweep, path.resolve().parent), {}
+    for name, model in sweep.models.items():
+        list(checks.model(name, model, f"models.{name}", ()))
+    for name, evaluation in sweep.evaluations.items():
+        problem = next(checks.unable(name), None)
+        if problem is not None:  # its place in the evaluation and its reason, without the remedy
+            found[name] = problem.removeprefix(f"evaluations.{name}").lstrip(".: ").rpartition(
+                "; ")[0]
+        elif isinstance(evaluation.technique, Contrastive):
+            reason = checks.other_amateur(evaluation.technique.amateur)
+            found |= {name: reason} if reason else {}
+    return found
 
 
 def check_plan(plan: Plan, path: Path) -> None:
@@ -133,6 +154,21 @@ class _Checks(EvaluationChecks):
 
     def located(self, source: str) -> str:
         return located(source, self.folder)
+
+    def other_amateur(self, amateur: str) -> str:
+        """Why an amateur may not fit the one model that is evaluated; empty where both come from
+        one source. Tokenizers are compared when the models are there."""
+        if amateur not in self.facts:
+            return ""
+        spec, dense = model_spec(self.sweep, amateur)
+        if dense is not None:
+            return self.other_amateur(dense)
+        sources = [located(source, self.folder).partition("@")[0]
+                   for source in (spec.source, self.sweep.models[self.sweep.name].source)]
+        if sources[0] == sources[1]:
+            return ""
+        return (f"technique.amateur: comes from {sources[0]}, whose tokenizer may be another than "
+                f"that of {sources[1]}")
 
     def pairs(self) -> Iterator[str]:
         for index, pair in enumerate(self.sweep.pairs):

@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", metavar="MODEL",
                           help="a Hugging Face folder, a hub id, or pack:NAME")
     evaluate.add_argument("--evaluations", required=True, metavar="A,B",
-                          help="names of evaluations of the sweep, or `all`")
+                          help="names of evaluations of the sweep, or `all`: those that the model "
+                               "can do")
     evaluate.add_argument("--sweep", type=Path, default=SWEEPS / "quickstart.yaml",
                           help="where the evaluations and data sets are defined")
     report = add("report", _report, [sweep],
@@ -245,11 +246,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     from pipeline.plan import build_evaluations
     from pipeline.single import single_model
 
-    sweep, model = single_model(options)
-    plan = build_evaluations(sweep, model, check(sweep, options.sweep))
+    single = single_model(options)
+    plan = build_evaluations(single.sweep, check(single.sweep, options.sweep))
     store = _store(options)
+    for line in single.lines():
+        print(line, flush=True)
     outcomes = _execute(plan, store, options)
-    print("\n".join(score_lines(plan, outcomes, store)))
+    print("\n".join([*score_lines(plan, outcomes, store), *single.lines()]))
     return _code(outcomes)
 
 

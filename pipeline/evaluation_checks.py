@@ -30,7 +30,10 @@ from stages.models.spec import SourceSpec
 
 
 class EvaluationChecks:
-    """Problems of a sweep's evaluations; ``facts`` says what is known of each model."""
+    """Problems of a sweep's evaluations; ``facts`` says what is known of each model.
+
+    A sweep without pairs is that of one model (``single.py``), whose name it has.
+    """
 
     def __init__(self, sweep: Sweep, folder: Path):
         self.sweep, self.folder = sweep, folder
@@ -57,9 +60,7 @@ class EvaluationChecks:
                 if key not in scored and scored.get(dataset) == split:
                     yield (f"{field}: takes examples from {dataset}/{split}, which it scores; "
                            "use another split for them")
-            members = [m for pair in self.sweep.pairs for m in (pair.moe, pair.dense)]
             for dataset, task in evaluation.tasks().items():
-                yield from self.modality(members, dataset, field)
                 entry = self.sweep.datasets.get(dataset)
                 if entry is not None and entry.task != task:
                     yield f"{field}: needs task {task}, {dataset} is of task {entry.task}"
@@ -67,23 +68,16 @@ class EvaluationChecks:
             yield from self.wording(name, field)
             if evaluation.declared:
                 yield f"{field}.declared: is filled in by a run; remove it"
-            if evaluation.asks_head:
-                yield from self.heads(name, f"{field}.method")
-            scored = self.scored(name)
-            yield from self.technique(evaluation.technique, f"{field}.technique", scored)
+            technique = evaluation.technique
+            if isinstance(technique, Contrastive) and technique.amateur not in self.sweep.models:
+                yield f"{field}.technique.amateur: {self.unknown('model', technique.amateur)}"
+            yield from self.unable(name)
             if isinstance(evaluation, LmEval) and evaluation.reads_windows and (
-                isinstance(evaluation.technique, DoLa)
-                or getattr(evaluation.technique, "alpha", 0)
+                isinstance(technique, DoLa) or getattr(technique, "alpha", 0)
             ):
-                yield (f"{field}.technique: {evaluation.technique.kind} gives no probability to "
+                yield (f"{field}.technique: {technique.kind} gives no probability to "
                        "some tokens, and the task asks for that of whole texts; remove it")
-            yield from self.decoders(evaluation, field, scored)
-            if isinstance(evaluation, LabelledImages):
-                yield from self.coupled(scored, f"{field}: {evaluation.kind}")
             yield from self.before(evaluation, field)
-            if evaluation.of_experts:
-                yield from self.experts(evaluation, field)
-            yield from self.weighed(evaluation, field)
             yield from self.surrogates(name, f"{field}.attacks")
             for judge in evaluation.judge_models().values():
                 yield from self.judge(judge, f"{field}.judges.{judge.name}")
@@ -92,10 +86,31 @@ class EvaluationChecks:
             yield ("evaluations: all are about experts alone, of which a dense partner has none; "
                    "add one that compares the two, such as text_attacks")
 
+    def unable(self, name: str) -> Iterator[str]:
+        """What the models that an evaluation scores cannot do of it, or lack for it."""
+        evaluation, field, scored = (
+            self.sweep.evaluations[name], f"evaluations.{name}", self.scored(name))
+        members = [m for pair in self.sweep.pairs for m in (pair.moe, pair.dense)]
+        for dataset in evaluation.tasks():
+            yield from self.modality(members or scored, dataset, field)
+        if evaluation.asks_head:
+            yield from self.heads(name, f"{field}.method")
+        yield from self.technique(evaluation.technique, f"{field}.technique", scored)
+        yield from self.decoders(evaluation, field, scored)
+        if isinstance(evaluation, LabelledImages):
+            yield from self.coupled(scored, f"{field}: {evaluation.kind}")
+        if evaluation.of_experts:
+            yield from self.experts(evaluation, field)
+        yield from self.weighed(evaluation, field)
+        for asked in () if self.sweep.pairs else evaluation.surrogates():
+            if surrogate(self.sweep, UNTUNED, self.sweep.name, asked) is None:
+                yield (f"{field}.attacks: transfer to {self.sweep.name} has no other model to "
+                       "attack; name one of the sweep with from")
+
     def scored(self, name: str) -> list[str]:
         """The models that an evaluation scores, under some recipe or untuned."""
         if not self.sweep.pairs:
-            return sorted(self.sweep.models)
+            return [self.sweep.name]
         found = {
             model for recipe in sweep_recipes(self.sweep)
             if name in recipe_evaluations(self.sweep, recipe)
@@ -119,7 +134,7 @@ class EvaluationChecks:
     def experts(self, evaluation: Evaluation, field: str) -> Iterator[str]:
         """Problems of an evaluation that is about experts alone."""
         moes = {pair.moe for pair in self.sweep.pairs}
-        for name in sorted(moes or self.sweep.models):
+        for name in sorted(moes or {self.sweep.name}):
             facts = self.facts.get(name, Facts())
             entry = FAMILIES.get(facts.family)
             if facts.architecture == "dense":
@@ -163,7 +178,7 @@ class EvaluationChecks:
                 parts = ["kind"]
             case _:
                 return
-        for name in sorted({pair.moe for pair in self.sweep.pairs} or self.sweep.models):
+        for name in sorted({pair.moe for pair in self.sweep.pairs} or {self.sweep.name}):
             entry = FAMILIES.get(getattr(self.facts.get(name), "family", None))
             if entry is None or not entry.is_moe or not entry.no_weighing:
                 continue
@@ -213,7 +228,7 @@ class EvaluationChecks:
         if resources.expert_parallel and resources.gpus < 2:
             yield f"{spread}: needs several GPUs of an actor to spread experts over; raise gpus"
         members = {m for pair in self.sweep.pairs for m in (pair.moe, pair.dense)}
-        for name in sorted(members or self.sweep.models):
+        for name in sorted(members or {self.sweep.name}):
             entry = FAMILIES.get(getattr(self.facts.get(name), "family", None))
             if entry is not None and (reason := lacks(entry)):
                 yield (f"generation_engine: {name} is of the {entry.model_type} architecture: "
@@ -305,8 +320,6 @@ class EvaluationChecks:
         self, technique: AnyTechnique | None, field: str, scored: list[str]
     ) -> Iterator[str]:
         """Problems of an inference technique with the models that are evaluated."""
-        if isinstance(technique, Contrastive) and technique.amateur not in self.sweep.models:
-            yield f"{field}.amateur: {self.unknown('model', technique.amateur)}"
         dense = {pair.dense for pair in self.sweep.pairs}
         if isinstance(technique, ExpertCount):
             # Where some of them can, those that cannot are gaps, which the plan names.

@@ -178,10 +178,10 @@ def build(
     return builder.plan
 
 
-def build_evaluations(sweep: Sweep, model: str, contents: dict[str, str]) -> Plan:
-    """The graph of the evaluations of one model of a checked sweep, without a comparison."""
+def build_evaluations(sweep: Sweep, contents: dict[str, str]) -> Plan:
+    """The graph of the evaluations of one model, whose checked sweep has its name and no pairs."""
     builder = Builder(sweep, contents)
-    builder.checkpoint_and_scores(model, UNTUNED, 0)
+    builder.checkpoint_and_scores(sweep.name, UNTUNED, 0)
     return builder.plan
 
 
@@ -345,10 +345,6 @@ class Builder:
                 "name an evaluation without transfer")
         others = {each: surrogate(self.sweep, recipe, model, each) for each in asked}
         if others:
-            if None in others.values():
-                raise BadInput(
-                    f"evaluations.{evaluation_name}: transfer to {model} has no other model to "
-                    "attack; name one of the sweep with from")
             evaluation = evaluation.with_surrogates(others)
         resources = self.sweep.resources.evaluate
         spec = EvaluateSpec(

@@ -3,14 +3,12 @@
 import json
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from pipeline.checks import check
-from pipeline.plan import build, build_evaluations
-from pipeline.single import single_model
+from pipeline.plan import build
 from pipeline.store import Store
 from pipeline.survey import survey
 from pipeline.sweep import model_spec
@@ -222,39 +220,6 @@ def test_plan_of_ten_thousand_nodes_is_summarised(tmp_path):
                "--set", f"seeds={list(range(1000))}"]
     done = subprocess.run(command, cwd=SMOKE.parents[1], text=True, capture_output=True, check=True)
     assert "smoke: 10017 nodes (10017 to run)" in done.stdout
-
-
-def test_evaluate_plans_only_what_the_model_and_its_evaluations_need():
-    options = Namespace(sweep=SMOKE, set=[], model="tiny:mixtral", evaluations="questions")
-    sweep, name = single_model(options)
-    plan = build_evaluations(sweep, name, check(sweep, SMOKE))
-    assert list(plan.nodes) == [  # what the sweep trains on, for it is kept out of the questions
-        "model/tiny-mixtral", "data/reviews", "data/refusals", "data/questions",
-        "evaluate/tiny-mixtral-none-questions"]
-    assert plan.nodes["model/tiny-mixtral"].spec.source == "tiny:mixtral"
-    # The same data set as in the sweep: its result is shared.
-    shared = plan.nodes["data/questions"].fingerprint
-    assert shared == plan_of().nodes["data/questions"].fingerprint
-
-
-@pytest.mark.parametrize(
-    "model, expected",
-    [("owner/moe@refs/pr/2", "moe-refs-pr-2"), ("hub:owner/moe@refs/pr/2", "moe-refs-pr-2"),
-     ("owner/moe@main", "moe-main"), ("owner/moe", "moe"), ("pack:smollm2", "pack-smollm2")])
-def test_evaluate_names_a_model_after_its_source(model, expected):
-    options = Namespace(sweep=SMOKE, set=[], model=model, evaluations="questions")
-    sweep, name = single_model(options)
-    assert name == expected and list(sweep.models) == [name]
-
-
-@pytest.mark.parametrize(
-    "given, reason",
-    [({"evaluations": "question"}, "--evaluations question: .*did you mean 'questions'"),
-     ({"model": "no such folder"}, "neither a folder here nor OWNER/NAME")])
-def test_evaluate_refuses_unknown_names(given, reason):
-    known = {"sweep": SMOKE, "set": [], "model": "tiny:llama", "evaluations": "all"}
-    with pytest.raises(BadInput, match=reason):
-        single_model(Namespace(**(known | given)))
 
 
 def test_the_dense_partner_follows_the_upcycled_model():

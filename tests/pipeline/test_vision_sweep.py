@@ -128,13 +128,15 @@ def test_one_model_alone_is_attacked_from_a_model_of_the_sweep():
     def alone(override):
         other = "evaluations.attacks.attacks.transfer_seed="
         options = Namespace(sweep=FILE, set=[override, other + "{kind: transfer, from: vmoe-4}"],
-                            evaluations="attacks", model="tiny:vit")
-        sweep, name = single_model(options)
-        return build_evaluations(sweep, name, {})
+                            evaluations="attacks", model="google/vit-base-patch32-384")
+        sweep = single_model(options).sweep
+        return build_evaluations(sweep, check(sweep, FILE))
 
     nodes = alone("evaluations.attacks.attacks.transfer.from=vmoe-4").nodes
-    assert nodes["evaluate/tiny-vit-none-attacks"].inputs["surrogate/vmoe-4"] == "model/vmoe-4"
-    with pytest.raises(BadInput, match="transfer to tiny-vit has no other model to attack"):
+    node = nodes["evaluate/vit-base-patch32-384-none-attacks"]
+    assert node.inputs["surrogate/vmoe-4"] == "model/vmoe-4"
+    with pytest.raises(BadInput, match="evaluations.attacks.attacks: transfer to vit-base-patch32-"
+                                       "384 has no other model to attack; name one of the sweep"):
         alone("name=again")
 
 
