@@ -32,6 +32,7 @@ from pipeline.job import (
 )
 from pipeline.node import fingerprint
 from pipeline.store import UNJUDGED, Store
+from stages.errors import StageFailed
 from stages.evaluate.base import Response
 from stages.evaluate.engine import Engine, device_of
 from stages.evaluate.engines import takes
@@ -86,6 +87,7 @@ class Responder:
         self.options = {"dtype": dtype, "device": device_of(gpus),
                         "threads": None if gpus else max(1, int(cpus))}
         self.others = {"amateurs": amateurs, "surrogates": surrogates}
+        self.unable: dict[str, str] = {}  # folders of nodes whose requests the model cannot answer
 
     @cached_property
     def engine(self) -> Engine:
@@ -96,14 +98,22 @@ class Responder:
         return Engine(self.store.fetch(self.checkpoint), **self.options, **others)
 
     def __call__(self, batch: dict) -> dict:
-        """Answer the shards of a batch and write them."""
+        """Answer the shards of a batch and write them; what the model cannot do is the problem of
+        its node alone."""
+        engine, problems = self.engine, []
         for number, group in zip(batch["file"], batch["group"], strict=True):
             file, folder = self.files[number]
-            requests = requests_from_table(_group(self.store, file, int(group)))
-            path = _responses_file(folder, shard_id(requests))
-            responses = self.engine.respond(requests)
-            self.store.write_bytes(path, _packed([responses_to_table(responses)]))
-        return {"file": batch["file"]}
+            if folder not in self.unable:
+                requests = requests_from_table(_group(self.store, file, int(group)))
+                path = _responses_file(folder, shard_id(requests))
+                try:
+                    responses = engine.respond(requests)
+                except StageFailed as error:
+                    self.unable[folder] = str(error)
+                else:
+                    self.store.write_bytes(path, _packed([responses_to_table(responses)]))
+            problems.append(self.unable.get(folder, ""))
+        return {"file": batch["file"], "problem": problems}
 
 
 def run_pass(jobs: list[Job]) -> dict[str, Outcome]:
@@ -159,17 +169,17 @@ def _judge(
             by_judge.setdefault(job.inputs[role], {})[job.node.key] = role, planned
     for folder, asked in by_judge.items():
         asking = [job for job in jobs if job.node.key in asked]
+        parts = {key: planned for key, (_, planned) in asked.items()}
         try:
-            shards_asked = {key: planned for key, (_, planned) in asked.items()}
-            _respond(asking, shards_asked, store, folder, JUDGE_DTYPE)
+            reasons = {key: outcome.message for key, outcome in
+                       _respond(asking, parts, store, folder, JUDGE_DTYPE).items()}
         except Exception as error:
-            for job in asking:
-                role, _ = asked[job.node.key]
-                reason = explain(error, job, store)
-                lacks[job.node.key][role] = f"failed when asked: {reason}"
-            continue
-        for key, (_, planned) in asked.items():
-            shards[key] = [*shards[key], *(shard.id for shard in planned)]
+            reasons = {job.node.key: explain(error, job, store) for job in asking}
+        for key, (role, _) in asked.items():
+            if key in reasons:
+                lacks[key][role] = f"failed when asked: {reasons[key]}"
+            else:
+                shards[key] = [*shards[key], *(shard.id for shard in parts[key])]
     return failed, lacks
 
 
@@ -224,7 +234,7 @@ def _respond(
     """Answer every shard without stored responses, by actors with that checkpoint in that
     precision or by vLLM.
 
-    Returns the outcomes of nodes some of whose requests vLLM could not answer.
+    Returns the outcomes of nodes some of whose requests the model cannot or vLLM could not answer.
     """
     gc.collect()  # what a failed pass before this one holds
     by_key = {job.node.key: job for job in jobs}
@@ -242,10 +252,12 @@ def _respond(
         total = len(shards[key])
         report_progress(store, by_key[key].node, total - waiting[key], total, "shards")
 
-    if ours:
-        for key in _by_actors(ours, jobs, store, checkpoint, dtype):
-            stored(key)
     failed: dict[str, Outcome] = {}
+    for key, problem in _by_actors(ours, jobs, store, checkpoint, dtype) if ours else ():
+        if problem:
+            failed.setdefault(key, Outcome("failed", problem))
+        else:
+            stored(key)
     try:
         for missing, problem in _by_vllm(others, jobs, store, checkpoint) if others else ():
             if problem:
@@ -260,8 +272,9 @@ def _respond(
 
 def _by_actors(
     missing: list[Missing], jobs: list[Job], store: Store, checkpoint: str, dtype: str
-) -> Iterator[str]:
-    """Send shards through an actor pool; yields the node of each that is stored."""
+) -> Iterator[tuple[str, str]]:
+    """Send shards through an actor pool; yields the node of each, with the problem of one that is
+    not stored."""
     resources = jobs[0].node.resources
     files = {(each.shard.file, each.folder): each.node for each in missing}
     nodes, numbers = list(files.values()), {file: n for n, file in enumerate(files)}
@@ -287,7 +300,7 @@ def _by_actors(
     answered.context.raise_original_map_exception = True  # so that the reason is the actor's own
     try:
         for row in answered.iter_rows():
-            yield nodes[row["file"]]
+            yield nodes[row["file"]], row["problem"]
     except RayTaskError as error:
         raise error.cause from error
 

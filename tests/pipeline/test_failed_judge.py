@@ -34,10 +34,10 @@ def asked(monkeypatch):
         for each in missing:
             files = [(each.shard.file, each.folder)]
             actor = evaluate.Responder(store.uri, files, checkpoint, dtype, 1, 0, {}, {})
-            actor({"file": [0], "group": [each.shard.group]})
+            (problem,) = actor({"file": [0], "group": [each.shard.group]})["problem"]
             found["asked"].append(stage)
             found["precision"][stage] = actor.engine.model.dtype
-            yield each.node
+            yield each.node, problem
 
     monkeypatch.setattr(evaluate, "_by_actors", by_actors)
     return found
