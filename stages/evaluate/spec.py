@@ -32,7 +32,7 @@ JUDGE_FILE = "judge.json"
 class JudgeSpec(Spec):
     """The model of a judge."""
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     kind: Literal["regressor", "guard"]
     source: str

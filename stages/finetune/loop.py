@@ -276,10 +276,7 @@ def _run_facts(training: Training, curve: list[dict]) -> dict[str, Any]:
     norms = [norm for row in curve if math.isfinite(norm := row["gradient_norm"])]
     limit = spec.gradient_clipping or math.inf
     note("gradient_clipping", largest_norm=max(norms), steps_clipped=sum(n > limit for n in norms))
-    precision = {
-        "weights": str(training.engine.get_data_types()[0]),
-        "optimizer": str(training.optimizer_dtype()),
-    }
+    precision = training.dtypes()
     note("precision", **precision)
     if spec.validation is not None:
         seconds = [s for row in curve if (s := row["validation_seconds"]) is not None]

@@ -144,11 +144,17 @@ class Training:
             **telemetry.row(),
         }
 
-    def optimizer_dtype(self) -> torch.dtype:
-        """Of the weights that the optimiser updates: the master weights under bf16."""
+    def dtypes(self) -> dict[str, list[str]]:
+        """All types of the ``weights`` that passes compute with, and of those that the
+        ``optimizer`` updates: the master weights under bf16."""
+        updated = [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
         if self.engine.zero_optimization_partition_weights():
-            return self.engine.optimizer.fp32_partitioned_groups_flat[0].dtype
-        return self.engine.basic_optimizer.param_groups[0]["params"][0].dtype
+            updated = self.engine.optimizer.fp32_partitioned_groups_flat
+        used = self.engine.module.parameters()
+        return {
+            name: sorted({str(tensor.dtype) for tensor in tensors})
+            for name, tensors in (("weights", used), ("optimizer", updated))
+        }
 
     def _micro_batch(
         self,

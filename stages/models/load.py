@@ -1,6 +1,7 @@
 """Loading a model folder: safetensors only, and never with weights that it does not hold."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from stages.models import (  # noqa: F401 - register themselves
 from stages.models.classifier import is_classifier, register
 from stages.models.families import FAMILIES, family
 from stages.models.images import ImageProcessor, load_processor
+from stages.models.quantized import method
 
 
 def auto_class(config: PretrainedConfig | Mapping) -> type:
@@ -59,27 +61,17 @@ def load(
     accelerators that this process sees, or over the devices of ``max_memory`` (bytes by device
     number or ``cpu``). What fits on none of them is read from the folder ``offload`` at each pass.
     Raises StageFailed when the model's folder cannot be read, lacks weights of its architecture
-    (transformers would draw them at random and go on), or does not fit and there is no ``offload``.
+    (transformers would draw them at random and go on), holds quantized ones, or does not fit and
+    there is no ``offload``; and when a weight is of another type than the one asked for.
     """
-    try:
-        kind = auto_class(json.loads((folder / "config.json").read_text()))
-        model, report = kind.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            device_map=device,
-            max_memory=max_memory and dict(max_memory),
-            offload_folder=offload,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise StageFailed(f"{folder}: cannot be loaded as a model: {_one_line(error)}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise StageFailed(
-            f"{folder}: {len(missing)} weights of {model.config.model_type} are missing from its "
-            f"safetensors, first {missing[0]}; it is incomplete or of another architecture"
-        )
+    model = from_folder(
+        folder,
+        dtype=getattr(torch, dtype),
+        device_map=device,
+        max_memory=max_memory and dict(max_memory),
+        offload_folder=offload,
+    )
+    _check_dtypes(model, getattr(torch, dtype), folder)
     if device == "auto" and offload is None:
         check_fits(model, folder)
     with torch.device("meta"):
@@ -88,6 +80,48 @@ def load(
     for parameter, meant in zip(model.parameters(), fresh.parameters(), strict=True):
         parameter.requires_grad_(meant.requires_grad)
     return model.eval()
+
+
+def from_folder(folder: Path, *, quantized: bool = False, **options) -> PreTrainedModel:
+    """What ``from_pretrained`` makes of a folder's safetensors with these options. Raises
+    StageFailed when it cannot be read, lacks weights of its architecture, or holds quantized ones
+    where these are not expected."""
+    try:
+        content = json.loads((folder / "config.json").read_text())
+        if (found := method(content)) and not quantized:
+            raise StageFailed(
+                f"{folder}: its weights are quantized ({found}); name it as the source of a model, "
+                "which brings plain ones"
+            )
+        kind = auto_class(content)
+        model, report = kind.from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise StageFailed(f"{folder}: cannot be loaded as a model: {_one_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise StageFailed(
+            f"{folder}: {len(missing)} weights of {model.config.model_type} are missing from its "
+            f"safetensors, first {missing[0]}; it is incomplete or of another architecture"
+        )
+    return model
+
+
+def _check_dtypes(model: PreTrainedModel, asked: torch.dtype, folder: Path) -> None:
+    """Raise StageFailed where weights are not of the asked type, nor of those that their
+    architecture keeps in float32."""
+    kept = model._keep_in_fp32_modules_strict or ()
+    for name, parameter in model.named_parameters():
+        whole = parameter.dtype == torch.float32 and any(re.search(part, name) for part in kept)
+        if parameter.is_floating_point() and parameter.dtype != asked and not whole:
+            raise StageFailed(
+                f"{folder}: {name} is of {parameter.dtype} where {asked} was asked for; report "
+                "this as a defect"
+            )
 
 
 def check_fits(model: PreTrainedModel, folder: Path) -> None:

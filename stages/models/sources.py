@@ -10,6 +10,7 @@ from pathlib import Path
 
 from stages.data.packs import PACKS
 from stages.errors import BadInput
+from stages.models import quantized
 from stages.models.dense import becomes, refusal
 from stages.models.families import FAMILIES, family
 from stages.models.known import ARCHITECTURES, known
@@ -183,7 +184,11 @@ def check_files(source: str) -> str | None:
             f"folder {name} has no *.safetensors, and no other format is read; save it with "
             "save_pretrained"
         )
-    return None
+    try:
+        problem = quantized.refusal(json.loads((folder / "config.json").read_text()))
+    except ValueError:
+        return None  # told where the architecture is asked for
+    return problem and f"folder {name}: {problem}"
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> str | None:

@@ -1,6 +1,6 @@
 """What the model stages are told: where a model comes from, or which dense model it is made of."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -8,7 +8,9 @@ from stages.spec import Seed, Spec
 
 
 class SourceSpec(Spec):
-    """A model taken as it is."""
+    """A model taken as it is, but for quantized weights, which become plain ones."""
+
+    VERSION: ClassVar[int] = 2
 
     source: str
     """``pack:PACK``, ``hub:OWNER/NAME@REVISION``, ``file:FOLDER`` or ``tiny:FAMILY`` (a randomly

@@ -12,6 +12,7 @@ from pathlib import Path
 from stages.errors import StageFailed
 from stages.models.card import ModelCard
 from stages.models.families import family
+from stages.models.quantized import dequantize
 from stages.models.sources import PACK_MODELS
 from stages.models.spec import SourceSpec, UpcycleSpec, WidenSpec, indices
 from stages.models.vision_spec import VisionSpec
@@ -50,13 +51,16 @@ def bring(source: str, output: Path) -> dict[str, str]:
     """Copy the files of a ``hub:`` or ``file:`` model; raises StageFailed when they cannot be had
     or hold no safetensors.
 
-    Returns what is to be noted of them: the hub's ``commit``, for which a branch may stand.
+    Quantized weights become plain ones. Returns what is to be noted of the files: the hub's
+    ``commit``, for which a branch may stand, and what the weights were.
     """
     scheme, _, name = source.partition(":")
+    notes = {}
     if scheme == "hub":
-        return {"commit": _from_hub(name, output)}
-    _copy(Path(name), output)
-    return {}
+        notes["commit"] = _from_hub(name, output)
+    else:
+        _copy(Path(name), output)
+    return notes | dequantize(output)
 
 
 def _from_pack(name: str, output: Path) -> None:

@@ -1,8 +1,11 @@
 """What a recipe does unasked has evidence, and weight decay acts on all that is trained."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from stages.finetune.training import Training
 from tests.stages.finetune.results import curve, evidence, spec, weights
 from tests.stages.finetune.runs import Run, launch
 
@@ -33,8 +36,18 @@ def test_what_acts_by_default_has_evidence(runs):
     assert found["schedule"]["measured"] == pytest.approx(rates)
     assert found["optimizer"]["asked"] == "adamw"
     assert found["optimizer"]["measured"]["betas"] == [0.9, 0.999]
-    both = {"weights": "torch.float32", "optimizer": "torch.float32"}
+    both = {"weights": ["torch.float32"], "optimizer": ["torch.float32"]}
     assert found["precision"] == {"asked": "fp32", "measured": both}
+
+
+def test_precision_is_told_of_all_weights_and_not_of_the_first():
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).bfloat16()])
+    groups = [{"params": list(layer.parameters())} for layer in model]
+    optimizer = SimpleNamespace(param_groups=groups)
+    engine = SimpleNamespace(module=model, basic_optimizer=optimizer,
+                             zero_optimization_partition_weights=lambda: False)  # fmt: skip
+    both = ["torch.bfloat16", "torch.float32"]
+    assert Training.dtypes(SimpleNamespace(engine=engine)) == {"weights": both, "optimizer": both}
 
 
 def test_weight_decay_acts_on_norms_too(runs):

@@ -211,7 +211,7 @@ def test_bf16_stays_near_fp32(runs):
     assert bf16.to_numpy() == pytest.approx(fp32.to_numpy(), rel=0.03)
     assert bf16.iloc[-1] < bf16[0] - 2
     precision = json.loads((runs / "bf16" / "recipe_evidence.json").read_text())["precision"]
-    assert precision == {"weights": "torch.bfloat16", "optimizer": "torch.float32"}
+    assert precision == {"weights": ["torch.bfloat16"], "optimizer": ["torch.float32"]}
 
 
 def test_one_process_equals_two(runs, models, data, tmp_path):

@@ -133,7 +133,7 @@ def test_bf16_keeps_weights_and_moments_in_fp32(runs, layout):
     fp32, bf16 = (curve(runs / f"{name}-{layout}")["loss"] for name in ("default", "bf16"))
     assert fp32[0] != bf16[0] == pytest.approx(fp32[0], rel=5e-3)
     assert bf16.to_numpy() == pytest.approx(fp32.to_numpy(), rel=0.04)
-    told = {"weights": "torch.bfloat16", "optimizer": "torch.float32"}
+    told = {"weights": ["torch.bfloat16"], "optimizer": ["torch.float32"]}
     assert measured(runs / f"bf16-{layout}", "precision") == told
     kept = dcp.FileSystemReader(runs / f"checkpoint-{layout}").read_metadata()
     for state in ("weight", "exp_avg", "exp_avg_sq"):
