@@ -95,11 +95,15 @@ def require(evidence: Evidence, recipe: Recipe) -> None:
 
 def write(folder: Path, spec: FinetuneSpec, evidence: Evidence, run: dict[str, Any]) -> None:
     """Write the file: per knob what was asked and what was measured, what was left out because the
-    model is dense, and ``run``'s facts about the whole."""
+    model is dense, and ``run``'s facts about the whole. Of jitter that is the model's own there is
+    evidence too, though none was asked for."""
+    knobs = asked(spec)
+    if evidence.measured("router.jitter"):
+        knobs.setdefault("router.jitter", None)
     content = {
         "knobs": {
             knob: {"asked": value, "measured": evidence.measured(knob)}
-            for knob, value in asked(spec).items()
+            for knob, value in knobs.items()
         },
         "not_applicable": {
             knob: {"asked": value, "reason": "only Mixture-of-Experts models have it"}

@@ -62,6 +62,9 @@ class Knobs:
         self.sums: list[tuple[nn.Module, str]] = []
         """Methods that add up the experts' outputs, where the experts do not."""
         self.sees_choice = self.knows_choice = False
+        self.own_jitter: list[tuple[nn.Module, str]] = []
+        """Attributes with the width of the model's own jitter."""
+        self.own_width = 0.0
         self.dropping: set[str] = set()
         """Attention modules in which dropout was seen."""
 
@@ -72,6 +75,10 @@ class Knobs:
             self.blocks = blocks(self.model)
             self.experts = list(entry.modules(self.model, "expert").values())
             self.sums = entry.routed_sums(self.model)
+            self.own_jitter = entry.own_jitter(self.model)
+            self.own_width = max((getattr(m, name) for m, name in self.own_jitter), default=0.0)
+            if self.own_width and self.recipe.router.jitter is None:
+                self.evidence.note("router.jitter", of_the_model_itself=self.own_width)
             self.sees_choice = entry.index is not None
             self.knows_choice = self.sees_choice or entry.chooses_largest
             if self.noise == "1/E":
@@ -101,7 +108,12 @@ class Knobs:
 
     def _intercept_routing(self, undo: ExitStack, routings: list[Routing]) -> None:
         router, parts = self.recipe.router, self.blocks.values()
-        if router.jitter:
+        if router.jitter is not None:
+            for module, name in self.own_jitter:
+                undo.enter_context(replaced(module, name, 0.0))
+        if router.jitter == 0:
+            self.evidence.note("router.jitter", in_place_of_the_models_own=self.own_width)
+        elif router.jitter is not None:
             for module, _ in parts:
                 undo.enter_context(module.register_forward_pre_hook(self._jitter))
         if router.top_k is not None:
@@ -175,7 +187,9 @@ class Knobs:
     def _jitter(self, module: nn.Module, args: tuple) -> tuple:
         width = self.recipe.router.jitter
         factor = torch.empty_like(args[0]).uniform_(1 - width, 1 + width)
-        self.evidence.mean("router.jitter", "mean_deviation_of_the_factor", (factor - 1).abs())
+        if self.evidence.open:
+            self.evidence.mean("router.jitter", "mean_deviation_of_the_factor", (factor - 1).abs())
+            self.evidence.note("router.jitter", in_place_of_the_models_own=self.own_width)
         return (args[0] * factor, *args[1:])
 
     def _choose(self, routings: list[Routing]) -> Callable[[Routing], Routing | None]:

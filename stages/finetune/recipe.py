@@ -129,9 +129,11 @@ class Router(Spec):
     """Standard deviation of normal noise that is added to the router logits before the choice
     (noisy top-k gating, arXiv 1701.06538, without its learned width); ``1/E`` is one over the
     number of experts (V-MoE, arXiv 2106.05974)."""
-    jitter: Probability = 0.0
+    jitter: Probability | None = None
     """The router's input, and nothing else, is multiplied element by element by uniform noise from
-    [1 - jitter, 1 + jitter] (Switch Transformers, arXiv 2101.03961)."""
+    [1 - jitter, 1 + jitter] (Switch Transformers, arXiv 2101.03961), in place of the model's own
+    jitter; 0 takes that away. The model's own when absent, as its configuration has it (0.01 by
+    default in Switch Transformers, 0 in Mixtral, whose own moves the experts' input as well)."""
     top_k: Annotated[int, Field(ge=1)] | None = None
     """Experts per token in training; the model's own when absent."""
     capacity: Annotated[int, Field(ge=1)] | None = None
@@ -343,8 +345,8 @@ class Recipe(Spec):
         one of all its tokens.
 
         By the recipe alone, as a plan is made before a download tells the architecture: what one
-        has of its own (dropout, NLLB-MoE's capacity, the experts that Phi-MoE's routers draw) is
-        left out, and README names it."""
+        has of its own (dropout and jitter, NLLB-MoE's capacity, the experts that Phi-MoE's routers
+        draw) is left out, and README names it."""
         return bool(
             any(getattr(self, name) for name in AUXILIARY_WEIGHTS) or self.random
             or self.router.assignment == "balanced" or self.router.capacity

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _NO_VLLM = "vLLM has no class of its own for it"
 _AUX = ("aux_loss",)
+_JITTER = {"jitter": "model.layers.*.mlp.jitter_noise"}
 _FIRST = "first_k_dense_replace"
 _LOCAL = {"num_experts": "num_local_experts"}
 _GATE_BIAS = "model.layers.*.mlp.gate.e_score_correction_bias"
@@ -69,7 +70,7 @@ _T5_READ = (
 _VISION = {"modality": "image", "head": "classifier", "embedding": "vit.embeddings"}
 _MEMBERS = _VISION | {"head": "members.*.classifier", "embedding": "members.*.vit.embeddings"}
 _MOE = (
-    decoder("mixtral", auxiliary_loss=_AUX, **_LOCAL),
+    decoder("mixtral", auxiliary_loss=_AUX, **_LOCAL, **_JITTER),
     decoder(
         "qwen2_moe",
         sparse_layers=qwen2_moe_layers,
@@ -115,7 +116,7 @@ _MOE = (
         masks_by_position=False,
     ),
     decoder("hy_v3", shared="mlp.shared_experts", sparse_layers=listed(1), **_BIASED_BLOCK),
-    decoder("minimax_m2", auxiliary_loss=_AUX, **_BIASED_BLOCK, **_LOCAL),
+    decoder("minimax_m2", auxiliary_loss=_AUX, **_BIASED_BLOCK, **_LOCAL, **_JITTER),
     decoder(
         "laguna",
         shared="mlp.shared_experts",
@@ -139,6 +140,10 @@ _MOE = (
         "phimoe",
         router="router",
         scores="sparsemixer",
+        # Not ``router_jitter_noise``, which bounds the choice in evaluation as well.
+        jitter=(
+            "model.layers.*.mlp.input_jitter_noise model.layers.*.mlp.router.input_jitter_noise"
+        ),
         normalised=False,
         auxiliary_loss=_AUX,
         no_vllm=_NO_VLLM,
@@ -162,7 +167,13 @@ _MOE = (
         scores="softmax of the chosen",
     ),
     decoder(
-        "minimax", mixers=(), auxiliary_loss=_AUX, recurrent=True, no_vllm=_NO_VLLM, **_LOCAL
+        "minimax",
+        mixers=(),
+        auxiliary_loss=_AUX,
+        recurrent=True,
+        no_vllm=_NO_VLLM,
+        **_LOCAL,
+        **_JITTER,
     ),
     decoder(
         "granitemoehybrid",
@@ -294,6 +305,7 @@ _MOE = (
         index=None,
         auxiliary_loss=("encoder_aux_loss", "decoder_aux_loss"),
         balanced_by_sequence=True,
+        jitter="*coder.block.*.layer.*.mlp.router.jitter_noise",
         capacity=True,
         read=_T5_READ,
         attention_dropout=False,

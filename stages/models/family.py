@@ -82,6 +82,10 @@ class Family:
     parts, whose sum it is; empty where it returns none."""
     balanced_by_sequence: bool = False
     """That loss is the mean over a batch's sequences of each one's, not one over all tokens."""
+    jitter: str = ""
+    """Attributes of modules with the width of the noise by which the architecture itself multiplies
+    what its routers (in some also its experts) read in training; several paths are separated by
+    spaces."""
     capacity: bool = False
     """Experts drop tokens beyond a capacity, so that a token's output depends on the tokens that
     share its batch: sequences must not be packed together."""
@@ -180,13 +184,12 @@ class Family:
     def routed_sums(self, model: "PreTrainedModel") -> "list[tuple[nn.Module, str]]":
         """The methods of ``routed_sum``: the module of each, in the order of the layers, and its
         name."""
-        methods = [path.rpartition(".") for path in self.routed_sum.split()]
-        return [
-            (module, name)
-            for path, module in model.named_modules()
-            for owner, _, name in methods
-            if _pattern(owner).fullmatch(path)
-        ]
+        return _attributes(model, self.routed_sum)
+
+    def own_jitter(self, model: "PreTrainedModel") -> "list[tuple[nn.Module, str]]":
+        """The attributes of ``jitter``: the module of each, in the order of the layers, and its
+        name."""
+        return _attributes(model, self.jitter)
 
     def residual_blocks(self, model: "PreTrainedModel") -> list[str]:
         """The paths of the modules of ``residual``, those of a layer side by side."""
@@ -231,6 +234,17 @@ def decoder(
         sparse_layers=sparse_layers,
         **fields,
     )
+
+
+def _attributes(model: "PreTrainedModel", paths: str) -> "list[tuple[nn.Module, str]]":
+    """Modules, in the order of the layers, and the name of an attribute of each."""
+    split = [path.rpartition(".") for path in paths.split()]
+    return [
+        (module, name)
+        for path, module in model.named_modules()
+        for owner, _, name in split
+        if _pattern(owner).fullmatch(path)
+    ]
 
 
 def _pattern(paths: str) -> re.Pattern:
