@@ -37,6 +37,7 @@ from stages.models.classifier import is_classifier
 from stages.models.expert_parallel import convert, gather_state_dict
 from stages.models.families import family
 from stages.models.load import load, load_input, load_tokenizer
+from stages.models.pair_dropout import follow_pairs
 from stages.models.size import measure
 from stages.models.sources import Facts
 
@@ -190,6 +191,8 @@ def build(
     if spec.router.initial == "random":
         change = parameters.draw_routers(model, spec.seed)
         evidence.note("router.initial", norm_of_the_change=change)
+    if family(model).is_moe:
+        follow_pairs(model)
     knobs = Knobs(model, spec, evidence)
     parameters.freeze(model, spec)
     tuner = lora.adapt(model, spec.lora) if spec.lora else None

@@ -31,6 +31,7 @@ from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 from stages.errors import StageFailed
 from stages.models.families import family
 from stages.models.nllb_moe import Experts as NllbMoeExperts
+from stages.models.pair_dropout import keys_of
 
 # Shape letters: T tokens of this rank, K experts per token, D hidden size, N token-expert pairs.
 
@@ -70,8 +71,13 @@ class ExpertParallel(AutoEPMoELayer):
         output_TD = (pairs_TKD * top_k_weights.unsqueeze(-1)).sum(dim=1)
         return output_TD.to(hidden_states.dtype)
 
-    def _exchange(self, tokens_ND: torch.Tensor, expert_N: torch.Tensor) -> torch.Tensor:
-        """The output (N, D) of each pair's expert, unweighted; pairs are sorted by expert."""
+    def _exchange(
+        self, tokens_ND: torch.Tensor, expert_N: torch.Tensor, keys_N: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The output (N, D) of each pair's expert, unweighted; pairs are sorted by expert.
+
+        ``keys_N`` are what dropout inside the experts follows, where they have some.
+        """
         local = self.all_experts // self.ep_size
         plan = compute_split_plan(expert_N, self.all_experts, self.ep_size, local, self.ep_group)
         there, back = plan.input_splits, plan.output_splits
@@ -83,6 +89,9 @@ class ExpertParallel(AutoEPMoELayer):
             # One empty token, or this rank would have nothing to call the backward exchange with.
             received = torch.cat([received, received.new_zeros(1, received.shape[1])])
             ids = ids.new_zeros(1)
+        if keys_N is not None:
+            keys = _AllToAllV.apply(self.ep_group, keys_N[:, None], there, back)
+            self.pair_keys = keys if pairs else keys.new_zeros(1, 1)
         output = self._compute(received, ids)[:pairs]
         return _AllToAllV.apply(self.ep_group, output, back, there)
 
@@ -122,8 +131,9 @@ class ExpertParallelModules(ExpertParallel):
         ``hidden_states`` (T, D), ``selected_experts`` (T, 1, experts), 1 where a token goes to an
         expert and nowhere 1 for a token beyond the capacity, ``weights`` (T, 1).
         """
-        token, _, chosen = selected_experts.nonzero(as_tuple=True)
-        return self._sum(hidden_states, token, chosen, weights[token])
+        token, place, chosen = selected_experts.nonzero(as_tuple=True)
+        keys = keys_of(self, token, place)
+        return self._sum(hidden_states, token, chosen, weights[token], keys)
 
     def _sum(
         self,
@@ -131,11 +141,13 @@ class ExpertParallelModules(ExpertParallel):
         token_N: torch.Tensor,
         chosen_N: torch.Tensor,
         weights_N1: torch.Tensor,
+        keys_N: torch.Tensor | None,
     ) -> torch.Tensor:
         """The weighted sum (T, D) over N pairs of a token and an expert in any order."""
         order = torch.argsort(chosen_N, stable=True)
-        token_N = token_N[order]
-        pairs_ND = self._exchange(hidden_states[token_N], chosen_N[order]) * weights_N1[order]
+        token_N, keys_N = token_N[order], None if keys_N is None else keys_N[order]
+        pairs_ND = self._exchange(hidden_states[token_N], chosen_N[order], keys_N)
+        pairs_ND = pairs_ND * weights_N1[order]
         return torch.zeros_like(hidden_states).index_add(
             0, token_N, pairs_ND.to(hidden_states.dtype)
         )
@@ -175,7 +187,8 @@ class ExpertParallelNumbered(ExpertParallelModules):
         weights = self.masked(top_k_weights)
         token, place = weights.nonzero(as_tuple=True)
         chosen = top_k_index[token, place]
-        return self._sum(hidden_states, token, chosen, weights[token, place, None])
+        keys = keys_of(self, token, place)
+        return self._sum(hidden_states, token, chosen, weights[token, place, None], keys)
 
     def _compute(self, tokens_ND: torch.Tensor, local_N: torch.Tensor) -> torch.Tensor:
         first = self.ep_rank * (self.all_experts // self.ep_size)

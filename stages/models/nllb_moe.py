@@ -23,6 +23,7 @@ from transformers.models.nllb_moe.modeling_nllb_moe import (
 
 from stages.errors import BadInput
 from stages.models.capacity import within_capacity
+from stages.models.pair_dropout import hand_out, keys_of
 
 # Shape letters: B sequences, S tokens of one, T = B S tokens, E experts, K chosen experts, D hidden
 # size.
@@ -98,6 +99,9 @@ class Experts(NllbMoeExperts):
     ) -> torch.Tensor:
         """The same without masking; what has the weight 0 is not computed."""
         output_TD = torch.zeros_like(hidden_TD)
+        pairs = (weights_TK != 0).nonzero(as_tuple=True)
+        if (keys := keys_of(self, *pairs)) is not None:
+            hand_out(self, indices_TK[pairs], keys)
         for expert in indices_TK[weights_TK != 0].unique().tolist():
             tokens, places = torch.where((indices_TK == expert) & (weights_TK != 0))
             outer = self[f"expert_{expert}"](hidden_TD[tokens]) * weights_TK[tokens, places, None]
