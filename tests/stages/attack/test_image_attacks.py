@@ -76,21 +76,38 @@ def robust(model, attack, examples, budget, **fields):
 # --- against pyautoattack
 
 
+def peers(norm, budget):
+    """What pyautoattack's attacks are told."""
+    return {"n_iter": 50, "verbose": False, "eps": budget, "seed": 0, "device": "cpu",
+            "norm": {"linf": "Linf", "l2": "L2"}[norm], "logger": logging.getLogger("peer")}
+
+
 @pytest.mark.parametrize(("norm", "budget"), [("linf", 0.06), ("l2", 0.4)])
 def test_robust_accuracy_is_pyautoattacks(toy, examples, norm, budget):
     """APGD on cross-entropy and on three targets: within one example in a hundred."""
     images, labels = examples
     ours = robust(toy, APGD(norm=norm, steps=50, restarts=2), examples, budget)
     ours &= robust(toy, APGD(norm=norm, steps=50, loss="dlr", targets=3), examples, budget)
-    options = {"n_iter": 50, "verbose": False, "eps": budget, "seed": 0, "device": "cpu",
-               "norm": {"linf": "Linf", "l2": "L2"}[norm], "logger": logging.getLogger("peer")}
     theirs = torch.ones(100, dtype=torch.bool)
-    untargeted = APGDAttack(toy, n_restarts=2, **options)
-    untargeted.loss = "ce"
-    targeted = APGDAttack_targeted(toy, n_restarts=1, n_target_classes=3, **options)
+    untargeted = APGDAttack(toy, n_restarts=2, loss="ce", **peers(norm, budget))
+    targeted = APGDAttack_targeted(toy, n_restarts=1, n_target_classes=3, **peers(norm, budget))
     for peer in (untargeted, targeted):
         theirs &= toy(peer.perturb(images, labels)).argmax(1) == labels
     assert 15 < theirs.sum() < 85  # a budget at which it matters
+    assert abs(int(ours.sum()) - int(theirs.sum())) <= 1
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr", "margin"])
+@pytest.mark.parametrize(("norm", "budget"), [("linf", 0.06), ("l2", 0.4)])
+def test_robust_accuracy_under_one_loss_is_pyautoattacks(toy, examples, norm, budget, loss):
+    """Untargeted APGD by itself: within one example in a hundred. pyautoattack has no margin loss;
+    its ratio is that margin, rescaled."""
+    images, labels = examples
+    ours = robust(toy, APGD(norm=norm, steps=50, restarts=2, loss=loss), examples, budget)
+    peer_loss = {"margin": "dlr"}.get(loss, loss)
+    peer = APGDAttack(toy, n_restarts=2, loss=peer_loss, **peers(norm, budget))
+    theirs = toy(peer.perturb(images, labels)).argmax(1) == labels
+    assert 15 < theirs.sum() < 85
     assert abs(int(ours.sum()) - int(theirs.sum())) <= 1
 
 
