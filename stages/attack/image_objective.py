@@ -13,14 +13,13 @@ import torch
 
 from stages.attack.image_losses import LOSSES, targeted_ratio
 from stages.attack.image_spec import GradientAttack, PaperPGD
+from stages.attack.objectives import leaning
 from stages.errors import StageFailed
 from stages.models.balance import gshard_loss, importance_loss
 from stages.models.families import family
 from stages.models.images import Classifier
 from stages.models.routes import imposed, routed, selected, soft_backward
 from stages.models.routing import Routing, weighing
-
-# Shape letters: B images, T tokens of all images, E experts.
 
 
 class Value(NamedTuple):
@@ -88,13 +87,9 @@ class Objective:
             yield routes
 
     def _towards_other_experts(self, seen: list[Routing]) -> torch.Tensor:
-        """Mean over tokens and layers of what the logits of unused experts have over the others',
-        (B,)."""
-        gains = []
-        for routing in seen:
-            sign_TE = 1 - 2 * self.used[routing.layer].to(routing.logits)
-            # -inf is an expert that the token cannot choose.
-            gains.append((routing.logits.nan_to_num(neginf=0.0) * sign_TE).sum(-1))
+        """How much the routers lean away from the clean image's experts, mean over tokens and
+        layers, (B,)."""
+        gains = [leaning(routing.logits, self.used[routing.layer]) for routing in seen]
         return torch.stack(gains).mean(0).unflatten(0, (len(self.labels), -1)).mean(1)
 
     def __call__(self, images: torch.Tensor) -> Value:

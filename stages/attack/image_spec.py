@@ -38,10 +38,13 @@ class GradientAttack(ImageAttack):
     ``soft``: forward as it is, backward as if every expert were weighed by the softmax over all
     (BPDA, arXiv 1802.00420, straight through). ``frozen``: the loss is taken with each token kept
     at the experts that it has in the clean image, weighed anew; success is judged with the model's
-    own choice. ``targeted``: instead of the loss, the logits of experts that the clean image's
-    tokens do not use, minus those that they do, are raised. ``joint``: the loss plus
-    ``routing_weight`` times that. On a dense model only ``as_is`` is possible."""
+    own choice. ``targeted``: instead of the loss, the mean logit of experts that the clean image's
+    tokens do not use, minus that of those that they do, is raised (``objectives.leaning``).
+    ``joint``: the loss plus ``routing_weight`` times that. On a dense model only ``as_is`` is
+    possible."""
     routing_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Of ``joint``, in units of the loss (nats, for cross-entropy) per unit of a router's logit.
+    The larger, the more routes change and the fewer predictions: try several."""
     importance_loss_weight: Annotated[float, Field(ge=0)] = 0.0
     """The auxiliary loss is attacked as well: weight of the importance loss of the batch,
     summed over the layers."""

@@ -1,4 +1,5 @@
-"""What a gradient attack on a text climbs, through or around the choice of experts."""
+"""What a gradient attack on a text climbs, through or around the choice of experts; and what one on
+a text or an image climbs to change that choice."""
 
 from contextlib import nullcontext
 
@@ -62,13 +63,27 @@ def repeated(routing: Routing, inputs: int) -> Routing:
 def routing_loss(
     clean: list[Routing], now: list[Routing], inputs: int, length: int
 ) -> torch.Tensor:
-    """How much the routers lean away from the clean choice, (B,): the mean router logit of the
-    experts not chosen then, minus that of those that were, averaged over tokens and blocks."""
+    """How much the routers lean away from the clean choice (``leaning``), averaged over tokens and
+    blocks, (B,)."""
     losses = []
     for before, after in zip(clean, now, strict=True):
         chosen = selected(tokens_of(before, 1, length)).repeat(inputs, 1)
-        logits = tokens_of(after, inputs, length).logits.float()
-        there = (logits * chosen).sum(-1) / chosen.sum(-1).clamp(min=1)
-        rest = (logits * ~chosen).sum(-1) / (~chosen).sum(-1).clamp(min=1)
-        losses.append((rest - there).view(inputs, length).mean(-1))
+        found = leaning(tokens_of(after, inputs, length).logits, chosen)
+        losses.append(found.view(inputs, length).mean(-1))
     return torch.stack(losses).mean(0)
+
+
+def leaning(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """How much routers lean away from some experts, (T,): the mean logit (T, E) of the others minus
+    that of those ``chosen`` (T, E), booleans. An expert at -inf, which the token cannot have, is
+    none of them.
+
+    Sums in the place of the means would count the others E - K times and the chosen ones K times:
+    such a loss grows with the number of experts, and the push away from the chosen ones is lost in
+    it.
+    """
+    there = logits.isfinite()
+    values = logits.float().masked_fill(~there, 0.0)
+    other, chosen = ~chosen & there, chosen & there
+    of_chosen = (values * chosen).sum(-1) / chosen.sum(-1).clamp(min=1)
+    return (values * other).sum(-1) / other.sum(-1).clamp(min=1) - of_chosen

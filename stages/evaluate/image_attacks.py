@@ -84,7 +84,7 @@ class ImageAttacks(LabelledImages):
     seed: Seed = 0
 
     axis: ClassVar[str] = "adversarial"
-    VERSION: ClassVar[int] = 5
+    VERSION: ClassVar[int] = 6
     primary: ClassVar[str] = "robust_accuracy"
 
     @model_validator(mode="after")

@@ -42,6 +42,9 @@ def test_the_study_as_it_is_written():
     assert trained["vit-scratch-seed1"].dropped == left_out
     attacks = next(n for n in nodes if n.name == "vmoe-8-scratch-seed0-attacks").spec.evaluation
     assert attacks.attacks["square"].queries == 500 and attacks.budgets == (0.02, 0.05)
+    joint = [a.routing_weight for a in attacks.counted.values()
+             if getattr(a, "routing", "") == "joint"]
+    assert joint == [0.03, 1.0]  # one near in strength to the plain attack, one on the routes
     # Experts trained from scratch need no untuned twin beside them; a dense model has none.
     probed = {n.name.rpartition("-")[2] for n in nodes if n.stage == "evaluate"
               and n.name.startswith("vit-scratch-seed0")}

@@ -6,6 +6,7 @@ import torch
 from stages.attack.image_objective import Objective
 from stages.attack.image_spec import APGD, PGD, PaperPGD
 from stages.attack.images import attack_images
+from stages.attack.objectives import leaning
 from stages.models.balance import importance_loss
 from stages.models.families import family
 from stages.models.images import Classifier
@@ -119,7 +120,7 @@ def test_the_routing_loss_by_hand_and_what_it_does(classifier, labels):
         classifier(IMAGES)
     logits, experts = seen[0].logits, seen[0].experts[:, 0]
     expected = torch.tensor([
-        sum(row[e].item() * (-1 if e == own else 1) for e in range(4))
+        sum(row[e].item() / 3 for e in range(4) if e != own) - row[own].item()
         for row, own in zip(logits, experts.tolist(), strict=True)
     ]).view(12, -1).mean(1)
     targeted = PGD(steps=10, routing="targeted")
@@ -134,6 +135,28 @@ def test_the_routing_loss_by_hand_and_what_it_does(classifier, labels):
         return (chosen(classifier, images) != chosen(classifier, IMAGES)).float().mean()
 
     assert changed(targeted) > changed(PGD(steps=10)) + 0.05
+
+
+def test_how_much_a_router_leans_away_does_not_grow_with_the_number_of_experts():
+    logits = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 4.0]])
+    chosen = torch.tensor([[True, False, False], [True, False, True]])
+    # (1 + 0) / 2 - 3 and 2 - (0 + 4) / 2.
+    assert leaning(logits, chosen).tolist() == [-2.5, 0.0]
+    # Every expert there three times, and three times as many that are not chosen.
+    assert leaning(logits.repeat(1, 3), chosen.repeat(1, 3)).tolist() == [-2.5, 0.0]
+    more = torch.cat([chosen, torch.zeros(2, 4, dtype=torch.bool)], dim=1)
+    others = torch.tensor([[1.0, 0.0], [2.0, 2.0]]).repeat(1, 2)
+    many = torch.cat([logits, others], dim=1).requires_grad_()
+    found = leaning(many, more)
+    assert found.tolist() == [-2.5, 0.0]
+    found.sum().backward()
+    # What lowers the chosen ones weighs as much as all that raises the others.
+    assert many.grad[0].tolist() == pytest.approx([-1] + 6 * [1 / 6])
+    # One that the token cannot have is none of the others.
+    closed = torch.tensor([[3.0, 1.0, -torch.inf]], requires_grad=True)
+    value = leaning(closed, chosen[:1])
+    value.sum().backward()
+    assert value.tolist() == [-2.0] and closed.grad.tolist() == [[-1.0, 1.0, 0.0]]
 
 
 def test_the_auxiliary_loss_is_attacked_or_not(classifier, labels):
