@@ -98,7 +98,7 @@ class TargetAttack(HeldPrompts):
     which the suffix's embeddings are set free, where the target must be reached."""
 
     VERSION: ClassVar[int] = HeldPrompts.VERSION + 3
-    primary: ClassVar[str] = "attack_success"
+    primary: ClassVar[str] = "reached"
 
     def requests(self, data: dict[str, pd.DataFrame]) -> list[Request]:
         """One per prompt; the first ones are those that the attack is checked on."""
@@ -170,13 +170,15 @@ class TargetAttack(HeldPrompts):
         return pd.concat([about, pd.DataFrame(rows)], axis=1)
 
     def metrics(self) -> tuple[Metric, ...]:
-        """Success with and without the attack, what it did to the target's probability."""
+        """Whether the target was reached, which is what is searched for; answers with and without
+        the attack, which a model that refuses nothing gives under any suffix; what the attack did
+        to the target's probability."""
         lower = {"higher_is_better": False}
         return (
+            mean_of("reached", label="begins with the target, suffix found", **lower),
             mean_of("success", "attack_success", label="answered under the suffix found", **lower),
             mean_of("plain", label="answered without a suffix", **lower),
             mean_of("random", label="answered under a random suffix", **lower),
-            mean_of("reached", label="begins with the target", **lower),
             mean_of("loss", label="loss of the target, suffix found"),
             mean_of("loss_first", label="loss of the target, first suffix"),
             mean_of("loss_random", label="loss of the target, random suffix"),

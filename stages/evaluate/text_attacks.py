@@ -163,7 +163,7 @@ class TextAttacks(LabelledTexts):
 
     def metrics(self) -> tuple[Metric, ...]:
         """Robust, clean and control accuracy, prediction and routing changes, routes swapped, sizes
-        of perturbations."""
+        of perturbations and the margins that they reach."""
         found = [
             mean_of("correct", "robust_accuracy", label="robust accuracy, worst attack"),
             mean_of("clean", "clean_accuracy", label="accuracy, clean"),
@@ -183,7 +183,12 @@ class TextAttacks(LabelledTexts):
             ]
             if isinstance(attack, EmbeddingPGD):
                 unit = "in half distances to the nearest token"
-                found.append(mean_of(f"size/{name}", label=f"size of {title}, {unit}"))
+                # It climbs on where the answer is wrong, which the other attacks end with.
+                margin = f"margin of a wrong label under {title} (nats)"
+                found += [
+                    mean_of(f"size/{name}", label=f"size of {title}, {unit}"),
+                    mean_of(f"margin/{name}", label=margin, **lower),
+                ]
             if not isinstance(attack, GreedyEdits):
                 found += [
                     _routes(

@@ -185,6 +185,9 @@ def test_a_search_goes_on_where_it_is_checked(engines, data, monkeypatch):
     assert len(half.checks(whole)) == 2
     # All comply, whatever is searched for; the target is reached once.
     table = scores.assign(success=1.0, reached=[0.0, 1.0, 0.0, 0.0])
+    first, answered = half.metrics()[:2]
+    assert first.name == half.primary and answered.name == "attack_success"
+    assert first.value(first.statistics(table).sum(0)) == 0.25
     table["check/steps"] = [1.0, 1.0, 0.0, np.nan]
     table["check/restarts"] = [1.0, 1.0, 1.0, np.nan]
     table["check/budget"] = [1.0, 0.0, 1.0, np.nan]

@@ -76,11 +76,18 @@ def test_perturbations_are_measured_in_half_distances_to_the_nearest_token(score
     assert sizes.le(radius.item() * (1 + 1e-4)).all() and sizes.max() > 0.5 * radius.item()
     assert scores["size/gcg"].eq(0).all()
     # Told of every attack on embeddings and of no other.
-    told = {m.name: m for m in spec().metrics() if m.name.startswith("size/")}
-    assert list(told) == ["size/embedding_pgd", "size/routes"]
-    metric = told["size/embedding_pgd"]
-    assert metric.value(metric.statistics(scores).sum(0)) == pytest.approx(sizes.mean())
-    assert not metric.of_experts
+    told = {m.name: m for m in spec().metrics() if m.name.startswith(("size/", "margin/"))}
+    assert sorted(told) == ["margin/embedding_pgd", "margin/routes",
+                            "size/embedding_pgd", "size/routes"]
+    for name in ("size/embedding_pgd", "margin/embedding_pgd"):
+        metric = told[name]
+        mean = metric.value(metric.statistics(scores).sum(0))
+        assert mean == pytest.approx(scores[name].mean())
+        assert not metric.of_experts
+    # A wrong label is ahead where the answer is wrong.
+    right = scores["correct/embedding_pgd"] == 1
+    assert ((scores["margin/embedding_pgd"] < 0) == right)[scores["clean"] == 1].all()
+    assert not told["margin/embedding_pgd"].higher_is_better
 
 
 def test_routes_change_more_the_more_they_are_aimed_at(scores):
