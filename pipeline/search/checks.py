@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.checks import check, check_plan
 from pipeline.plan import build
-from pipeline.search.plan import SELECTION, reserve, selecting
+from pipeline.search.plan import SELECTION, cut_unlike, selecting
 from pipeline.search.space import Space
 from pipeline.search.spec import (
     OPTUNA,
@@ -39,7 +39,10 @@ def check_search(sweep: Sweep, path: Path) -> dict[str, str]:
     problems = [f"{path}: {problem}" for problem in dict.fromkeys(_problems(sweep))]
     if problems:
         raise BadInput("\n".join(problems))
-    contents = check(reserve(sweep), path)
+    contents = check(sweep, path)
+    problems = [f"{path}: {problem}" for problem in _apart(sweep)]
+    if problems:
+        raise BadInput("\n".join(problems))
     # The recipes at the ends of the space have to pass what every recipe of a sweep passes.
     base = sweep.search.base
     recipes = {base: sweep.recipes[base]}
@@ -113,6 +116,14 @@ def _reported(sweep: Sweep) -> Iterator[str]:
         if SELECTION in evaluation.datasets().values():
             yield (f"evaluations.{name}.split: {SELECTION} chooses the recipes, and a score on it "
                    "flatters the winners; name the split that is reported (test)")
+
+
+def _apart(sweep: Sweep) -> Iterator[str]:
+    """Data sets that would report documents which another one's ``selection`` has."""
+    for name, other, unequal in cut_unlike(sweep):
+        yield (f"datasets.{other}: has documents of {name}, some of which choose the recipes, and "
+               f"is cut in another way; give both the same {' and '.join(unequal)}, or evaluate "
+               "one data set under one name")
 
 
 def _objectives(sweep: Sweep) -> Iterator[str]:

@@ -7,13 +7,14 @@ the split that the sweep's evaluations name.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.plan import Builder, Plan, Searched
 from pipeline.search.space import Space
 from pipeline.search.spec import Dimension, Objective, Pbt, Search, Side
-from pipeline.sweep import Sweep
+from pipeline.sweep import Dataset, Sweep
+from stages.data.sources import group_of
 from stages.errors import BadInput
 from stages.finetune.spec import Recipe
 
@@ -54,22 +55,70 @@ def reserve(sweep: Sweep) -> Sweep:
     """The sweep with a split ``selection`` in every data set that selects.
 
     Where a data set has none, a fifth of the documents of the split that is evaluated is put
-    aside by the hash that makes splits; what the evaluation reports is the other four fifths.
+    aside by the hash that makes splits; what the evaluation reports is the other four fifths. Other
+    data sets with the same documents, which are cut alike (``cut_unlike`` has those that are not),
+    are reported on the same four fifths.
     """
-    search, datasets = sweep.search, dict(sweep.datasets)
-    for name in objective_evaluations([*search.objectives, search.intermediate]):
-        for dataset, split in sweep.evaluations[name].datasets().items():
-            entry = datasets[dataset]
-            if SELECTION in entry.splits:
-                continue
-            share, splits = entry.splits[split], dict(entry.splits)
-            limits = {"rows": dict(entry.rows), "rows_per_label": dict(entry.rows_per_label)}
-            splits |= {SELECTION: share / SHARE, split: share * (SHARE - 1) / SHARE}
-            for limit in limits.values():
-                if split in limit:
-                    limit[SELECTION] = -(-limit[split] // (SHARE - 1))
-            datasets[dataset] = entry.model_copy(update={"splits": splits, **limits})
+    datasets = dict(sweep.datasets)
+    for dataset, split in selecting_sets(sweep).items():
+        for name in (dataset, *sharing(sweep, dataset)):
+            entry = datasets[name]
+            if SELECTION not in entry.splits and split in entry.splits:
+                datasets[name] = _put_aside(entry, split)
     return sweep.model_copy(update={"datasets": datasets, "trained_on": _trained_on(sweep)})
+
+
+def _put_aside(entry: Dataset, split: str) -> Dataset:
+    share, splits = entry.splits[split], dict(entry.splits)
+    limits = {"rows": dict(entry.rows), "rows_per_label": dict(entry.rows_per_label)}
+    splits |= {SELECTION: share / SHARE, split: share * (SHARE - 1) / SHARE}
+    for limit in limits.values():
+        if split in limit:
+            limit[SELECTION] = -(-limit[split] // (SHARE - 1))
+    return entry.model_copy(update={"splits": splits, **limits})
+
+
+def selecting_sets(sweep: Sweep) -> dict[str, str]:
+    """The data sets that the objectives are measured on, and the split that is evaluated."""
+    search = sweep.search
+    return {
+        dataset: split
+        for name in objective_evaluations([*search.objectives, search.intermediate])
+        for dataset, split in sweep.evaluations[name].datasets().items()
+    }
+
+
+def sharing(sweep: Sweep, name: str) -> list[str]:
+    """The other evaluated data sets that have documents of one: through a group that is declared,
+    or the same source, or those of a third."""
+    evaluated = dict.fromkeys(
+        dataset for e in sweep.evaluations.values() for dataset, _ in e.sources().values())
+    marks = {other: {entry.source, *filter(None, [group_of(entry)])}
+             for other, entry in sweep.datasets.items()}
+    found, reached = [name], set(marks[name])
+    while new := [n for n in sweep.datasets if n not in found and marks[n] & reached]:
+        found += new
+        reached.update(*(marks[n] for n in new))
+    return [other for other in found[1:] if other in evaluated]
+
+
+def cut_unlike(sweep: Sweep) -> Iterator[tuple[str, str, list[str]]]:
+    """A data set that selects, another one with its documents, and what has to be equal in both
+    for no split to tell these apart, and is not."""
+    for name in selecting_sets(sweep):
+        for other in sharing(sweep, name):
+            one, two = sweep.datasets[name], sweep.datasets[other]
+            fields = ["seed", "splits"]
+            if group_of(one) is None or group_of(one) != group_of(two):
+                # Documents of a group have places of their own; others have ranks, which are the
+                # same among the same rows.
+                fields += ["task", "format", "columns", "labels", "shared_documents",
+                           "disjoint_from"]
+            unequal = [f for f in fields if getattr(one, f) != getattr(two, f)]
+            if "task" in fields and (name in sweep.trained) != (other in sweep.trained):
+                unequal.append("use in training")  # what is trained on leaves no rows out
+            if unequal:
+                yield name, other, unequal
 
 
 def _trained_on(sweep: Sweep) -> tuple[str, ...]:

@@ -84,8 +84,8 @@ class Form:
     makes: tuple[str, ...] = ()
     """Columns that ``derive`` makes."""
     shared: str = ""
-    """Column that names the sources which a split has in common with other data sets; a file
-    without it has its rows by themselves."""
+    """Column that names the sources which a split has in common with other data sets, that of
+    ``document`` or another; a file without it has its rows by themselves."""
     quoted: bool = False
     """A TSV file of this form quotes cells like a CSV file (written by pandas)."""
 

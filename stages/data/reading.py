@@ -60,8 +60,11 @@ def _table(published: Published, split: str, path: Path, where: str) -> pa.Table
         table = _set(table, "document", _documents(table["document"], whole=source in texts))
     group = published.splits[split].shared_documents
     if group and form.shared in whole.column_names:
-        sources = whole[form.shared].cast(pa.string()).combine_chunks()
-        table = table.append_column("document", shared(sources, group))
+        if form.shared == form.columns.get("document"):
+            table = _set(table, "document", shared(table["document"], group))
+        else:
+            sources = whole[form.shared].cast(pa.string()).combine_chunks()
+            table = table.append_column("document", shared(sources, group))
     if form.labels:
         table = _set(table, "label", _labels(table["label"], form, f"{where}: {path}"))
     return table

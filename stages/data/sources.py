@@ -112,6 +112,15 @@ def parse(source: str, where: str = "source", format: str | None = None) -> Sour
     )
 
 
+def group_of(spec: DataSpec) -> str | None:
+    """The group of data sets that hold the same documents, as the sweep or the catalogue says it;
+    raises BadInput for a source that stands for nothing."""
+    source = parse(spec.source, format=spec.format)
+    if isinstance(source, CatalogueSet):
+        return source.published.splits[source.split].shared_documents or None
+    return spec.shared_documents
+
+
 def task_of(source: str, format: str | None, where: str) -> Task | None:
     """The task of a source that determines it; raises BadInput for a name of nothing."""
     match parse(source, where, format):

@@ -28,6 +28,7 @@ _REVISED_PAIRS = replace(
         replace(
             _PAIRS.forms[0],
             columns=_PAIRS.forms[0].columns | {"document": "source"},
+            shared="source",
             derive=originals.with_revised_premise,
             needs=("sentence1",),
             makes=("source",),
@@ -46,7 +47,11 @@ def _pairs(
 ) -> Published:
     """One folder of the repository; rows counted in its files, whose checksums are given."""
     splits = {
-        split: Split(web=Web(f"{_ADDRESS}{folder}/{name}.tsv", parts[name][1]), rows=parts[name][0])
+        split: Split(
+            web=Web(f"{_ADDRESS}{folder}/{name}.tsv", parts[name][1]),
+            rows=parts[name][0],
+            shared_documents=inference.SNLI_PREMISES,
+        )
         for split, name in (("test", "test"), ("validation", "dev"), ("train", "train"))
     }
     return replace(kind, title=title, splits=splits, files=f"{folder}/test.tsv")

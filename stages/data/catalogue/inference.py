@@ -10,6 +10,9 @@ from stages.data.published import Form, Hub, Published, Split, Web
 
 LABELS = ("entailment", "neutral", "contradiction")
 
+SNLI_PREMISES = "snli_premises"
+"""The group of the data sets with premises of SNLI: its hard pairs and its revised ones."""
+
 _NUMBERED = {str(number): label for number, label in enumerate(LABELS)}
 _NAMED = {label: label for label in LABELS}
 # "-" is SNLI's mark for no agreement, -1 the hub's; an empty cell was never labelled.
@@ -19,6 +22,7 @@ HUB = Form(
     {"premise": "premise", "hypothesis": "hypothesis", "label": "label", "document": "premise"},
     labels=_NUMBERED | _NAMED,
     unlabelled=_UNLABELLED,
+    shared="premise",
 )
 STANFORD = Form(
     {
@@ -29,11 +33,13 @@ STANFORD = Form(
     },
     labels=_NAMED,
     unlabelled=_UNLABELLED,
+    shared="sentence1",
 )
 _BOSS = Form(
     {"premise": "Premise", "hypothesis": "Hypothesis", "label": "Label", "document": "Premise"},
     labels=_NUMBERED | {f"{number}.0": label for number, label in enumerate(LABELS)},
     unlabelled=_UNLABELLED,
+    shared="Premise",
     quoted=True,
 )
 _ANLI = Form(
@@ -75,8 +81,12 @@ SETS: dict[str, Published] = {
         citation="Bowman et al. 2015, EMNLP",
         licence="CC BY-SA 4.0",
         splits={
-            "test": Split(("plain_text/test-*.parquet",), rows=10_000),
-            "validation": Split(("plain_text/validation-*.parquet",), rows=10_000),
+            "test": Split(
+                ("plain_text/test-*.parquet",), rows=10_000, shared_documents=SNLI_PREMISES
+            ),
+            "validation": Split(
+                ("plain_text/validation-*.parquet",), rows=10_000, shared_documents=SNLI_PREMISES
+            ),
             "train": Split(("plain_text/train-*.parquet",), rows=550_152),
         },
         forms=(HUB, STANFORD, _BOSS),
@@ -95,6 +105,7 @@ SETS: dict[str, Published] = {
             "test": Split(
                 web=Web("https://nlp.stanford.edu/projects/snli/snli_1.0_test_hard.jsonl"),
                 rows=3_261,
+                shared_documents=SNLI_PREMISES,
             )
         },
         forms=(STANFORD, _BOSS),

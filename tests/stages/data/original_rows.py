@@ -7,10 +7,11 @@ def prompts(*rows):
     return [{"prompt": prompt, "category": category} for prompt, category in rows]
 
 
-def pairs(*rows, document=None):
+def pairs(*rows, document=None, group=""):
     """Rows of one premise are one document, named by the premise's digest unless it has an id."""
     names = ("premise", "hypothesis", "label", "document")
-    return [dict(zip(names, (*row, document or digest(row[0])), strict=True)) for row in rows]
+    return [dict(zip(names, (*row, document or group + digest(row[0])), strict=True))
+            for row in rows]
 
 
 def paraphrases(*rows):
@@ -138,13 +139,14 @@ FILES = [
         pairs(
             ("A man sits.", 'A man is "tired".', "neutral"),
             ("NA", "null", "contradiction"),
+            group="=snli_premises/",
         ),
         {"no label": 1},
     ),
     (
         "snli",
         "snli_1.0_test.txt",
-        pairs(('A "dog" runs.', "An animal moves.", "entailment")),
+        pairs(('A "dog" runs.', "An animal moves.", "entailment"), group="=snli_premises/"),
         {"no label": 1},
     ),
     (
@@ -184,6 +186,7 @@ FILES = [
         pairs(
             ('Boys say "Police" aloud.', "Boys speak.", "entailment"),
             ("NA", "null", "contradiction"),
+            group="=snli_premises/",
         ),
         {"no label": 0},
     ),

@@ -180,7 +180,8 @@ def test_a_revised_pair_is_one_document_with_its_original(tmp_path):
                     + "".join(f"{p}\t{h}\tneutral\n" for p, h in rows))
 
     def digests(*premises):
-        return [hashlib.sha256(premise.encode()).hexdigest()[:16] for premise in premises]
+        return [f"=snli_premises/{hashlib.sha256(premise.encode()).hexdigest()[:16]}"
+                for premise in premises]
 
     revised = sources.load(spec("counterfactual_snli", path)).table
     assert revised["document"].to_pylist() == digests(*"PPPPSSSS", "lone")
@@ -193,7 +194,14 @@ def test_a_long_premise_is_named_by_its_digest(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"premise": "{long}", "hypothesis": "h", "label": 0}}\n')
     table = sources.load(spec("snli", path)).table
-    assert table["document"].to_pylist() == [hashlib.sha256(long.encode()).hexdigest()[:16]]
+    digest = hashlib.sha256(long.encode()).hexdigest()[:16]
+    assert table["document"].to_pylist() == [f"=snli_premises/{digest}"]
+    # The hard pairs are of the same premises; MNLI's are others.
+    for name, group in (("snli_hard", "=snli_premises/"), ("mnli", "")):
+        hard = tmp_path / f"{name}.jsonl"
+        hard.write_text(f'{{"sentence1": "{long}", "sentence2": "h", "gold_label": "neutral"}}\n')
+        found = sources.load(spec(name, hard)).table["document"].to_pylist()
+        assert found == [group + digest]
 
 
 WRONG = [
