@@ -1,7 +1,12 @@
 """What a sweep asks for: which models and evaluations belong to which recipe. Light to import."""
 
+from pathlib import Path
+
 from pipeline.sweep import UNTUNED, Sweep, model_spec
+from pipeline.sweep_file import located
 from stages.attack.image_spec import Surrogate
+from stages.models.sources import Facts, describe
+from stages.models.spec import SourceSpec
 from stages.models.vision_spec import VisionSpec
 
 
@@ -52,3 +57,11 @@ def drawn(sweep: Sweep, name: str) -> bool:
     """Whether a model, or the one that it is made of, begins with random weights."""
     spec, dense = model_spec(sweep, name)
     return drawn(sweep, dense) if dense else isinstance(spec, VisionSpec)
+
+
+def facts_of(sweep: Sweep, name: str, folder: Path) -> Facts:
+    """What is known of a model of a checked sweep, whose file lies in ``folder``."""
+    spec, dense = model_spec(sweep, name)
+    if isinstance(spec, SourceSpec):
+        spec = spec.model_copy(update={"source": located(spec.source, folder)})
+    return describe(spec, facts_of(sweep, dense, folder) if dense else None)

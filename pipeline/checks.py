@@ -45,9 +45,7 @@ def unable(sweep: Sweep, path: Path) -> dict[str, str]:
     What is not known of a model before it is here is no reason; what is wrong with the sweep is
     ``check``'s to tell.
     """
-    checks, found = _Checks(sweep, path.resolve().parent), {}
-    for name, model in sweep.models.items():
-        list(checks.model(name, model, f"models.{name}", ()))
+    checks, found = _knowing(sweep, path), {}
     for name, evaluation in sweep.evaluations.items():
         problem = next(checks.unable(name), None)
         if problem is not None:  # its place in the evaluation and its reason, without the remedy
@@ -57,6 +55,25 @@ def unable(sweep: Sweep, path: Path) -> dict[str, str]:
             reason = checks.other_amateur(evaluation.technique.amateur)
             found |= {name: reason} if reason else {}
     return found
+
+
+def check_recipes(sweep: Sweep, path: Path) -> Iterator[tuple[str, str]]:
+    """Name and first problem, ``field: reason; remedy``, of each recipe that has one, of a sweep
+    whose other parts have none."""
+    checks = _knowing(sweep, path)
+    for name, recipe in sweep.recipes.items():
+        for problem in checks.recipe(name, recipe):
+            yield name, problem.removeprefix(f"recipes.{name}.")
+            break
+
+
+def _knowing(sweep: Sweep, path: Path) -> "_Checks":
+    """The checks of a sweep with the facts of its models, which are noted on the way."""
+    checks = _Checks(sweep, path.resolve().parent)
+    for name, model in sweep.models.items():
+        for _ in checks.model(name, model, f"models.{name}", ()):
+            pass
+    return checks
 
 
 def check_plan(plan: Plan, path: Path) -> None:
@@ -207,22 +224,25 @@ class _Checks(EvaluationChecks):
         for name, recipe in self.sweep.recipes.items():
             if name == "none":
                 yield "recipes.none: the name means `not fine-tuned`; choose another"
-            for index, train in enumerate(recipe.data):
-                yield from self.train_set(name, train, f"recipes.{name}.data.{index}")
-            if recipe.validation is not None:
-                field = f"recipes.{name}.validation"
-                yield from self.train_set(name, recipe.validation.rows, field)
-                rows = (recipe.validation.dataset, recipe.validation.split)
-                if rows in {(train.dataset, train.split) for train in recipe.data}:
-                    yield (f"{field}.split: the recipe trains on {'/'.join(rows)}; "
-                           "use another split")
-            yield from self.knobs(name, recipe)
-            workers = self.sweep.resources.finetune.workers
-            if recipe.batch_size % workers:
-                yield (f"recipes.{name}.batch_size: {recipe.batch_size} cannot be cut into "
-                       f"{workers} equal parts, one per worker; use a multiple")
+            yield from self.recipe(name, recipe)
         if not self.sweep.recipes and not self.sweep.untuned:
             yield "recipes: is empty while untuned is false; nothing would be evaluated"
+
+    def recipe(self, name: str, recipe: Recipe) -> Iterator[str]:
+        """Problems of a recipe of the sweep."""
+        for index, train in enumerate(recipe.data):
+            yield from self.train_set(name, train, f"recipes.{name}.data.{index}")
+        if recipe.validation is not None:
+            field = f"recipes.{name}.validation"
+            yield from self.train_set(name, recipe.validation.rows, field)
+            rows = (recipe.validation.dataset, recipe.validation.split)
+            if rows in {(train.dataset, train.split) for train in recipe.data}:
+                yield f"{field}.split: the recipe trains on {'/'.join(rows)}; use another split"
+        yield from self.knobs(name, recipe)
+        workers = self.sweep.resources.finetune.workers
+        if recipe.batch_size % workers:
+            yield (f"recipes.{name}.batch_size: {recipe.batch_size} cannot be cut into "
+                   f"{workers} equal parts, one per worker; use a multiple")
 
     def train_set(self, recipe: str, train: TrainSet, field: str) -> Iterator[str]:
         """Problems of a data set that a recipe reads."""

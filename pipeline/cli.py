@@ -190,7 +190,7 @@ def _search(options: argparse.Namespace) -> int:
     contents = check_search(sweep, options.sweep)
     store = _store(options)
     uri = _tracking_uri(options, store)
-    searches = run.model_searches(sweep, contents)
+    searches = run.model_searches(sweep, contents, options.sweep.resolve().parent)
     for each in searches:
         check_memory(each.plan, store, options.sweep.resolve().parent, options.sweep)
     print("\n".join(run.search_lines(sweep, searches, store)))

@@ -26,7 +26,8 @@ def needed_by(sweeps: Iterable[Path], store: Store) -> set[str]:
         needed |= {node.folder for each in (plan, rest) for node in each.nodes.values()}
         if sweep.search is not None:
             contents = check_search(sweep, path)
-            needed |= folders_of(sweep, model_searches(sweep, contents), contents, store)
+            searches = model_searches(sweep, contents, path.resolve().parent)
+            needed |= folders_of(sweep, searches, contents, store)
     return needed
 
 

@@ -5,7 +5,8 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.checks import check, check_plan
+from pipeline.asked import facts_of
+from pipeline.checks import check, check_plan, check_recipes
 from pipeline.plan import build
 from pipeline.search.plan import SELECTION, cut_unlike, selecting
 from pipeline.search.space import Space
@@ -27,6 +28,8 @@ from stages.errors import BadInput
 from stages.evaluate.base import Metric
 from stages.finetune.spec import Recipe
 
+_NARROW = "narrow the space, or set the fields that go together in one choice"
+
 
 def check_search(sweep: Sweep, path: Path) -> dict[str, str]:
     """Refuse a search that cannot work; returns the digests that ``checks.check`` returns.
@@ -43,16 +46,47 @@ def check_search(sweep: Sweep, path: Path) -> dict[str, str]:
     problems = [f"{path}: {problem}" for problem in _apart(sweep)]
     if problems:
         raise BadInput("\n".join(problems))
-    # The recipes at the ends of the space have to pass what every recipe of a sweep passes.
+    # What is drawn has to pass what every recipe of a sweep passes; plans and data sets are tried
+    # with the ends of the space alone.
     base = sweep.search.base
-    recipes = {base: sweep.recipes[base]}
-    for (field, values), recipe in _probes(sweep):
-        if isinstance(recipe, Recipe):
-            recipes[f"{base}({field}={values[field]!r})"] = recipe
-    trials = selecting(sweep).model_copy(update={"recipes": recipes})
+    ends: dict[str, Recipe] = {}
+    for models, space in _spaces(sweep, path.resolve().parent):
+        known = {f"search.space{label}": (recipe.model_copy(update={"models": models}), remedy)
+                 for label, recipe, remedy in _known(sweep.search, space)}
+        recipes = {label: recipe for label, (recipe, _) in known.items()}
+        tried = sweep.model_copy(update={"recipes": sweep.recipes | recipes})
+        for label, problem in check_recipes(tried, path):
+            if label in known:
+                raise BadInput(f"{path}: {label} is refused: {problem}{known[label][1]}")
+        for field, values in space.probes():
+            recipe = space.recipe(values).model_copy(update={"models": models})
+            ends[f"{base}({field}={values[field]!r}, {', '.join(models)})"] = recipe
+    trials = selecting(sweep).model_copy(update={"recipes": {base: sweep.recipes[base]} | ends})
     contents |= check(trials, path)
     check_plan(build(trials, contents), path)
     return contents
+
+
+def _spaces(sweep: Sweep, folder: Path) -> Iterator[tuple[tuple[str, ...], Space]]:
+    """The space as it is for the models of pairs whose Mixture-of-Experts models have the same
+    number of experts per token: the number itself means there that none is set."""
+    alike: dict[int | None, dict[str, None]] = {}
+    for pair in sweep.pairs:
+        own = facts_of(sweep, pair.moe, folder).top_k
+        alike.setdefault(own, {}).update(dict.fromkeys((pair.moe, pair.dense)))
+    for own, models in alike.items():
+        yield tuple(models), Space(sweep.recipes[sweep.search.base], sweep.search.space, own)
+
+
+def _known(search: Search, space: Space) -> Iterator[tuple[str, Recipe, str]]:
+    """Recipes that are known to be drawn, or may be: label, recipe and remedy."""
+    for field, values in space.drawable():
+        bounds = space.dimensions[field].bounds
+        remedy = "; or list the values that work as a choice" if bounds else ""
+        yield f".{field}: {values[field]!r}", space.recipe(values), remedy
+    for number, values in enumerate(_draws(search, space)):
+        shown = ", ".join(f"{path}={value!r}" for path, value in values.items())
+        yield f": trial {number} ({shown})", space.recipe(values), f"; {_NARROW}"
 
 
 def maximized(sweep: Sweep, objective: Objective) -> bool:
@@ -107,7 +141,7 @@ def _problems(sweep: Sweep) -> Iterator[str]:
     yield from _objectives(sweep)
     yield from _algorithm(search, space)
     yield from _steps(search, space)
-    yield from _draws(search, space)
+    yield from _contradictory(search, space)
 
 
 def _reported(sweep: Sweep) -> Iterator[str]:
@@ -244,18 +278,22 @@ def _steps(search: Search, space: Space) -> Iterator[str]:
                f"{'segments' if isinstance(search.algorithm, Pbt) else 'rungs'}")
 
 
-def _draws(search: Search, space: Space) -> Iterator[str]:
-    """Trials that are known in advance and whose recipe is refused."""
+def _draws(search: Search, space: Space) -> Sequence[dict]:
+    """The values of the trials that are known in advance."""
     if isinstance(search.algorithm, OPTUNA):
-        return
-    trials: Sequence[dict] = [space.draw(search.seed, n) for n in range(search.trials)]
+        return ()
     if isinstance(search.algorithm, Grid):
-        trials = space.combinations()
-    for number, values in enumerate(trials):
+        return space.combinations()
+    trials = max(search.trials_of(side) for side in ("moe", "dense"))
+    return [space.draw(search.seed, number) for number in range(trials)]
+
+
+def _contradictory(search: Search, space: Space) -> Iterator[str]:
+    """Trials whose values exclude each other, whatever the model."""
+    for number, values in enumerate(_draws(search, space)):
         try:
             space.recipe(values)
         except BadInput as error:
             shown = ", ".join(f"{path}={value!r}" for path, value in values.items())
-            yield (f"search.space: trial {number} ({shown}) is refused: {error}; "
-                   "narrow the space, or set the fields that go together in one choice")
+            yield f"search.space: trial {number} ({shown}) is refused: {error}; {_NARROW}"
             return

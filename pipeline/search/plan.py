@@ -9,7 +9,9 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from pipeline.asked import facts_of
 from pipeline.plan import Builder, Plan, Searched
 from pipeline.search.space import Space
 from pipeline.search.spec import Dimension, Objective, Pbt, Search, Side
@@ -144,17 +146,23 @@ def selecting(sweep: Sweep) -> Sweep:
         update={"evaluations": evaluations, "recipes": recipes, "untuned": False})
 
 
-def members(sweep: Sweep, contents: dict[str, str]) -> list[Member]:
-    """The models of the pairs, each once, with the fields of the space that act in it."""
+def members(sweep: Sweep, contents: dict[str, str], folder: Path) -> list[Member]:
+    """The models of the pairs, each once, with the fields of the space that act in it.
+
+    ``folder`` is the sweep file's.
+    """
     found = []
     for side in ("moe", "dense"):
         for model in dict.fromkeys(getattr(pair, side) for pair in sweep.pairs):
-            found.append(_member(sweep, contents, model, side))
+            own = facts_of(sweep, model, folder).top_k if side == "moe" else None
+            found.append(_member(sweep, contents, model, side, own))
     return found
 
 
-def _member(sweep: Sweep, contents: dict[str, str], model: str, side: Side) -> Member:
-    whole = Space(sweep.recipes[sweep.search.base], sweep.search.space)
+def _member(
+    sweep: Sweep, contents: dict[str, str], model: str, side: Side, own_top_k: int | None
+) -> Member:
+    whole = Space(sweep.recipes[sweep.search.base], sweep.search.space, own_top_k)
     builder = Builder(sweep, contents)
     changes: dict[str, set[str]] = {}
     for index, (path, values) in enumerate(whole.probes()):
@@ -178,7 +186,7 @@ def _member(sweep: Sweep, contents: dict[str, str], model: str, side: Side) -> M
     if not acting:
         raise BadInput(f"search.space: none of its fields changes anything in {model}; "
                        "search a field that acts in it, or leave the pair out")
-    space = Space(sweep.recipes[sweep.search.base], acting)
+    space = Space(sweep.recipes[sweep.search.base], acting, own_top_k)
     return Member(model, side, space, tuple(path for path in whole.dimensions if path in idle))
 
 

@@ -62,11 +62,11 @@ class ModelSearch:
     measured: list[Measured]
 
 
-def model_searches(sweep: Sweep, contents: dict[str, str]) -> list[ModelSearch]:
-    """One search per model of the pairs of a checked sweep."""
+def model_searches(sweep: Sweep, contents: dict[str, str], folder: Path) -> list[ModelSearch]:
+    """One search per model of the pairs of a checked sweep, whose file lies in ``folder``."""
     search, trials = sweep.search, selecting(sweep)
     found = []
-    for member in members(trials, contents):
+    for member in members(trials, contents, folder):
         number = search.trials_of(member.side)
         if isinstance(search.algorithm, Grid):
             number = len(member.space.combinations())

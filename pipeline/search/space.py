@@ -24,15 +24,24 @@ Values = dict[str, Any]
 """Dotted field of the recipe to the value that a trial sets; fields it leaves alone are absent."""
 
 
+MOST_NUMBERS = 1000
+"""Whole numbers of a range that are each tried before a search; of more, the ends are."""
+
+
 class Space:
     """The fields that a search sets in a base recipe.
 
     Raises BadInput, one line per problem, for a field that the recipe does not have, a condition
     on a field that is not in the space, and conditions in a circle.
+
+    ``own_top_k`` is the number of experts per token that the model has already, where that is
+    known: a trial that draws it trains without ``router.top_k``.
     """
 
-    def __init__(self, base: Recipe, dimensions: dict[str, Dimension]):
-        self.base = base
+    def __init__(
+        self, base: Recipe, dimensions: dict[str, Dimension], own_top_k: int | None = None
+    ):
+        self.base, self.own_top_k = base, own_top_k
         # What the sweep says; defaults of the schema are not said, so that validators of fields
         # that exclude each other see what the user wrote.
         self._given = base.model_dump(mode="json", by_alias=True, exclude_unset=True)
@@ -61,6 +70,9 @@ class Space:
             raise BadInput(f"{shown}{reason[0].lower()}{reason[1:]}") from None
         for field, reason in contradictions(recipe):
             raise BadInput(f"{field}: {reason}")
+        if recipe.router.top_k is not None and recipe.router.top_k == self.own_top_k:
+            router = recipe.router.model_copy(update={"top_k": None})
+            recipe = recipe.model_copy(update={"router": router})
         return recipe
 
     def active(self, path: str, values: Values) -> bool:
@@ -148,6 +160,16 @@ class Space:
             for value in ends:
                 values = self._meeting(path)
                 yield path, {**values, path: value}
+
+    def drawable(self) -> Iterator[tuple[str, Values]]:
+        """Field and values as in ``probes``, then every whole number that a range can draw, unless
+        there are more than ``MOST_NUMBERS``."""
+        yield from self.probes()
+        for path in sorted(self.whole_numbers):
+            low, high = (self.inside(path, bound) for bound in self.dimensions[path].bounds)
+            if high - low < MOST_NUMBERS:
+                for value in range(low + 1, high):
+                    yield path, {**self._meeting(path), path: value}
 
     def _meeting(self, path: str) -> Values:
         """Values of the fields that a field's condition names, such that it is met."""

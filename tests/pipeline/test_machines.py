@@ -178,5 +178,5 @@ def test_as_many_trials_at_once_as_find_places_whatever_each_does(
 ):
     cluster_of(*shapes)
     sweep = searching(*(f"resources.{field}={value}" for field, value in fields.items()))
-    moe, _ = run.model_searches(sweep, check_search(sweep, SMOKE))
+    moe, _ = run.model_searches(sweep, check_search(sweep, SMOKE), SMOKE.parent)
     assert moe.trials == 4 and run.at_once(moe) == expected

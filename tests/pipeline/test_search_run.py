@@ -32,7 +32,7 @@ def test_a_killed_search_goes_on_and_repeats_no_finished_node(cluster, tmp_path)
     store = Store(str(tmp_path / "store"))
     sweep = searching(*SET, **FIELDS)
     contents = check_search(sweep, SMOKE)
-    moe, dense = run.model_searches(sweep, contents)
+    moe, dense = run.model_searches(sweep, contents, SMOKE.parent)
     assert moe.member.model == "tiny-moe"
 
     arguments = [f"--set={field}" for field in SET]

@@ -63,7 +63,7 @@ def work(tmp_path, monkeypatch):
         # Its objective is edits/clean_accuracy.
         sweep = searching(*overrides, algorithm=algorithm, **fields)
         contents, selected = check_search(sweep, SMOKE), selecting(sweep)
-        made[:] = [TrialWork(selected, contents, members(selected, contents)[0],
+        made[:] = [TrialWork(selected, contents, members(selected, contents, SMOKE.parent)[0],
                              Store(str(tmp_path / "store")).uri, str(SMOKE.parent))]
         return made[0]
 
