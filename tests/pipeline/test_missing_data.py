@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from smoke import planned
 
-from pipeline.execute import Unit, _gaps, _unblocked
+from pipeline.execute import Unit, _gaps, _unblocked, _undone
 from pipeline.job import Outcome
 from pipeline.store import Store
 from pipeline.survey import adopt, leave_out_missing, settle, survey
@@ -21,16 +21,22 @@ DOMAINS, REFUSAL = "evaluate/tiny-none-domains", "evaluate/tiny-none-refusal"
 MANIFEST = {"attempt": "attempt-1", "finished": 1.0, "version": 0, "identity": {}, "inputs": {}}
 
 
+def to_do(nodes, plan, outcomes, store, tell):
+    """Those of the nodes that are submitted."""
+    leases = SimpleNamespace(release=lambda place: None)
+    return _undone(_unblocked(Unit(nodes), plan, outcomes, tell), outcomes, store, leases, tell)
+
+
 def blocked(plan, failed=("data/gone",), finished=()):
     """What is left of all evaluations of a checkpoint once some inputs have failed."""
     outcomes = {
         key: Outcome("failed", "no such file") if key in failed else Outcome("done")
         for key in plan.nodes if not key.startswith("evaluate/")
     }
-    unit = Unit([n for n in plan.nodes.values() if n.key.startswith("evaluate/tiny-none-")])
+    asked = [n for n in plan.nodes.values() if n.key.startswith("evaluate/tiny-none-")]
     store = SimpleNamespace(finished=lambda folders: set(folders) & set(finished))
     told = []
-    nodes = _unblocked(unit, plan, outcomes, store, told.append)
+    nodes = to_do(asked, plan, outcomes, store, told.append)
     return {node.key: node for node in nodes}, outcomes, told
 
 
@@ -121,7 +127,7 @@ def test_a_data_set_does_without_the_training_set_that_cannot_be_had(tmp_path):
     def decide(key):
         outcomes = {k: Outcome("done") for k in plan.nodes if k.startswith(("data/", "model/"))}
         outcomes["data/refusals"] = Outcome("failed", "no such file")
-        return _unblocked(Unit([plan.nodes[key]]), plan, outcomes, store, told.append), outcomes
+        return to_do([plan.nodes[key]], plan, outcomes, store, told.append), outcomes
 
     (rest,), _ = decide(questions)
     assert rest.inputs == {"trained/reviews": "data/reviews"}
@@ -130,7 +136,7 @@ def test_a_data_set_does_without_the_training_set_that_cannot_be_had(tmp_path):
     # Rows that a sweep asks to leave out are never left in.
     assert set(plan.nodes["data/hotels"].inputs) == {"disjoint/reviews", "trained/refusals"}
     outcomes = {k: Outcome("failed", "no such file") for k in ("data/reviews", "data/refusals")}
-    assert _unblocked(Unit([plan.nodes["data/hotels"]]), plan, outcomes, store, told.append) == []
+    assert to_do([plan.nodes["data/hotels"]], plan, outcomes, store, told.append) == []
     assert outcomes["data/hotels"] == Outcome("blocked", "data/reviews failed: no such file")
     # A second run, and a report, find what the first one made.
     for key in ("data/reviews", questions, "model/tiny", scores):
@@ -169,8 +175,8 @@ def test_scores_of_other_rows_are_made_anew(tmp_path):
     settle(plan, store)
     store.commit(some.folder, MANIFEST)
     outcomes = {key: Outcome("done") for key in plan.nodes}
-    assert _unblocked(Unit([before]), plan, outcomes, store, lambda event: None) == [before]
+    assert to_do([before], plan, outcomes, store, lambda event: None) == [before]
     store.write_bytes(
         f"{plan.nodes[questions].folder}/attempt-1/card.json", b'{"left_out": "some rows"}')
     settle(plan, store)
-    assert _unblocked(Unit([before]), plan, outcomes, store, lambda event: None) == []
+    assert to_do([before], plan, outcomes, store, lambda event: None) == []
