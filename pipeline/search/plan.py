@@ -16,7 +16,7 @@ from pipeline.plan import Builder, Plan, Searched
 from pipeline.search.space import Space
 from pipeline.search.spec import Dimension, Objective, Pbt, Search, Side
 from pipeline.sweep import Dataset, Sweep
-from stages.data.sources import group_of
+from stages.data.sources import group_of, origin
 from stages.errors import BadInput
 from stages.finetune.spec import Recipe
 
@@ -95,7 +95,7 @@ def sharing(sweep: Sweep, name: str) -> list[str]:
     or the same source, or those of a third."""
     evaluated = dict.fromkeys(
         dataset for e in sweep.evaluations.values() for dataset, _ in e.sources().values())
-    marks = {other: {entry.source, *filter(None, [group_of(entry)])}
+    marks = {other: {origin(entry), *filter(None, [group_of(entry)])}
              for other, entry in sweep.datasets.items()}
     found, reached = [name], set(marks[name])
     while new := [n for n in sweep.datasets if n not in found and marks[n] & reached]:

@@ -121,6 +121,15 @@ def group_of(spec: DataSpec) -> str | None:
     return spec.shared_documents
 
 
+def origin(spec: DataSpec) -> str:
+    """The source, of the catalogue with the split that is read where none is named; raises
+    BadInput for a source that stands for nothing."""
+    source = parse(spec.source, format=spec.format)
+    if isinstance(source, CatalogueSet) and source.path is None:
+        return f"{spec.source.partition('#')[0]}#{source.split}"
+    return spec.source
+
+
 def task_of(source: str, format: str | None, where: str) -> Task | None:
     """The task of a source that determines it; raises BadInput for a name of nothing."""
     match parse(source, where, format):

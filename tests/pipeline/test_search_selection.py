@@ -9,7 +9,7 @@ from search_sweeps import searching
 from smoke import SMOKE
 
 from pipeline.search.checks import check_search
-from pipeline.search.plan import reserve
+from pipeline.search.plan import reserve, sharing
 from pipeline.sweep import Sweep
 from stages.data.spec import DataSpec
 from stages.data.stage import run as prepare
@@ -128,6 +128,14 @@ def test_hard_pairs_of_a_premise_that_selects_are_not_reported(tmp_path):
     for name, rows in (("style", 77), ("again", 492)):
         reported = made[name]["test"]
         assert len(reported) == rows and not premises & set(reported["premise"]), name
+
+
+def test_a_split_of_the_catalogue_is_the_same_named_or_not():
+    anli = {"task": "nli", "source": "catalogue:anli_r1"}
+    style, again = (anli | {"source": f"catalogue:anli_r1#{split}"}
+                    for split in ("test", "validation"))
+    sweep = sharing_sweep(template="nli", plain=anli, style=style, again=again)
+    assert sharing(sweep, "plain") == ["style"]
 
 
 @pytest.mark.parametrize(("group", "changed", "fields"), [
