@@ -3,6 +3,7 @@
 from stages.models.dense import DENSE
 from stages.models.families import FAMILIES
 from stages.models.tiny_shapes import TINY
+from stages.models.unsupported import NO_FAMILY
 
 _COLUMNS = (
     *("family", "evaluate", "train", "experts spread", "own balancing loss", "upcycled", "tiny:"),
@@ -39,6 +40,7 @@ def model_lines() -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
              for row in rows]
+    reasons += [f"{name}: refused: {why}" for name, why in sorted(NO_FAMILY.items())]
     return [*lines[: len(moe) + 1], "", *lines[len(moe) + 1 :], "", *reasons]
 
 

@@ -25,6 +25,7 @@ from stages.models.sparse_layers import (
     qwen2_moe_layers,
     switch_layers,
 )
+from stages.models.unsupported import NO_FAMILY
 
 if TYPE_CHECKING:
     from torch import nn
@@ -358,10 +359,13 @@ FAMILIES: dict[str, Family] = {
 def family(model: "PreTrainedModel | PretrainedConfig | Mapping") -> Family:
     """The family of a model, its configuration, or the content of its ``config.json``.
 
-    Raises BadInput for a ``model_type`` that has no entry, with the nearest one that has.
+    Raises BadInput for a ``model_type`` that has no entry, with the reason where it is known to
+    have experts, else with the nearest one that has.
     """
     config = getattr(model, "config", model)
     name = config.get("model_type") if isinstance(config, Mapping) else config.model_type
+    if name in NO_FAMILY:
+        raise BadInput(f"model_type {name!r} is refused: {NO_FAMILY[name]}; choose another model")
     if name not in FAMILIES:
         near = difflib.get_close_matches(str(name), FAMILIES, n=1, cutoff=0)[0]
         raise BadInput(

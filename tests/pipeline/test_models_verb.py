@@ -21,6 +21,7 @@ def test_every_architecture_stands_once_with_its_reasons(monkeypatch):
     nllb = next(line for line in lines if line.startswith("nllb-moe")).split()
     assert nllb == ["nllb-moe", "✓", "✓", "✓", "✓", "✓"]
     assert "jamba: no train: its steps are not exact" in lines
+    assert "longcat_flash: refused: its router may choose experts that compute nothing" in lines
 
 
 def test_the_verb_imports_neither_torch_nor_ray():

@@ -1,12 +1,25 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import (
+    CONFIG_MAPPING_NAMES,
+    model_type_to_module_name,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from stages.errors import BadInput
 from stages.models.families import FAMILIES, family, roles
 from stages.models.load import auto_class
 from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.models.tiny_shapes import TINY
+from stages.models.unsupported import NO_FAMILY
 
 TOKENIZER = tiny_tokenizer()
 
@@ -163,3 +176,38 @@ def test_a_layout_that_the_entry_does_not_fit_is_refused():
         del layer.mlp.gate
     with pytest.raises(BadInput, match=r"mixtral: no module model\.layers\.\*\.mlp\.gate"):
         roles(model)
+
+
+LANGUAGE_MODELS = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+                   *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+
+
+def times_experts_are_named(model_type: str) -> int:
+    """In the modelling code of an architecture; a comment or two name them elsewhere too."""
+    folder = Path(transformers.__file__).parent / "models" / model_type_to_module_name(model_type)
+    return sum(len(re.findall("expert", file.read_text(), re.IGNORECASE))
+               for file in folder.glob("modeling_*.py"))
+
+
+def test_every_language_model_of_transformers_with_experts_is_known_or_refused_with_a_reason():
+    """A new version of transformers may have more; each needs an entry or a reason."""
+    found = {name for name in LANGUAGE_MODELS if times_experts_are_named(name) > 5}
+    assert len(found) > 50
+    assert sorted(found - FAMILIES.keys() - NO_FAMILY.keys()) == []
+    assert not FAMILIES.keys() & NO_FAMILY.keys()
+
+
+def test_what_is_refused_is_there_and_what_has_no_class_has_none():
+    assert sorted(NO_FAMILY.keys() - CONFIG_MAPPING_NAMES.keys()) == []
+    for name, reason in NO_FAMILY.items():
+        assert times_experts_are_named(name) > 5, name
+        if reason.startswith("AutoModelForCausalLM"):
+            assert name not in LANGUAGE_MODELS, name
+
+
+def test_an_architecture_that_is_refused_says_why():
+    with pytest.raises(BadInput, match="model_type 'qwen3_5_moe' is refused: it reads images or "
+                                       "sounds too.*alone is known, as qwen3_5_moe_text; choose"):
+        family({"model_type": "qwen3_5_moe"})
+    with pytest.raises(BadInput, match="'dbrx' is refused: its router returns raw scores alone"):
+        family({"model_type": "dbrx"})
