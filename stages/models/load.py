@@ -1,7 +1,6 @@
 """Loading a model folder: safetensors only, and never with weights that it does not hold."""
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def load(
     number or ``cpu``). What fits on none of them is read from the folder ``offload`` at each pass.
     Raises StageFailed when the model's folder cannot be read, lacks weights of its architecture
     (transformers would draw them at random and go on), holds quantized ones, or does not fit and
-    there is no ``offload``; and when a weight is of another type than the one asked for.
+    there is no ``offload``; and when a weight is of less precision than the one asked for.
     """
     model = from_folder(
         folder,
@@ -112,12 +111,10 @@ def from_folder(folder: Path, *, quantized: bool = False, **options) -> PreTrain
 
 
 def _check_dtypes(model: PreTrainedModel, asked: torch.dtype, folder: Path) -> None:
-    """Raise StageFailed where weights are not of the asked type, nor of those that their
-    architecture keeps in float32."""
-    kept = model._keep_in_fp32_modules_strict or ()
+    """Raise StageFailed where weights are neither of the asked type nor in float32, in which some
+    architectures keep a few (Hunyuan its routers, ERNIE the biases of the choice)."""
     for name, parameter in model.named_parameters():
-        whole = parameter.dtype == torch.float32 and any(re.search(part, name) for part in kept)
-        if parameter.is_floating_point() and parameter.dtype != asked and not whole:
+        if parameter.is_floating_point() and parameter.dtype not in (asked, torch.float32):
             raise StageFailed(
                 f"{folder}: {name} is of {parameter.dtype} where {asked} was asked for; report "
                 "this as a defect"

@@ -18,9 +18,9 @@ def answered(monkeypatch):
     """Passes by one actor in this process; how often its model was asked."""
     found = []
 
-    def by_actors(missing, jobs, store, checkpoint):
+    def by_actors(missing, jobs, store, checkpoint, dtype):
         files = [(each.shard.file, each.folder) for each in missing]
-        actor = evaluate.Responder(store.uri, files, checkpoint, "float32", 1, 0, {}, {})
+        actor = evaluate.Responder(store.uri, files, checkpoint, dtype, 1, 0, {}, {})
         respond = actor.engine.respond
         actor.engine.respond = lambda requests: found.append(len(requests)) or respond(requests)
         for number, each in enumerate(missing):
