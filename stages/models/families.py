@@ -19,6 +19,7 @@ from stages.models.sparse_layers import (
     after,
     ernie_layers,
     every_layer,
+    flint_layers,
     jamba_layers,
     listed,
     nllb_layers,
@@ -190,6 +191,15 @@ _MOE = (
         **_QWEN3_NEXT,
     ),
     decoder("qwen3_5_moe_text", **_QWEN3_NEXT),
+    decoder(
+        "flint",
+        shared="mlp.shared_expert",
+        sparse_layers=flint_layers,
+        scores="sigmoid",
+        normalised="norm_topk_prob",
+        auxiliary_loss=_AUX,
+        no_vllm=_NO_VLLM,
+    ),
     decoder(
         "jamba",
         block="feed_forward",

@@ -34,6 +34,12 @@ def qwen2_moe_layers(config: Mapping) -> tuple[int, ...]:
     )
 
 
+def flint_layers(config: Mapping) -> tuple[int, ...]:
+    """As ``qwen2_moe_layers``; where ``mlp_only_layers`` is not told, the first two are dense."""
+    dense = config.get("mlp_only_layers")
+    return qwen2_moe_layers({**config, "mlp_only_layers": (0, 1) if dense is None else dense})
+
+
 def jamba_layers(config: Mapping) -> tuple[int, ...]:
     """Every ``expert_layer_period``-th layer from ``expert_layer_offset`` on."""
     period, offset = config.get("expert_layer_period", 2), config.get("expert_layer_offset", 1)

@@ -181,6 +181,15 @@ TINY: dict[str, dict] = {
     },
     "qwen3_next": _GATED_DELTA,
     "qwen3_5_moe_text": _GATED_DELTA,
+    "flint": _MOE
+    | {
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 64,
+        "mlp_only_layers": [0, 2],
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "head_dim": 16,
+        "sliding_window": 64,
+    },
     "jamba": _SHAPE
     | _STEADY
     | {

@@ -19,7 +19,6 @@ NO_FAMILY: dict[str, str] = {
     "dbrx": "its router returns raw scores alone, and its experts are rows of flat matrices",
     "deepseek_v4": f"some of its layers choose experts by a table of tokens, and {_STREAMS}",
     "doge": "its experts are single neurons in embeddings, found by product keys",
-    "flint": f"it is laid out like Qwen2-MoE, with sigmoid scores; {_UNTESTED}",
     "gemma4": _SEES,
     "gemma4_text": (
         "its router returns probabilities in the place of raw scores, and its experts stand beside "

@@ -21,8 +21,6 @@ from stages.models.routes import routed
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD,
               "adagrad": torch.optim.Adagrad}  # fmt: skip
-BIASED = ("minimax_m2", "laguna", "ernie4_5_moe")
-"""Families with a bias of the choice and a load-balancing loss that does not know of it."""
 
 
 def curve(folder):
@@ -45,10 +43,11 @@ def plain(folder):
 
 def counts_otherwise(entry: Family) -> bool:
     """Whether transformers has no load-balancing loss that counts the chosen experts of each router
-    once: JetMoE's counts the routers of attention twice, BIASED and a sampling router count the
-    largest logits instead."""
-    unseen = entry.chooses_largest or entry.scores == "sparsemixer"
-    return not entry.auxiliary_loss or unseen or entry.model_type in BIASED
+    once and weighs them by its scores: JetMoE's counts the routers of attention twice, those of
+    families with a bias of the choice and of a sampling router count the largest logits instead,
+    and all take a softmax where the scores are sigmoids."""
+    otherwise = entry.chooses_largest or entry.scores in ("sparsemixer", "sigmoid")
+    return not entry.auxiliary_loss or otherwise or bool(entry.choice_bias)
 
 
 def reference(spec, folder, inputs):

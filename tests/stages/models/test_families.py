@@ -71,6 +71,15 @@ def test_layers_that_a_raw_configuration_does_not_list_are_those_of_transformers
     assert not (reads and fields) or expected == (2, 3, 4)
 
 
+@pytest.mark.parametrize("dense", [None, [], [2]])
+def test_the_first_two_layers_of_flint_are_dense_where_it_is_not_told_which(dense):
+    raw = {"num_hidden_layers": 4, "mlp_only_layers": dense}
+    blocks = meta_model("flint", **raw).model.layers
+    expected = tuple(i for i, layer in enumerate(blocks) if hasattr(layer.mlp, "experts"))
+    assert expected == {"None": (2, 3), "[]": (0, 1, 2, 3), "[2]": (0, 1, 3)}[str(dense)]
+    assert FAMILIES["flint"].sparse_layers(raw) == expected
+
+
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_each_family_finds_its_parts_in_the_model_that_transformers_builds(name):
     model = tiny_model(name, TOKENIZER, seed=0) if name in TINY else meta_model(name)
