@@ -97,6 +97,13 @@ _MOE = (
     decoder("deepseek_v3", sparse_layers=after(_FIRST, 3), **_DEEPSEEK_V3),
     decoder("deepseek_v32", sparse_layers=listed(3, _FIRST), **_DEEPSEEK_V3, **_INDEXED),
     decoder("glm_moe_dsa", sparse_layers=listed(3, _FIRST), **_DEEPSEEK_V3, **_INDEXED),
+    decoder(
+        "axk2",
+        sparse_layers=listed(1, _FIRST, "moe_layer_freq"),
+        no_vllm=_NO_VLLM,
+        **_DEEPSEEK_V3,
+        **_INDEXED,
+    ),
     decoder("glm4_moe", sparse_layers=after(_FIRST, 1), **_DEEPSEEK_V3),
     decoder("glm4_moe_lite", sparse_layers=listed(1), **_DEEPSEEK_V3),
     decoder("dots1", sparse_layers=after(_FIRST, 0), no_vllm=_NO_VLLM, **_DEEPSEEK_V3),

@@ -13,14 +13,15 @@ def after(field: str, default: int) -> Callable[[Mapping], tuple[int, ...]]:
     return lambda config: tuple(range(config.get(field, default), config["num_hidden_layers"]))
 
 
-def listed(dense: int, field: str = "") -> Callable[[Mapping], tuple[int, ...]]:
+def listed(dense: int, field: str = "", step: str = "") -> Callable[[Mapping], tuple[int, ...]]:
     """The layers that ``mlp_layer_types`` calls sparse; without it, all but the first ones, whose
-    number is a field of the configuration that the architecture reads, or else ``dense``."""
+    number is a field of the configuration that the architecture reads, or else ``dense``. Of these
+    only multiples of the field ``step``, where the architecture reads one."""
 
     def layers(config: Mapping) -> tuple[int, ...]:
         kinds = config.get("mlp_layer_types")
         if kinds is None:
-            return after(field, dense)(config)
+            return tuple(i for i in after(field, dense)(config) if i % config.get(step, 1) == 0)
         return tuple(i for i in range(config["num_hidden_layers"]) if kinds[i] == "sparse")
 
     return layers

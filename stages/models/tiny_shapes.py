@@ -96,6 +96,11 @@ TINY: dict[str, dict] = {
         "n_shared_experts": 1,
         "indexer_types": ["full", "shared", "full", "shared"],
     },
+    "axk2": _MOE
+    | _INDEXED
+    | _GROUPED
+    | _TWO_SPARSE
+    | {"n_routed_experts": 8, "n_shared_experts": 1},
     "glm4_moe": _MOE
     | _GROUPED
     | {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 16},
