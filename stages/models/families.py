@@ -168,6 +168,15 @@ _MOE = (
         auxiliary_loss=_AUX,
     ),
     decoder("hunyuan_v1_moe", shared="mlp.shared_mlp", top_k="moe_topk"),
+    decoder(
+        "aria_text",
+        router="router",
+        shared="mlp.shared_experts",
+        num_experts="moe_num_experts",
+        top_k="moe_topk",
+        scores="softmax of the chosen",
+        no_vllm=_NO_VLLM,
+    ),
     decoder("mellum", sparse_layers=listed(0), normalised="norm_topk_prob", auxiliary_loss=_AUX),
     decoder(
         "cohere2_moe",

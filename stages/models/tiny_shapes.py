@@ -163,6 +163,8 @@ TINY: dict[str, dict] = {
         "moe_layer_start_index": 1,
     },
     "hunyuan_v1_moe": _SHAPE | {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
+    "aria_text": _SHAPE
+    | {"intermediate_size": 64, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     "mellum": _MOE | _TWO_SPARSE | {"num_experts": 4, "head_dim": 16, "norm_topk_prob": True},
     "cohere2_moe": _MOE
     | _TWO_SPARSE
