@@ -50,6 +50,12 @@ _DEEPSEEK_V3 = {
     "normalised": "norm_topk_prob",
     "choice_bias": _GATE_BIAS,
 }
+_KIMI_LINEAR = _DEEPSEEK_V3 | {
+    "num_experts": "num_experts",
+    "top_k": "num_experts_per_token",
+    "normalised": "moe_renormalize",
+    "recurrent": True,
+}
 _INDEXED = {"no_gradient": "model.layers.*.self_attn.indexer.*.*"}
 _GRANITE = {
     "block": "block_sparse_moe",
@@ -216,6 +222,7 @@ _MOE = (
         auxiliary_loss=_AUX,
         no_vllm=_NO_VLLM,
     ),
+    decoder("kimi_linear", sparse_layers=listed(1, _FIRST), **_KIMI_LINEAR),
     decoder(
         "jamba",
         block="feed_forward",

@@ -33,6 +33,24 @@ _INDEXED = _LATENT | {"index_topk": 64, "index_head_dim": 32, "index_n_heads": 1
 # (Jamba), 3e-5 (Qwen3-Next) and 2e-3 (Qwen3.5), where no error could be told from rounding; with
 # this, by less than 1e-6.
 _STEADY = {"rms_norm_eps": 1e-2}
+_KIMI_LINEAR = (
+    _MOE
+    | _STEADY
+    | _LATENT
+    | _TWO_SPARSE
+    | {
+        "tie_word_embeddings": False,
+        "q_lora_rank": None,
+        "num_experts": 8,
+        "num_shared_experts": 1,
+        "num_expert_group": 2,
+        "topk_group": 1,
+        "moe_renormalize": True,
+        "num_experts_per_token": 2,
+        "routed_scaling_factor": 1.5,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    }
+)
 _GATED_DELTA = (
     _MOE
     | _STEADY
@@ -197,6 +215,7 @@ TINY: dict[str, dict] = {
         "head_dim": 16,
         "sliding_window": 64,
     },
+    "kimi_linear": _KIMI_LINEAR | {"linear_head_dim": 16, "linear_num_heads": 4},
     "jamba": _SHAPE
     | _STEADY
     | {

@@ -24,7 +24,6 @@ NO_FAMILY: dict[str, str] = {
     ),
     "hy_v4": _STREAMS,
     "inkling_text": "its router weighs shared experts and chosen ones against each other",
-    "kimi_linear": f"its experts are laid out like DeepSeek-V3's; {_UNTESTED}",
     "kolibri1": "its bias of the choice is added to raw scores, and norms follow its blocks",
     "llama4": _SEES,
     "llama4_text": (
