@@ -103,6 +103,7 @@ _MOE = (
     decoder("deepseek_v3", sparse_layers=after(_FIRST, 3), **_DEEPSEEK_V3),
     decoder("deepseek_v32", sparse_layers=listed(3, _FIRST), **_DEEPSEEK_V3, **_INDEXED),
     decoder("glm_moe_dsa", sparse_layers=listed(3, _FIRST), **_DEEPSEEK_V3, **_INDEXED),
+    decoder("axk1", sparse_layers=listed(1, _FIRST, "moe_layer_freq"), **_DEEPSEEK_V3),
     decoder(
         "axk2",
         sparse_layers=listed(1, _FIRST, "moe_layer_freq"),

@@ -114,6 +114,11 @@ TINY: dict[str, dict] = {
         "n_shared_experts": 1,
         "indexer_types": ["full", "shared", "full", "shared"],
     },
+    "axk1": _MOE
+    | _LATENT
+    | _GROUPED
+    | _TWO_SPARSE
+    | {"n_routed_experts": 8, "n_shared_experts": 1},
     "axk2": _MOE
     | _INDEXED
     | _GROUPED

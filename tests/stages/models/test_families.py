@@ -56,7 +56,8 @@ def test_an_untied_head_has_a_role_of_its_own():
 
 
 LISTED = ("deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "exaone_moe", "mimo_v2_flash", "hy_v3",
-          "laguna", "mellum", "cohere2_moe", "axk2", "kimi_linear")  # fmt: skip
+          "laguna", "mellum", "cohere2_moe", "axk1", "axk2",
+          "kimi_linear")  # fmt: skip
 
 
 @pytest.mark.parametrize("fields", [{}, {"first_k_dense_replace": 2}])
@@ -67,16 +68,17 @@ def test_layers_that_a_raw_configuration_does_not_list_are_those_of_transformers
     kinds = AutoConfig.for_model(**raw).mlp_layer_types
     expected = tuple(i for i, kind in enumerate(kinds) if kind == "sparse")
     assert FAMILIES[name].sparse_layers(raw) == expected
-    reads = name in ("deepseek_v32", "glm_moe_dsa", "exaone_moe", "cohere2_moe", "axk2",
-                     "kimi_linear")  # fmt: skip
+    reads = name in ("deepseek_v32", "glm_moe_dsa", "exaone_moe", "cohere2_moe", "axk1",
+                     "axk2", "kimi_linear")  # fmt: skip
     assert not (reads and fields) or expected == (2, 3, 4)
 
 
-def test_axk2_has_experts_in_every_so_manyth_layer_after_the_dense_ones():
+@pytest.mark.parametrize("name", ["axk1", "axk2"])
+def test_ax_has_experts_in_every_so_manyth_layer_after_the_dense_ones(name):
     raw = {"num_hidden_layers": 9, "first_k_dense_replace": 3, "moe_layer_freq": 2}
-    kinds = AutoConfig.for_model("axk2", **raw).mlp_layer_types
+    kinds = AutoConfig.for_model(name, **raw).mlp_layer_types
     assert [i for i, kind in enumerate(kinds) if kind == "sparse"] == [4, 6, 8]
-    assert FAMILIES["axk2"].sparse_layers(raw) == (4, 6, 8)
+    assert FAMILIES[name].sparse_layers(raw) == (4, 6, 8)
 
 
 @pytest.mark.parametrize("dense", [None, [], [2]])
