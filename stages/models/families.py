@@ -223,6 +223,9 @@ _MOE = (
         auxiliary_loss=_AUX,
         no_vllm=_NO_VLLM,
     ),
+    decoder(
+        "bailing_hybrid", sparse_layers=listed(2, _FIRST), no_vllm=_NO_VLLM, **_KIMI_LINEAR
+    ),
     decoder("kimi_linear", sparse_layers=listed(1, _FIRST), **_KIMI_LINEAR),
     decoder(
         "jamba",

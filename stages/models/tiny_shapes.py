@@ -220,6 +220,7 @@ TINY: dict[str, dict] = {
         "head_dim": 16,
         "sliding_window": 64,
     },
+    "bailing_hybrid": _KIMI_LINEAR | {"head_dim": 16},
     "kimi_linear": _KIMI_LINEAR | {"linear_head_dim": 16, "linear_num_heads": 4},
     "jamba": _SHAPE
     | _STEADY

@@ -11,7 +11,6 @@ _UNTESTED = "it has not been through the tests of the families"
 _FACTOR = "its block scales the sum of its experts by a factor of its own"
 
 NO_FAMILY: dict[str, str] = {
-    "bailing_hybrid": f"it is laid out like Kimi Linear; {_UNTESTED}",
     "beam": f"{_FACTOR}, and its layers weigh what they add by depth",
     "dbrx": "its router returns raw scores alone, and its experts are rows of flat matrices",
     "deepseek_v4": f"some of its layers choose experts by a table of tokens, and {_STREAMS}",

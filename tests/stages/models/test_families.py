@@ -57,7 +57,7 @@ def test_an_untied_head_has_a_role_of_its_own():
 
 LISTED = ("deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "exaone_moe", "mimo_v2_flash", "hy_v3",
           "laguna", "mellum", "cohere2_moe", "axk1", "axk2",
-          "kimi_linear")  # fmt: skip
+          "bailing_hybrid", "kimi_linear")  # fmt: skip
 
 
 @pytest.mark.parametrize("fields", [{}, {"first_k_dense_replace": 2}])
@@ -69,7 +69,7 @@ def test_layers_that_a_raw_configuration_does_not_list_are_those_of_transformers
     expected = tuple(i for i, kind in enumerate(kinds) if kind == "sparse")
     assert FAMILIES[name].sparse_layers(raw) == expected
     reads = name in ("deepseek_v32", "glm_moe_dsa", "exaone_moe", "cohere2_moe", "axk1",
-                     "axk2", "kimi_linear")  # fmt: skip
+                     "axk2", "bailing_hybrid", "kimi_linear")  # fmt: skip
     assert not (reads and fields) or expected == (2, 3, 4)
 
 
