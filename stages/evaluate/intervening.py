@@ -11,7 +11,8 @@ from stages.errors import StageFailed
 from stages.evaluate.base import Evaluation
 from stages.evaluate.probes import WAYS, Interventions
 from stages.models import routes
-from stages.models.families import family, roles
+from stages.models.families import family
+from stages.models.roles import roles
 from stages.models.routes import Policy, hash_of
 from stages.models.routing import Routing, weighing
 from stages.models.size import measure

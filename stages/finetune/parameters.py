@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from stages.errors import StageFailed
 from stages.finetune.recipe import Alternate, Recipe
 from stages.finetune.schedules import epoch
-from stages.models.families import family, roles
+from stages.models.families import family
+from stages.models.roles import roles
 
 
 def trained_roles(model: PreTrainedModel) -> dict[str, str]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stages.models.families import head_of
+from stages.models.roles import head_of
 
 
 def with_float32_head(model: PreTrainedModel) -> PreTrainedModel:

@@ -4,7 +4,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stages.models.card import ModelCard
-from stages.models.families import family, head_of, roles
+from stages.models.families import family
+from stages.models.roles import head_of, roles
 
 ADDED = ("cls_token", "position_embeddings")
 """Ends of the names of a vision model's parameters that are added or put before, not multiplied."""

@@ -4,8 +4,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from stages.models.families import family, roles
+from stages.models.families import family
 from stages.models.load import auto_class
+from stages.models.roles import roles
 from stages.models.tiny_shapes import TINY
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -20,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from stages.errors import StageFailed
-from stages.models.families import family, roles
+from stages.models.families import family
+from stages.models.roles import roles
 
 Losses = Callable[[], torch.Tensor]
 """The losses (B,) of some examples, computed anew from the model's weights at each call."""

@@ -123,8 +123,8 @@ def _compare(rank: int, folders: dict[str, Path], output: Path, store: Path) -> 
 
 def _differences(name: str, folder: Path, rank: int) -> dict[str, float]:
     from stages.models.expert_parallel import convert
-    from stages.models.families import roles
     from stages.models.load import load
+    from stages.models.roles import roles
 
     generator = torch.Generator().manual_seed(rank)
     tokens = torch.randint(3, 259, (2, 24 + rank), generator=generator)  # ranks differ in length

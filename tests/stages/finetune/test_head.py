@@ -13,8 +13,9 @@ from stages.evaluate.engine import Engine
 from stages.finetune.head import with_head
 from stages.finetune.spec import FinetuneSpec, TrainSet
 from stages.finetune.stage import run
-from stages.models.families import FAMILIES, roles
+from stages.models.families import FAMILIES
 from stages.models.load import load
+from stages.models.roles import roles
 from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.models.tiny_shapes import TINY
 from tests.stages.finetune.reference import curve

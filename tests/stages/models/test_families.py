@@ -15,8 +15,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from stages.errors import BadInput
-from stages.models.families import FAMILIES, family, roles
+from stages.models.families import FAMILIES, family
 from stages.models.load import auto_class
+from stages.models.roles import roles
 from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.models.tiny_shapes import TINY
 from stages.models.unsupported import NO_FAMILY

@@ -12,9 +12,10 @@ from stages.evaluate.engine import Engine
 from stages.evaluate.scorer import score
 from stages.evaluate.techniques import Contrastive, DoLa, applied
 from stages.models.classifier import register
-from stages.models.families import FAMILIES, head_of
+from stages.models.families import FAMILIES
 from stages.models.float32_head import with_float32_head
 from stages.models.load import load
+from stages.models.roles import head_of
 from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.models.tiny_shapes import TINY
 

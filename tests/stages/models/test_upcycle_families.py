@@ -7,7 +7,8 @@ from transformers import AutoTokenizer, GenerationConfig
 from stages.errors import StageFailed
 from stages.models.card import ModelCard
 from stages.models.dense import DENSE
-from stages.models.families import FAMILIES, roles
+from stages.models.families import FAMILIES
+from stages.models.roles import roles
 from stages.models.spec import EveryNth, LastN, UpcycleSpec
 from stages.models.stage import run
 from stages.models.tiny import CHAT_TEMPLATE

@@ -18,9 +18,10 @@ from stages.finetune.telemetry import RoutingTelemetry
 from stages.models.averaging import averaged
 from stages.models.balance import gshard_loss, importance_loss, load_loss
 from stages.models.card import ModelCard
-from stages.models.families import family, roles
+from stages.models.families import family
 from stages.models.images import Classifier, load_processor
 from stages.models.load import load
+from stages.models.roles import roles
 from stages.models.routes import at_random, imposed, masked, next_ranked, routed, selected
 from stages.models.routing import blocks, intercept, weighing
 from stages.models.sources import describe

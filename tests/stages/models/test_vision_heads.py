@@ -15,9 +15,9 @@ from stages.attack.image_spec import APGD, PGD
 from stages.evaluate.image_attacks import ImageAttacks
 from stages.evaluate.vision import ImageClassification
 from stages.models.card import ModelCard
-from stages.models.families import roles
 from stages.models.images import Classifier, load_processor
 from stages.models.load import load
+from stages.models.roles import roles
 from stages.models.routes import imposed, routed
 from stages.models.routing import weighing
 from stages.models.sources import describe

@@ -10,9 +10,10 @@ from transformers import ViTConfig, ViTForImageClassification
 from stages.errors import StageFailed
 from stages.models.capacity import within_capacity
 from stages.models.card import ModelCard
-from stages.models.families import family, roles
+from stages.models.families import family
 from stages.models.images import Classifier, ImageProcessor, load_processor
 from stages.models.load import load
+from stages.models.roles import roles
 from stages.models.routing import blocks, intercept, weighing
 from stages.models.spec import EveryNth, SourceSpec, UpcycleSpec
 from stages.models.stage import run
