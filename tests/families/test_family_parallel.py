@@ -5,7 +5,6 @@ Four families of different shape run always, the others under ``make test-famili
 """
 
 import json
-import time
 import traceback
 from contextlib import nullcontext
 from functools import partial
@@ -31,7 +30,7 @@ from tests.stages.finetune.reference import (
     plain,
     weights,
 )
-from tests.stages.finetune.runs import Run, launch, process_group
+from tests.stages.finetune.runs import Run, in_ranks, launch, process_group
 
 QUICK = ("mixtral", "deepseek_v3", "gpt_oss", "switch_transformers")
 PARALLEL = [n for n in TINY if FAMILIES[n].is_moe and not FAMILIES[n].no_expert_parallel]
@@ -93,16 +92,7 @@ def compared(folders, tmp_path_factory) -> Path:
     """What each rank saw of each family: plain, whole as it is trained, and spread over two ranks.
     """
     output = tmp_path_factory.mktemp("compared")
-    context = torch.multiprocessing.spawn(
-        _compare, args=(folders, output, output / "store"), nprocs=2, join=False
-    )
-    deadline = time.monotonic() + 600
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, "not finished after 600 s"
-    finally:
-        for process in context.processes:
-            process.kill()
+    in_ranks(_compare, (folders, output, output / "store"), seconds=600)
     return output
 
 

@@ -2,7 +2,6 @@
 and what it computes is what one process with all experts does."""
 
 import json
-import time
 
 import torch
 
@@ -10,21 +9,13 @@ from stages.models import routes
 from stages.models.routes import routed, soft_backward
 from stages.models.routing import weighing
 from stages.models.tiny import tiny_model, tiny_tokenizer
-from tests.stages.finetune.runs import process_group
+from tests.stages.finetune.runs import in_ranks, process_group
 
 FAMILIES = ("mixtral", "deepseek_v3")
 
 
 def test_two_ranks_record_and_force_what_one_process_does(tmp_path):
-    context = torch.multiprocessing.spawn(
-        _compare, args=(tmp_path, tmp_path / "store"), nprocs=2, join=False)
-    deadline = time.monotonic() + 300
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, "not finished after 300 s"
-    finally:
-        for process in context.processes:
-            process.kill()
+    in_ranks(_compare, (tmp_path, tmp_path / "store"))
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert len(found) == 2 * 6

@@ -57,13 +57,17 @@ def launch(workers: int, runs: list[Run], store: Path, keep_going: bool = False)
 
     ``keep_going`` goes on after an unexpected error of one, which must be the same on all ranks.
     """
-    context = torch.multiprocessing.spawn(
-        _worker, args=(workers, runs, store, keep_going), nprocs=workers, join=False
-    )
+    seconds = max(TIMEOUT_S, 60 * len(runs))
+    in_ranks(_worker, (workers, runs, store, keep_going), workers, seconds)
+
+
+def in_ranks(work: Callable, args: tuple, ranks: int = 2, seconds: float = TIMEOUT_S) -> None:
+    """Call ``work(rank, *args)`` in as many processes, which are killed when time is up."""
+    context = torch.multiprocessing.spawn(work, args=args, nprocs=ranks, join=False)
+    deadline = time.monotonic() + seconds
     try:
-        deadline = time.monotonic() + max(TIMEOUT_S, 60 * len(runs))
         while not context.join(timeout=1):
-            assert time.monotonic() < deadline, f"not finished after {TIMEOUT_S} s"
+            assert time.monotonic() < deadline, f"not finished after {seconds} s"
     finally:
         for process in context.processes:
             process.kill()

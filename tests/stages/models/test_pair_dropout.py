@@ -1,7 +1,6 @@
 """Dropout inside experts: its masks, and that expert parallelism draws the same."""
 
 import json
-import time
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.models.tiny_shapes import TINY
 from tests.stages.finetune.conftest import data  # noqa: F401
 from tests.stages.finetune.results import curve, measured, spec, weights
-from tests.stages.finetune.runs import Run, launch, process_group
+from tests.stages.finetune.runs import Run, in_ranks, launch, process_group
 from tests.stages.models.tiny_folders import save
 
 WITH_DROPOUT = {
@@ -75,16 +74,7 @@ def test_no_dropout_inside_experts_is_left_to_the_order_of_their_tokens(name):
 def compared(tmp_path_factory):
     """What each rank saw of each family in training, whole and spread over two ranks."""
     output = tmp_path_factory.mktemp("compared")
-    context = torch.multiprocessing.spawn(
-        _compare, args=(output, output / "store"), nprocs=2, join=False
-    )
-    deadline = time.monotonic() + 300
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, "not finished after 300 s"
-    finally:
-        for process in context.processes:
-            process.kill()
+    in_ranks(_compare, (output, output / "store"))
     return {
         (name, rank): json.loads((output / f"{name}_{rank}.json").read_text())
         for name in WITH_DROPOUT
