@@ -9,9 +9,11 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from stages.data.spec import Task
+from stages.data.templates import TEMPLATES
 from stages.evaluate.base import Metric, Request, Response, mean_of
 from stages.evaluate.character_edits import Operation, Surrogate, edited_pair
 from stages.evaluate.classification import Classification, check_labels, correct
+from stages.evaluate.confusion import macro_f1, of_counts
 from stages.evaluate.examples import difference, qualified
 from stages.spec import Seed
 
@@ -21,6 +23,7 @@ SUBSETS = ("clean", "adversarial", "random")
 class CharacterEdits(Classification):
     """Accuracy under a black-box character attack, beside clean and randomly edited texts."""
 
+    VERSION: ClassVar[int] = Classification.VERSION + 1
     kind: Literal["character_edits"] = "character_edits"
     dataset: str
     split: str = "test"
@@ -85,7 +88,8 @@ class CharacterEdits(Classification):
         )
 
     def metrics(self) -> tuple[Metric, ...]:
-        """Accuracy of the three subsets and what the attack takes from it."""
+        """Accuracy of the three subsets, what the attack takes from it, and macro-F1 of the three
+        (classes may be uneven)."""
         clean, adversarial, control = (
             mean_of("correct", name, subset=subset, label=label)
             for name, subset, label in (
@@ -111,6 +115,20 @@ class CharacterEdits(Classification):
                 [adversarial],
                 higher_is_better=False,
                 label="of that, beyond random edits",
+            ),
+            *(
+                of_counts(
+                    name,
+                    macro_f1,
+                    TEMPLATES[self.template].labels,
+                    {"subset": [subset]},
+                    label=label,
+                )
+                for name, subset, label in (
+                    ("adversarial_macro_f1", "adversarial", "macro-F1 under attack"),
+                    ("clean_macro_f1", "clean", "macro-F1, clean"),
+                    ("random_edit_macro_f1", "random", "macro-F1, random edits"),
+                )
             ),
             *self.out_of_set_rate(),
         )

@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 
 from stages.data.templates import TEMPLATES
 from stages.evaluate.base import Metric, Request, Response
-from stages.evaluate.classification import OUT_OF_SET, Classification, check_labels, correct
+from stages.evaluate.classification import Classification, check_labels, correct
+from stages.evaluate.confusion import balanced_accuracy, macro_f1, of_counts
 from stages.evaluate.examples import (
     clusters,
     difference,
@@ -164,24 +165,16 @@ class LabelledSets(Classification):
         label: str,
         over: Callable[..., np.ndarray] = np.mean,
     ) -> Metric:
-        """The mean (or ``over``) over sets of a function of each set's confusion matrix."""
-        labels = list(TEMPLATES[self.template].labels)
-        columns = [*labels, OUT_OF_SET]
-
-        def statistics(scores: pd.DataFrame) -> np.ndarray:
-            gold = scores["gold"].map(labels.index).to_numpy()
-            prediction = scores["prediction"].map(columns.index).to_numpy()
-            counts = np.zeros((len(scores), len(domains), len(labels), len(columns)))
-            for index, domain in enumerate(domains):
-                rows = np.flatnonzero(scores["domain"] == domain)
-                counts[rows, index, gold[rows], prediction[rows]] = 1
-            return counts.reshape(len(scores), -1)
-
-        def value(sums: np.ndarray) -> np.ndarray:
-            counts = sums.reshape(*sums.shape[:-1], len(domains), len(labels), len(columns))
-            return over(function(counts), axis=-1)
-
-        return Metric(name, statistics, value, label=label, datasets=tuple(domains))
+        """A function of the sets' confusion matrices, averaged (or ``over``) over the sets."""
+        return of_counts(
+            name,
+            function,
+            TEMPLATES[self.template].labels,
+            {"domain": domains},
+            over,
+            label=label,
+            datasets=tuple(domains),
+        )
 
 
 class OutOfDistribution(LabelledSets):
@@ -242,27 +235,3 @@ class AdversarialSets(LabelledSets):
 
 def _accuracy(name: str, domains: list[str], label: str) -> Metric:
     return mean_where("correct", name, "domain", domains, label=label, datasets=tuple(domains))
-
-
-def macro_f1(counts: np.ndarray) -> np.ndarray:
-    """Mean over classes of F1, from confusion counts of shape (..., gold, prediction).
-
-    Further columns count predictions of no class. A class that is neither in the gold labels nor
-    predicted is left out, as scikit-learn does.
-    """
-    hits = np.diagonal(counts, axis1=-2, axis2=-1)
-    either = counts.sum(axis=-1) + counts[..., : counts.shape[-2]].sum(axis=-2)
-    return _mean_over(2 * hits, either)
-
-
-def balanced_accuracy(counts: np.ndarray) -> np.ndarray:
-    """Mean recall of the classes that occur, from counts of shape (..., gold, prediction)."""
-    return _mean_over(np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(axis=-1))
-
-
-def _mean_over(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of the quotients whose denominator is not 0."""
-    occurs = denominator > 0
-    quotients = numerator / np.where(occurs, denominator, 1)
-    with np.errstate(invalid="ignore"):
-        return quotients.sum(axis=-1) / occurs.sum(axis=-1)

@@ -193,7 +193,11 @@ def test_sources_name_the_surrogates_split():
 
 
 def test_metrics_by_hand():
-    """Clean 3 of 4 right, random 2 of 4, attacked 1 of 4."""
+    """Clean 3 of 4 right, random 2 of 4, attacked 1 of 4; two texts of each label.
+
+    Attacked, a alone is right: b and d are taken for positive, c for negative, so that F1 is
+    2/(2+3) of positive and 0 of negative.
+    """
     right = {"clean": "abc", "random": "ab", "adversarial": "a"}
     gold = dict(zip(TEST["id"], TEST["label"], strict=True))
     responses = {}
@@ -216,6 +220,9 @@ def test_metrics_by_hand():
         "random_edit_accuracy": 0.5,
         "adversarial_drop": 0.5,
         "adversarial_excess": 0.25,
+        "adversarial_macro_f1": pytest.approx((2 / 5 + 0) / 2),
+        "clean_macro_f1": pytest.approx((2 * 2 / (2 + 3) + 2 / (1 + 2)) / 2),
+        "random_edit_macro_f1": pytest.approx((0.5 + 0.5) / 2),
     }
     assert summary["adversarial_accuracy"]["n"] == 4
     assert EVALUATION.metrics()[0].name == EVALUATION.primary

@@ -6,12 +6,8 @@ from sklearn import metrics as sklearn_metrics
 
 from stages.errors import StageFailed
 from stages.evaluate.base import Request, Response
-from stages.evaluate.out_of_distribution import (
-    AdversarialSets,
-    OutOfDistribution,
-    balanced_accuracy,
-    macro_f1,
-)
+from stages.evaluate.confusion import balanced_accuracy, macro_f1
+from stages.evaluate.out_of_distribution import AdversarialSets, OutOfDistribution
 from stages.statistics import paired, summarise
 
 EVALUATION = OutOfDistribution(
