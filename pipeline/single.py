@@ -63,9 +63,12 @@ def _cut(sweep: Sweep, source: str, evaluations: Iterable[str]) -> Sweep:
     others = sweep.models if any(
         isinstance(each.technique, Contrastive) or each.surrogates() for each in kept.values()
     ) else {}
+    given = Model(source=_source(source))
+    while others.get(name, given) != given:  # one that is held beside it keeps its name
+        name += "-evaluated"
     return sweep.model_copy(update={
         "name": name,
-        "models": others | {name: Model(source=_source(source))},
+        "models": others | {name: given},
         "pairs": (),
         "recipes": {},
         "untuned": True,

@@ -159,6 +159,17 @@ def test_an_amateur_of_the_models_own_source_is_asked():
         for name in ("truthfulqa_contrastive", "sciq_one_expert")]
 
 
+def test_a_model_named_like_an_amateur_does_not_take_its_place():
+    file, asked = SWEEPS / "moe_rbench" / "cpu.yaml", "truthfulqa_contrastive"
+    amateur = load(file).models["smollm2-narrow"]
+    sweep = single(file, "owner/smollm2-narrow", asked).sweep
+    assert sweep.name == "smollm2-narrow-evaluated"
+    assert sweep.models[sweep.name].source == "hub:owner/smollm2-narrow@main"
+    assert sweep.models["smollm2-narrow"] == amateur
+    # Without an amateur no other model is held.
+    assert list(single(file, "owner/smollm2-narrow", "sciq").sweep.models) == ["smollm2-narrow"]
+
+
 def test_what_is_wrong_with_the_sweep_is_no_gap():
     file = SWEEPS / "moe_rbench" / "cpu.yaml"
     for override, told in (
