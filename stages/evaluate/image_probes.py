@@ -44,7 +44,7 @@ class ImageGeometry(Geometry, LabelledImages):
     """Geometry at the tokens of images: the patches and the class token. A token that an expert
     had no room for (``dropped``, their share) is left out of what hangs on its choice."""
 
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
     quantities: ClassVar[dict[str, str]] = GEOMETRY | {
         "dropped": "tokens that an expert had no room for"
     }

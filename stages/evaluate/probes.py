@@ -248,7 +248,7 @@ class Geometry(Evaluation):
 class RouterGeometry(Geometry, LabelledTexts):
     """Geometry at the tokens of prompts."""
 
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
 
     kind: Literal["router_geometry"] = "router_geometry"
     epsilon: Annotated[float, Field(gt=0)] = 0.1

@@ -201,7 +201,7 @@ def differences(watched: Watched, generator: torch.Generator) -> dict[str, torch
     rank K times the distance of their outputs. ``routing_term``: product of the weights of the two
     best, the distance of their outputs and the distance of their rows in the router;
     ``routing_jacobian``: see there. All are NaN for a token that one of its experts had no room
-    for.
+    for, and what has rank K + 1 in it for one that all experts are given.
     """
     routing, hidden = watched.routing, watched.hidden
     logits = routing.logits.float()
@@ -225,6 +225,9 @@ def differences(watched: Watched, generator: torch.Generator) -> dict[str, torch
     found["cosine"] = torch.cosine_similarity(*outputs[""], dim=-1)
     one, other = outputs["_next"]
     found["jump"] = weights[:, -1] * (one - other).norm(dim=-1)
+    everything = chosen(routing).all(-1)
+    for name in ("disagreement_next", "jump"):
+        found[name] = found[name].masked_fill(everything, torch.nan)
     if watched.scorers is not None:
         rows = (watched.scorers[first] - watched.scorers[second]).norm(dim=-1)
         probabilities = logits.softmax(-1)

@@ -114,6 +114,18 @@ def test_differences_of_two_experts_by_hand():
     assert found["routing_term"].item() == pytest.approx(0.7 * 0.3 * 1 * 2**0.5)
 
 
+def test_where_all_experts_are_chosen_there_is_no_next_one():
+    expert, scorers = affine(3, 12), torch.randn(3, 12, generator=GENERATOR, dtype=torch.float64)
+    hidden = torch.randn(4, 12, generator=GENERATOR, dtype=torch.float64)
+    routing = routing_of(hidden @ scorers.T, 3)
+    found = differences(Watched(routing, hidden, scorers.float(), expert), torch.Generator())
+    assert found["jump"].isnan().all() and found["disagreement_next"].isnan().all()
+    first, second = routing.experts[:, :2].unbind(-1)
+    one, other = expert(hidden, first).float(), expert(hidden, second).float()
+    mean = (one.norm(dim=-1) + other.norm(dim=-1)) / 2
+    torch.testing.assert_close(found["disagreement"], (one - other).norm(dim=-1) / mean)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_token_without_room_is_left_out_and_counted(count):
     """What hangs on the choice is told of the tokens that all their experts had room for, whichever
