@@ -2,7 +2,7 @@
 
 import torch
 
-from stages.attack.image_geometry import Draws, per_image, project, sizes, steepest
+from stages.attack.image_geometry import Budget, Draws, per_image, project, sizes, steepest
 from stages.attack.image_objective import Best, Objective
 from stages.attack.image_spec import Norm
 
@@ -29,7 +29,7 @@ def apgd(
     clean: torch.Tensor,
     *,
     norm: Norm,
-    budget: float,
+    budget: Budget,
     steps: int,
     restarts: int,
     draws: Draws,
@@ -49,7 +49,7 @@ def _run(
     objective: Objective,
     clean: torch.Tensor,
     norm: Norm,
-    budget: float,
+    budget: Budget,
     steps: int,
     draws: Draws,
     best: Best,
@@ -61,7 +61,7 @@ def _run(
     images = _start(clean, budget, norm, draws)
     value, gradient = objective.climb(images)
     best.update(images, value, objective.labels)
-    step = torch.full_like(value.loss, 2 * budget)
+    step = torch.as_tensor(2 * budget).to(value.loss).expand_as(value.loss)
     top, top_images, top_gradient = value.loss.clone(), images.clone(), gradient.clone()
     raised = torch.zeros_like(step)
     # At the first checkpoint only the share of moves that raised the loss counts.
@@ -91,9 +91,9 @@ def _run(
             raised.zero_()
 
 
-def _start(clean: torch.Tensor, budget: float, norm: Norm, draws: Draws) -> torch.Tensor:
+def _start(clean: torch.Tensor, budget: Budget, norm: Norm, draws: Draws) -> torch.Tensor:
     """A random point at the full budget from each image, clipped to [0, 1]."""
     shape = tuple(clean.shape[1:])
     delta = draws.uniform(-1, 1, shape) if norm == "linf" else draws.normal(shape)
-    delta = delta * per_image(budget / sizes(delta, norm))
+    delta = delta * per_image(torch.as_tensor(budget).to(delta) / sizes(delta, norm))
     return (clean + delta.to(clean)).clamp(0, 1)

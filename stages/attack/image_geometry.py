@@ -9,6 +9,9 @@ from stages.attack.image_spec import Norm
 
 # Shape letters: B images, C channels, H and W their size.
 
+Budget = float | torch.Tensor
+"""How far images may go: one number for all, or one for each, (B,) in float64."""
+
 
 def sizes(delta: torch.Tensor, norm: Norm) -> torch.Tensor:
     """The norm of each perturbation (B, C, H, W), shape (B,)."""
@@ -21,6 +24,11 @@ def per_image(values: torch.Tensor) -> torch.Tensor:
     return values[:, None, None, None]
 
 
+def across(budget: Budget, images: torch.Tensor) -> Budget:
+    """A budget in a shape and type that go with images."""
+    return per_image(budget).to(images) if isinstance(budget, torch.Tensor) else budget
+
+
 def steepest(gradient: torch.Tensor, norm: Norm) -> torch.Tensor:
     """The direction of length 1 that ascends fastest, (B, C, H, W); 0 where the gradient is."""
     if norm == "linf":
@@ -29,20 +37,20 @@ def steepest(gradient: torch.Tensor, norm: Norm) -> torch.Tensor:
     return (gradient / per_image(sizes(gradient.double(), norm)).clamp_min(1e-300)).to(gradient)
 
 
-def project(images: torch.Tensor, clean: torch.Tensor, budget: float, norm: Norm) -> torch.Tensor:
+def project(images: torch.Tensor, clean: torch.Tensor, budget: Budget, norm: Norm) -> torch.Tensor:
     """The nearest images within the budget, clipped to [0, 1].
 
     ``clean`` lies in [0, 1], so that clipping leads nobody out of the ball.
     """
-    delta = images - clean
+    delta, limit = images - clean, across(budget, images)
     if norm == "linf":
-        delta = delta.clamp(-budget, budget)
+        delta = delta.clamp(-limit, limit)
     else:
-        delta = delta * (budget / per_image(sizes(delta, norm)).clamp_min(1e-12)).clamp_max(1)
+        delta = delta * (limit / per_image(sizes(delta, norm)).clamp_min(1e-12)).clamp_max(1)
     return (clean + delta).clamp(0, 1)
 
 
-def at_distance(clean: torch.Tensor, direction: torch.Tensor, budget: float) -> torch.Tensor:
+def at_distance(clean: torch.Tensor, direction: torch.Tensor, budget: Budget) -> torch.Tensor:
     """Images in [0, 1] whose l2 distance from ``clean`` is the budget, each along its direction.
 
     A pixel that meets the end of the range stays there and the others go on, so that clipping makes
@@ -95,13 +103,18 @@ class Draws:
         """Whole numbers from 0 to ``high`` - 1, (B, count)."""
         return np.array([g.integers(0, high, count) for g in self.generators])
 
-    def in_ball(self, clean: torch.Tensor, budget: float, norm: Norm) -> torch.Tensor:
+    def in_ball(self, clean: torch.Tensor, budget: Budget, norm: Norm) -> torch.Tensor:
         """A point of each image's ball, clipped to [0, 1]: uniform, in both norms."""
         shape = tuple(clean.shape[1:])
+        limits = torch.as_tensor(budget, dtype=torch.float64).cpu().expand(len(clean))
         if norm == "linf":
-            delta = self.uniform(-budget, budget, shape)
+            drawn = [
+                g.uniform(-limit, limit, shape)
+                for g, limit in zip(self.generators, limits.tolist(), strict=True)
+            ]
+            delta = torch.from_numpy(np.array(drawn, dtype=np.float32))
         else:
             delta = self.normal(shape)
             share = self.uniform(0, 1, ()) ** (1 / delta[0].numel())
-            delta = delta * per_image(budget * share / sizes(delta, norm))
+            delta = delta * per_image(limits.to(share) * share / sizes(delta, norm))
         return (clean + delta.to(clean)).clamp(0, 1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from stages.attack.apgd import apgd
-from stages.attack.image_geometry import Draws, sizes
+from stages.attack.image_geometry import Budget, Draws, sizes
 from stages.attack.image_objective import Best, Objective, Value
 from stages.attack.image_spec import (
     APGD,
@@ -49,11 +49,11 @@ def attack_images(
     attack: AnyImageAttack,
     clean: torch.Tensor,
     labels: torch.Tensor,
-    budget: float,
+    budget: Budget,
     seeds: Sequence[Sequence[int]],
     partner: Classifier | None = None,
 ) -> Outcome:
-    """Attack images (B, C, H, W) in [0, 1] with labels (B,), within a budget.
+    """Attack images (B, C, H, W) in [0, 1] with labels (B,), within a budget for all or for each.
 
     ``seeds`` are those of each example's random numbers: the same example gets the same ones in any
     batch. ``partner`` is the model that ``transfer`` attacks. The model is in evaluation mode and
@@ -92,7 +92,7 @@ def _by_gradient(
     attack: AnyImageAttack,
     clean: torch.Tensor,
     labels: torch.Tensor,
-    budget: float,
+    budget: Budget,
     draws: Draws,
 ) -> tuple[Best, list[Objective]]:
     if isinstance(attack, APGD) and attack.targets:
@@ -110,7 +110,7 @@ def _targeted(
     attack: APGD,
     clean: torch.Tensor,
     labels: torch.Tensor,
-    budget: float,
+    budget: Budget,
     draws: Draws,
 ) -> tuple[Best, list[Objective]]:
     """One run per wrong label, the most probable first."""
@@ -126,7 +126,7 @@ def _targeted(
 
 
 def _apgd(
-    objective: Objective, attack: APGD | Transfer, clean: torch.Tensor, budget: float, draws: Draws
+    objective: Objective, attack: APGD | Transfer, clean: torch.Tensor, budget: Budget, draws: Draws
 ) -> Best:
     return apgd(
         objective,

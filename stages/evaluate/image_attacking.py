@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from stages.attack import images
+from stages.attack.image_geometry import Budget
 from stages.attack.image_objective import Best, Value
 from stages.attack.image_spec import AnyImageAttack, Noise, PaperPGD, Transfer
 from stages.attack.images import Outcome, attack_images
@@ -27,7 +29,21 @@ from stages.probe.change import chance, choice_changes, routing_changes
 
 UNBOUNDED = 0.5
 """Largest change of a pixel that makes every image the same grey one."""
+ALL = slice(None)
 _PLAIN = {"routing": "as_is", "importance_loss_weight": 0.0, "gshard_loss_weight": 0.0}
+
+
+class _Case(NamedTuple):
+    """An attack on some images, as a check of another."""
+
+    key: str
+    """The name of the check."""
+    named: str
+    """What its random numbers are drawn for."""
+    attack: AnyImageAttack
+    budget: float
+    among: torch.Tensor
+    """The images, a mask (B,)."""
 
 
 class Attacker(Shown):
@@ -69,20 +85,23 @@ class Attacker(Shown):
              "chance": self.chance, "attacks": [], "budgets": {}, "checks": {}}
             for i, prediction in enumerate(self.predictions(self.clean))
         ]  # fmt: skip
+        standing = {name: [] for name in self.spec.tried}
         for budget in self.spec.budgets:
             worst = Best(self.pixels)
             for name, attack in self.spec.tried.items():
-                outcome = self._attack(name, attack, budget)
+                outcome = self._attack(attack, ALL, budget, self.seeds(name))
                 if name in self.spec.counted:
                     value = Value(self.losses(outcome.logits), outcome.logits)
                     worst.update(outcome.images, value, self.labels)
                 for result, row in zip(found, self._rows(name, attack, budget, outcome),
                                        strict=True):  # fmt: skip
                     result["attacks"].append(row)
-                self._check_effort(name, attack, budget, outcome, found)
+                left = self.checked & (outcome.logits.argmax(1) == self.labels)
+                standing[name].append((budget, left))
             for result, row in zip(found, self._exchanged(worst.images, budget), strict=True):
                 result["budgets"][shown(budget)] = row
-        self._check_without_bound(found)
+        for name, attack in self.spec.tried.items():
+            self._check(name, attack, standing[name], found)
         return found
 
     @property
@@ -103,22 +122,19 @@ class Attacker(Shown):
 
     def _attack(
         self,
-        name: str,
         attack: AnyImageAttack,
-        budget: float,
-        among: torch.Tensor | None = None,
+        which: torch.Tensor | slice,
+        budget: Budget,
+        seeds: Sequence[Sequence[int]],
     ) -> Outcome:
-        """One attack on all images, or on those that the mask (B,) names."""
+        """One attack on some of the images, each with its seeds."""
         partner = None
         if isinstance(attack, Transfer):
             partner = self.surrogates[attack.surrogate.role]
         if not family((partner or self.classifier).model).is_moe:
             given = {f: v for f, v in _PLAIN.items() if f in type(attack).model_fields}
             attack = attack.model_copy(update=given)
-        pixels, labels, seeds = self.pixels, self.labels, self.seeds(name)
-        if among is not None:
-            pixels, labels = pixels[among], labels[among]
-            seeds = [seeds[i] for i in among.nonzero().flatten().tolist()]
+        pixels, labels = self.pixels[which], self.labels[which]
         return attack_images(self.classifier, attack, pixels, labels, budget, seeds, partner)
 
     def _rows(
@@ -156,7 +172,8 @@ class Attacker(Shown):
     def _exchanged(self, attacked: torch.Tensor, budget: float) -> Iterator[dict]:
         """Of the worst images (B, C, H, W) of a budget: the routing change of random perturbations
         of the same size, and predictions under the routes of the other image."""
-        drawn = self._attack("random", Noise(norm=self.spec.norm, queries=1), budget).images
+        one = Noise(norm=self.spec.norm, queries=1)
+        drawn = self._attack(one, ALL, budget, self.seeds("random")).images
         random = routing_changes(self.routes, self.seen(drawn)[1], len(self.ids))
         swaps: list[dict[str, str]] = [{} for _ in self.ids]
         now = self.seen(attacked)[1]
@@ -180,42 +197,52 @@ class Attacker(Shown):
         for each in routes:
             yield each.layer, imposed(routes, layers={each.layer})
 
-    def _check_effort(
-        self,
-        name: str,
-        attack: AnyImageAttack,
-        budget: float,
-        outcome: Outcome,
-        found: list[dict],
-    ) -> None:
-        """Attack those again with twice the effort that the attack has not broken; the others count
-        as broken."""
-        left = self.checked & (outcome.logits.argmax(1) == self.labels)
-        for key, (named, harder) in variants(name, attack).items():
-            self._check(named, harder, budget, left, f"{name}/{shown(budget)}/{key}", found)
-
-    def _check_without_bound(self, found: list[dict]) -> None:
-        for name, attack in self.spec.attacks.items():
-            if checked_without_bound(attack):
-                radius = UNBOUNDED
-                if attack.norm == "l2":
-                    radius *= self.pixels[0].numel() ** 0.5
-                self._check(name, attack, radius, self.checked, f"{name}/unbounded", found)
-
     def _check(
         self,
         name: str,
         attack: AnyImageAttack,
-        budget: float,
-        among: torch.Tensor,
-        key: str,
+        standing: list[tuple[float, torch.Tensor]],
         found: list[dict],
     ) -> None:
-        """Whether an attack breaks those that the mask (B,) names; noted for all checked images."""
-        broken = ~among
-        if among.any():
-            logits = self._attack(name, attack, budget, among).logits
-            broken[among] = logits.argmax(1) != self.labels[among]
-        for row, result, success in zip(self.rows, found, broken.tolist(), strict=True):
-            if row["checked"]:
-                result["checks"][key] = success
+        """Whether twice the effort breaks the checked images that the attack left standing at each
+        budget, (budget, mask); the others count as broken. And whether it breaks all without a
+        bound. One run for each of the attacks made of it, over all budgets."""
+        cases = [
+            _Case(f"{name}/{shown(budget)}/{key}", named, harder, budget, left)
+            for key, (named, harder) in variants(name, attack).items()
+            for budget, left in standing
+        ]
+        if name in self.spec.attacks and checked_without_bound(attack):
+            radius = UNBOUNDED
+            if attack.norm == "l2":
+                radius *= self.pixels[0].numel() ** 0.5
+            cases.append(_Case(f"{name}/unbounded", name, attack, radius, self.checked))
+        for made in dict.fromkeys(case.attack for case in cases):
+            of = [case for case in cases if case.attack == made]
+            for case, wrong in zip(of, self._broken(made, of), strict=True):
+                broken = ~case.among
+                broken[case.among] = wrong
+                for row, result, success in zip(self.rows, found, broken.tolist(), strict=True):
+                    if row["checked"]:
+                        result["checks"][case.key] = success
+
+    def _broken(self, attack: AnyImageAttack, cases: list[_Case]) -> tuple[torch.Tensor, ...]:
+        """Which of the images of each case, (their number,), end misclassified."""
+        of = [case.among.nonzero().flatten() for case in cases]
+        places = torch.cat(of)
+        budgets = torch.cat([
+            torch.full_like(each, case.budget, dtype=torch.float64)
+            for each, case in zip(of, cases, strict=True)
+        ])  # fmt: skip
+        seeds = [
+            self.seeds(case.named)[place]
+            for each, case in zip(of, cases, strict=True)
+            for place in each.tolist()
+        ]
+        wrong = torch.zeros_like(places, dtype=torch.bool)
+        most = len(self.ids)  # so many fit at once
+        for start in range(0, len(places), most):
+            part = slice(start, start + most)
+            outcome = self._attack(attack, places[part], budgets[part], seeds[part])
+            wrong[part] = outcome.logits.argmax(1) != self.labels[places[part]]
+        return wrong.split([len(each) for each in of])

@@ -151,7 +151,8 @@ def test_a_bump_stands_upright_or_is_turned():
     lower = torch.cat([upper[:1], upper[1:], upper[:1]])
     bump = torch.cat([upper / upper.norm(), -lower / lower.norm()]) / 2**0.5
     clean = torch.full((40, 1, 8, 8), 0.5)
-    images = _l2(clean, clean, 0.3, 5, Draws([(7, i) for i in range(40)]))
+    limits = torch.full((40,), 0.3, dtype=torch.float64)
+    images = _l2(clean, clean, limits, 5, Draws([(7, i) for i in range(40)]))
     kinds = {"upright": 0, "turned": 0}
     for change in (images - clean)[:, 0] / 0.3:
         rows, columns = (change.abs().sum(d) > 0 for d in (1, 0))
@@ -201,6 +202,23 @@ def test_no_image_leaves_its_ball_or_the_valid_range(toy, examples, attack):
     assert found.min() >= 0 and found.max() <= 1
     part = attack_images(toy, attack, images[7:9], labels[7:9], 0.1, SEEDS[7:9]).images
     torch.testing.assert_close(part, found[7:9], atol=1e-6, rtol=0)  # whatever the batch
+
+
+@pytest.mark.parametrize("attack", [
+    PaperPGD(steps=5), PGD(steps=5, restarts=2), PGD(steps=5, norm="l2"), APGD(steps=8),
+    APGD(steps=8, norm="l2"), APGD(steps=8, loss="dlr", targets=2), Square(queries=40),
+    Square(queries=40, norm="l2"), Noise(queries=3), Noise(queries=3, norm="l2")])
+def test_images_of_several_budgets_in_one_batch_are_as_those_of_each(toy, examples, attack):
+    images, labels = (each[:30] for each in examples)
+    budgets = (0.04, 0.3) if attack.norm == "linf" else (0.2, 1.0)
+    each = [attack_images(toy, attack, images, labels, b, SEEDS[:30]) for b in budgets]
+    limits = torch.tensor(budgets, dtype=torch.float64).repeat_interleave(30)
+    whole = attack_images(toy, attack, images.repeat(2, 1, 1, 1), labels.repeat(2), limits,
+                          2 * SEEDS[:30])
+    for name in ("images", "logits", "forwards"):
+        apart = torch.cat([getattr(found, name) for found in each])
+        torch.testing.assert_close(getattr(whole, name), apart, atol=1e-5, rtol=1e-5)
+    assert (each[0].images - each[1].images).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
