@@ -9,7 +9,6 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from stages.data.spec import Task
-from stages.data.templates import TEMPLATES
 from stages.evaluate.base import Metric, Request, Response, mean_of
 from stages.evaluate.character_edits import Operation, Surrogate, edited_pair
 from stages.evaluate.classification import Classification, check_labels, correct
@@ -117,13 +116,7 @@ class CharacterEdits(Classification):
                 label="of that, beyond random edits",
             ),
             *(
-                of_counts(
-                    name,
-                    macro_f1,
-                    TEMPLATES[self.template].labels,
-                    {"subset": [subset]},
-                    label=label,
-                )
+                of_counts(name, macro_f1, self.template, {"subset": [subset]}, label=label)
                 for name, subset, label in (
                     ("adversarial_macro_f1", "adversarial", "macro-F1 under attack"),
                     ("clean_macro_f1", "clean", "macro-F1, clean"),

@@ -4,11 +4,12 @@ Sets differ in how often each label occurs, so accuracy stands beside them. They
 exactly: a bootstrap draws rows, whose counts add up.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 
+from stages.data.templates import TEMPLATES
 from stages.evaluate.base import Metric
 from stages.evaluate.free_answers import OUT_OF_SET
 
@@ -16,7 +17,7 @@ from stages.evaluate.free_answers import OUT_OF_SET
 def of_counts(
     name: str,
     function: Callable[[np.ndarray], np.ndarray],
-    labels: Iterable[str],
+    template: str,
     groups: dict[str, list[str]],
     over: Callable[..., np.ndarray] = np.mean,
     **fields: object,
@@ -24,25 +25,30 @@ def of_counts(
     """A function of confusion counts, (..., labels, labels and one) to (...), of each group of
     rows, averaged (or ``over``) over the groups.
 
-    ``groups`` maps one score column to the values that stand for a group each; other rows are
-    left out. Rows are gold labels, columns predictions, the last of them of no label.
+    Labels are those of a template. ``groups`` maps one score column to the values that stand for a
+    group each; other rows are left out. Rows of counts are gold labels, columns predictions, the
+    last of them of no label.
     """
-    labels = list(labels)
-    columns = [*labels, OUT_OF_SET]
     ((column, values),) = groups.items()
-    shape = (len(values), len(labels), len(columns))
+
+    # Looked up late: a sweep's check names the metrics before it refuses a template's name.
+    def shape() -> tuple[int, int, int]:
+        labels = len(TEMPLATES[template].labels)
+        return len(values), labels, labels + 1
 
     def statistics(scores: pd.DataFrame) -> np.ndarray:
+        labels = list(TEMPLATES[template].labels)
+        columns = [*labels, OUT_OF_SET]
         gold = scores["gold"].map(labels.index).to_numpy()
         prediction = scores["prediction"].map(columns.index).to_numpy()
-        counts = np.zeros((len(scores), *shape))
+        counts = np.zeros((len(scores), *shape()))
         for index, value in enumerate(values):
             rows = np.flatnonzero(scores[column] == value)
             counts[rows, index, gold[rows], prediction[rows]] = 1
         return counts.reshape(len(scores), -1)
 
     def value(sums: np.ndarray) -> np.ndarray:
-        return over(function(sums.reshape(*sums.shape[:-1], *shape)), axis=-1)
+        return over(function(sums.reshape(*sums.shape[:-1], *shape())), axis=-1)
 
     return Metric(name, statistics, value, **fields)
 

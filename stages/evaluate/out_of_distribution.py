@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, model_validator
 
-from stages.data.templates import TEMPLATES
 from stages.evaluate.base import Metric, Request, Response
 from stages.evaluate.classification import Classification, check_labels, correct
 from stages.evaluate.confusion import balanced_accuracy, macro_f1, of_counts
@@ -169,7 +168,7 @@ class LabelledSets(Classification):
         return of_counts(
             name,
             function,
-            TEMPLATES[self.template].labels,
+            self.template,
             {"domain": domains},
             over,
             label=label,

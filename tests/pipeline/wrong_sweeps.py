@@ -200,6 +200,8 @@ WRONG = {
         "evaluations.questions: self_consistency samples", "remove technique"),
     "unknown template": (
         {"evaluations.edits.template": "sentimen"}, "template", "'sentiment'"),
+    "unknown template of several sets": (
+        {"evaluations.domains.template": "sentimen"}, "evaluations.domains", "'sentiment'"),
     "unknown data set in an evaluation": (
         {"evaluations.questions.dataset": "question"},
         "evaluations.questions: unknown data set 'question'", "did you mean 'questions'?"),

@@ -144,7 +144,8 @@ def test_each_kind_runs_from_files_to_a_summary(kind, inputs, tmp_path):
         # Too large in small tables and more so in resamples: they stand beside permuted ones.
         if name.startswith(("information", "purity")):
             continue
-        assert row["ci_low"] <= row["value"] <= row["ci_high"]
+        slack = 1e-6 * abs(row["value"])  # resamples are summed in float32
+        assert row["ci_low"] - slack <= row["value"] <= row["ci_high"] + slack
         assert row["n"] in ((6, 12, 18) if kind != "safety_experts" else (3, 6))
 
 

@@ -65,7 +65,8 @@ def test_recurrent_layers_carry_their_state_into_a_packed_row_and_nothing_over_p
     (together, gradients), (alone, expected) = passes
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
     for path, gradient in expected.items():
-        assert (gradients[path] - gradient).norm() <= 1e-4 * gradient.norm(), path
+        # What is small beside the rest is a sum of larger parts, with their rounding.
+        assert (gradients[path] - gradient).norm() <= 1e-4 * gradient.norm() + 2e-6, path
     with torch.no_grad():
         row, _ = pack(examples(), device)
         packed = model(**row, use_cache=False).logits[0]
