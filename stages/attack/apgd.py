@@ -2,7 +2,7 @@
 
 import torch
 
-from stages.attack.image_geometry import Budget, Draws, per_image, project, sizes, steepest
+from stages.attack.image_geometry import Draws, per_image, project, sizes, steepest
 from stages.attack.image_objective import Best, Objective
 from stages.attack.image_spec import Norm
 
@@ -29,12 +29,12 @@ def apgd(
     clean: torch.Tensor,
     *,
     norm: Norm,
-    budget: Budget,
+    budget: torch.Tensor,
     steps: int,
     restarts: int,
     draws: Draws,
 ) -> Best:
-    """The best iterates of all restarts, for images (B, C, H, W) in [0, 1].
+    """The best iterates of all restarts, for images (B, C, H, W) in [0, 1] and budgets (B,).
 
     ``steps`` gradients a restart. Each example has a step of its own, which starts at twice the
     budget.
@@ -49,7 +49,7 @@ def _run(
     objective: Objective,
     clean: torch.Tensor,
     norm: Norm,
-    budget: Budget,
+    budget: torch.Tensor,
     steps: int,
     draws: Draws,
     best: Best,
@@ -61,7 +61,7 @@ def _run(
     images = _start(clean, budget, norm, draws)
     value, gradient = objective.climb(images)
     best.update(images, value, objective.labels)
-    step = torch.as_tensor(2 * budget).to(value.loss).expand_as(value.loss)
+    step = (2 * budget).to(value.loss)
     top, top_images, top_gradient = value.loss.clone(), images.clone(), gradient.clone()
     raised = torch.zeros_like(step)
     # At the first checkpoint only the share of moves that raised the loss counts.
@@ -91,9 +91,9 @@ def _run(
             raised.zero_()
 
 
-def _start(clean: torch.Tensor, budget: Budget, norm: Norm, draws: Draws) -> torch.Tensor:
+def _start(clean: torch.Tensor, budget: torch.Tensor, norm: Norm, draws: Draws) -> torch.Tensor:
     """A random point at the full budget from each image, clipped to [0, 1]."""
     shape = tuple(clean.shape[1:])
     delta = draws.uniform(-1, 1, shape) if norm == "linf" else draws.normal(shape)
-    delta = delta * per_image(torch.as_tensor(budget).to(delta) / sizes(delta, norm))
+    delta = delta * per_image(budget.to(delta) / sizes(delta, norm))
     return (clean + delta.to(clean)).clamp(0, 1)

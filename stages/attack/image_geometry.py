@@ -7,10 +7,8 @@ import torch
 
 from stages.attack.image_spec import Norm
 
-# Shape letters: B images, C channels, H and W their size.
-
-Budget = float | torch.Tensor
-"""How far images may go: one number for all, or one for each, (B,) in float64."""
+# Shape letters: B images, C channels, H and W their size. Budgets are (B,) in float64: how far each
+# image may go.
 
 
 def sizes(delta: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -24,9 +22,9 @@ def per_image(values: torch.Tensor) -> torch.Tensor:
     return values[:, None, None, None]
 
 
-def across(budget: Budget, images: torch.Tensor) -> Budget:
-    """A budget in a shape and type that go with images."""
-    return per_image(budget).to(images) if isinstance(budget, torch.Tensor) else budget
+def same(budget: float, images: torch.Tensor) -> torch.Tensor:
+    """The budgets of images that all have the same one."""
+    return images.new_full((len(images),), budget, dtype=torch.float64)
 
 
 def steepest(gradient: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -37,12 +35,14 @@ def steepest(gradient: torch.Tensor, norm: Norm) -> torch.Tensor:
     return (gradient / per_image(sizes(gradient.double(), norm)).clamp_min(1e-300)).to(gradient)
 
 
-def project(images: torch.Tensor, clean: torch.Tensor, budget: Budget, norm: Norm) -> torch.Tensor:
+def project(
+    images: torch.Tensor, clean: torch.Tensor, budget: torch.Tensor, norm: Norm
+) -> torch.Tensor:
     """The nearest images within the budget, clipped to [0, 1].
 
     ``clean`` lies in [0, 1], so that clipping leads nobody out of the ball.
     """
-    delta, limit = images - clean, across(budget, images)
+    delta, limit = images - clean, per_image(budget).to(images)
     if norm == "linf":
         delta = delta.clamp(-limit, limit)
     else:
@@ -50,7 +50,7 @@ def project(images: torch.Tensor, clean: torch.Tensor, budget: Budget, norm: Nor
     return (clean + delta).clamp(0, 1)
 
 
-def at_distance(clean: torch.Tensor, direction: torch.Tensor, budget: Budget) -> torch.Tensor:
+def at_distance(clean: torch.Tensor, direction: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
     """Images in [0, 1] whose l2 distance from ``clean`` is the budget, each along its direction.
 
     A pixel that meets the end of the range stays there and the others go on, so that clipping makes
@@ -84,9 +84,12 @@ class Draws:
         part.generators = [self.generators[i] for i in chosen.nonzero().flatten().tolist()]
         return part
 
-    def uniform(self, low: float, high: float, shape: tuple[int, ...]) -> torch.Tensor:
-        """Uniform numbers, (B, *shape), float32 on the CPU."""
-        drawn = [g.uniform(low, high, shape) for g in self.generators]
+    def uniform(
+        self, low: float | np.ndarray, high: float | np.ndarray, shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Uniform numbers, (B, *shape), float32 on the CPU; between limits for all, or (B,)."""
+        limits = (np.broadcast_to(limit, len(self.generators)) for limit in (low, high))
+        drawn = [g.uniform(*ends, shape) for g, *ends in zip(self.generators, *limits, strict=True)]
         return torch.from_numpy(np.array(drawn, dtype=np.float32))
 
     def normal(self, shape: tuple[int, ...]) -> torch.Tensor:
@@ -103,16 +106,11 @@ class Draws:
         """Whole numbers from 0 to ``high`` - 1, (B, count)."""
         return np.array([g.integers(0, high, count) for g in self.generators])
 
-    def in_ball(self, clean: torch.Tensor, budget: Budget, norm: Norm) -> torch.Tensor:
+    def in_ball(self, clean: torch.Tensor, budget: torch.Tensor, norm: Norm) -> torch.Tensor:
         """A point of each image's ball, clipped to [0, 1]: uniform, in both norms."""
-        shape = tuple(clean.shape[1:])
-        limits = torch.as_tensor(budget, dtype=torch.float64).cpu().expand(len(clean))
+        shape, limits = tuple(clean.shape[1:]), budget.cpu()
         if norm == "linf":
-            drawn = [
-                g.uniform(-limit, limit, shape)
-                for g, limit in zip(self.generators, limits.tolist(), strict=True)
-            ]
-            delta = torch.from_numpy(np.array(drawn, dtype=np.float32))
+            delta = self.uniform(-limits.numpy(), limits.numpy(), shape)
         else:
             delta = self.normal(shape)
             share = self.uniform(0, 1, ()) ** (1 / delta[0].numel())

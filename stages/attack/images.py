@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from stages.attack.apgd import apgd
-from stages.attack.image_geometry import Budget, Draws, sizes
+from stages.attack.image_geometry import Draws, same, sizes
 from stages.attack.image_objective import Best, Objective, Value
 from stages.attack.image_spec import (
     APGD,
@@ -49,19 +49,20 @@ def attack_images(
     attack: AnyImageAttack,
     clean: torch.Tensor,
     labels: torch.Tensor,
-    budget: Budget,
+    budget: float | torch.Tensor,
     seeds: Sequence[Sequence[int]],
     partner: Classifier | None = None,
 ) -> Outcome:
-    """Attack images (B, C, H, W) in [0, 1] with labels (B,), within a budget for all or for each.
+    """Attack images (B, C, H, W) in [0, 1] with labels (B,), within one budget or one for each.
 
     ``seeds`` are those of each example's random numbers: the same example gets the same ones in any
     batch. ``partner`` is the model that ``transfer`` attacks. The model is in evaluation mode and
     float32; its parameters get no gradients. Raises StageFailed for an attack that the model or
     its labels do not allow.
     """
-    draws = Draws(seeds)
-    count = len(clean)
+    draws, count = Draws(seeds), len(clean)
+    if not isinstance(budget, torch.Tensor):
+        budget = same(budget, clean)
     unknown = torch.full((count,), torch.nan, device=clean.device)
     if isinstance(attack, Square):
         best, queries = square(classifier, attack, clean, labels, budget, draws)
@@ -92,7 +93,7 @@ def _by_gradient(
     attack: AnyImageAttack,
     clean: torch.Tensor,
     labels: torch.Tensor,
-    budget: Budget,
+    budget: torch.Tensor,
     draws: Draws,
 ) -> tuple[Best, list[Objective]]:
     if isinstance(attack, APGD) and attack.targets:
@@ -110,7 +111,7 @@ def _targeted(
     attack: APGD,
     clean: torch.Tensor,
     labels: torch.Tensor,
-    budget: Budget,
+    budget: torch.Tensor,
     draws: Draws,
 ) -> tuple[Best, list[Objective]]:
     """One run per wrong label, the most probable first."""
@@ -126,7 +127,11 @@ def _targeted(
 
 
 def _apgd(
-    objective: Objective, attack: APGD | Transfer, clean: torch.Tensor, budget: Budget, draws: Draws
+    objective: Objective,
+    attack: APGD | Transfer,
+    clean: torch.Tensor,
+    budget: torch.Tensor,
+    draws: Draws,
 ) -> Best:
     return apgd(
         objective,

@@ -9,15 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from stages.attack.image_geometry import (
-    Budget,
-    Draws,
-    across,
-    at_distance,
-    per_image,
-    project,
-    sizes,
-)
+from stages.attack.image_geometry import Draws, at_distance, per_image, project, sizes
 from stages.attack.image_losses import margin
 from stages.attack.image_objective import Best, Value
 from stages.attack.image_spec import Noise, Square
@@ -45,7 +37,7 @@ def square(
     attack: Square,
     clean: torch.Tensor,
     labels: torch.Tensor,
-    budget: Budget,
+    budget: torch.Tensor,
     draws: Draws,
 ) -> tuple[Best, torch.Tensor]:
     """The best images found, and the queries (B,) that each example took.
@@ -54,9 +46,8 @@ def square(
     """
     best = Best(clean)
     queries = torch.zeros(len(clean), dtype=torch.long, device=clean.device)
-    limits = torch.as_tensor(budget, dtype=torch.float64, device=clean.device).expand(len(clean))
     start = _stripes if attack.norm == "linf" else _tiles
-    images = project(start(clean, limits, draws), clean, limits, attack.norm)
+    images = project(start(clean, budget, draws), clean, budget, attack.norm)
     logits = classifier(images)
     queries += 1
     best.update(images, Value(margin(logits, labels), logits), labels)
@@ -66,7 +57,7 @@ def square(
         if not open_.any():
             break
         length = side(share(query, attack.queries, attack.initial_share), clean.shape[-1])
-        original, limit = clean[open_], limits[open_]
+        original, limit = clean[open_], budget[open_]
         images = change(best.images[open_], original, limit, length, draws.only(open_))
         images = project(images, original, limit, attack.norm)
         logits = classifier(images)
@@ -81,7 +72,7 @@ def noise(
     attack: Noise,
     clean: torch.Tensor,
     labels: torch.Tensor,
-    budget: Budget,
+    budget: torch.Tensor,
     draws: Draws,
 ) -> Best:
     """The best of random points: corners of the l-infinity ball, clipped to [0, 1]; the surface of
@@ -89,7 +80,8 @@ def noise(
     best, shape = Best(clean), tuple(clean.shape[1:])
     for _ in range(attack.queries):
         if attack.norm == "linf":
-            images = (clean + across(budget, clean) * draws.signs(shape).to(clean)).clamp(0, 1)
+            signs = draws.signs(shape).to(clean)
+            images = (clean + per_image(budget).to(clean) * signs).clamp(0, 1)
         else:
             images = at_distance(clean, draws.normal(shape).to(clean), budget)
         logits = classifier(images)
@@ -97,19 +89,19 @@ def noise(
     return best
 
 
-def _stripes(clean: torch.Tensor, limits: torch.Tensor, draws: Draws) -> torch.Tensor:
+def _stripes(clean: torch.Tensor, budget: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Vertical stripes of one pixel, each of a random sign per channel."""
     signs = draws.signs((clean.shape[1], 1, clean.shape[3]))
-    return clean + across(limits, clean) * signs.to(clean)
+    return clean + per_image(budget).to(clean) * signs.to(clean)
 
 
 def _linf(
-    images: torch.Tensor, clean: torch.Tensor, limits: torch.Tensor, length: int, draws: Draws
+    images: torch.Tensor, clean: torch.Tensor, budget: torch.Tensor, length: int, draws: Draws
 ) -> torch.Tensor:
     """A square of the perturbation set to plus or minus the budget, per channel."""
     signs = draws.signs((clean.shape[1], 1, 1)).to(clean)
     inside = _window(clean, draws.integers(clean.shape[-1] - length + 1, 2), length)
-    return torch.where(inside, clean + across(limits, clean) * signs, images)
+    return torch.where(inside, clean + per_image(budget).to(clean) * signs, images)
 
 
 def _window(images: torch.Tensor, corners: np.ndarray, length: int) -> torch.Tensor:
@@ -120,7 +112,7 @@ def _window(images: torch.Tensor, corners: np.ndarray, length: int) -> torch.Ten
     return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
-def _tiles(clean: torch.Tensor, limits: torch.Tensor, draws: Draws) -> torch.Tensor:
+def _tiles(clean: torch.Tensor, budget: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Five by five bumps in the middle, of random signs and directions, of which the l2 norm is the
     budget."""
     length = clean.shape[-1] // 5
@@ -135,11 +127,11 @@ def _tiles(clean: torch.Tensor, limits: torch.Tensor, draws: Draws) -> torch.Ten
             delta[:, :, top : top + length, left : left + length] = (
                 tiles * signs[:, :, row, column, None, None]
             )
-    return clean + delta * per_image(limits.to(delta) / sizes(delta, "l2"))
+    return clean + delta * per_image(budget.to(delta) / sizes(delta, "l2"))
 
 
 def _l2(
-    images: torch.Tensor, clean: torch.Tensor, limits: torch.Tensor, length: int, draws: Draws
+    images: torch.Tensor, clean: torch.Tensor, budget: torch.Tensor, length: int, draws: Draws
 ) -> torch.Tensor:
     """One square's mass, and what is left of the budget, moved into a bump in another square."""
     length = max(length, 3)
@@ -149,7 +141,7 @@ def _l2(
     out_of = _window(clean, places[:, 2:], length).expand_as(clean)
     delta = images - clean
     either = torch.where(into | out_of, delta, 0)
-    left = ((limits**2).to(delta) - sizes(delta, "l2").square()).clamp_min(0) / clean.shape[1]
+    left = ((budget**2).to(delta) - sizes(delta, "l2").square()).clamp_min(0) / clean.shape[1]
     available = (either.square().sum((2, 3)) + left[:, None]).sqrt()
     old = torch.where(into, delta, 0)
     placed = torch.zeros_like(clean)

@@ -116,7 +116,7 @@ class CharacterEdits(Classification):
                 label="of that, beyond random edits",
             ),
             *(
-                of_counts(name, macro_f1, self.template, {"subset": [subset]}, label=label)
+                of_counts(name, macro_f1, self.template, "subset", [subset], label=label)
                 for name, subset, label in (
                     ("adversarial_macro_f1", "adversarial", "macro-F1 under attack"),
                     ("clean_macro_f1", "clean", "macro-F1, clean"),

@@ -4,7 +4,7 @@ Sets differ in how often each label occurs, so accuracy stands beside them. They
 exactly: a bootstrap draws rows, whose counts add up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -18,18 +18,17 @@ def of_counts(
     name: str,
     function: Callable[[np.ndarray], np.ndarray],
     template: str,
-    groups: dict[str, list[str]],
+    column: str,
+    values: Sequence[str],
     over: Callable[..., np.ndarray] = np.mean,
     **fields: object,
 ) -> Metric:
     """A function of confusion counts, (..., labels, labels and one) to (...), of each group of
     rows, averaged (or ``over``) over the groups.
 
-    Labels are those of a template. ``groups`` maps one score column to the values that stand for a
-    group each; other rows are left out. Rows of counts are gold labels, columns predictions, the
-    last of them of no label.
+    Labels are those of a template. Each value of a score column is a group; other rows are left
+    out. Rows of counts are gold labels, columns predictions, the last of them of no label.
     """
-    ((column, values),) = groups.items()
 
     # Looked up late: a sweep's check names the metrics before it refuses a template's name.
     def shape() -> tuple[int, int, int]:

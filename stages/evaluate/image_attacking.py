@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedModel
 
 from stages.attack import images
-from stages.attack.image_geometry import Budget
 from stages.attack.image_objective import Best, Value
 from stages.attack.image_spec import AnyImageAttack, Noise, PaperPGD, Transfer
 from stages.attack.images import Outcome, attack_images
@@ -124,7 +123,7 @@ class Attacker(Shown):
         self,
         attack: AnyImageAttack,
         which: torch.Tensor | slice,
-        budget: Budget,
+        budget: float | torch.Tensor,
         seeds: Sequence[Sequence[int]],
     ) -> Outcome:
         """One attack on some of the images, each with its seeds."""

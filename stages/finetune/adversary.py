@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from stages.attack.image_geometry import project, steepest
+from stages.attack.image_geometry import project, same, steepest
 from stages.finetune.recipe import ImageAdversary, Trades
 from stages.models.images import Classifier
 from stages.models.modes import evaluating
@@ -35,13 +35,14 @@ def perturbed(
             length = torch.rand(len(clean), 1, 1, 1, device=clean.device)
             length = length ** (1 / clean[0].numel())
             start = clean + recipe.budget * length * steepest(torch.randn_like(clean), "l2")
-        images = project(start, clean, recipe.budget, recipe.norm)
+        budget = same(recipe.budget, clean)
+        images = project(start, clean, budget, recipe.norm)
         step = recipe.relative_step * recipe.budget / recipe.steps
         for _ in range(recipe.steps):
             images = images.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(loss(images), images)
             ahead = images + step * steepest(gradient, recipe.norm)
-            images = project(ahead, clean, recipe.budget, recipe.norm)
+            images = project(ahead, clean, budget, recipe.norm)
     return images.detach()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stages.attack.image_geometry import Draws, per_image, sizes
+from stages.attack.image_geometry import Draws, per_image, same, sizes
 from stages.attack.image_objective import Value
 from stages.attack.image_spec import PGD
 from stages.attack.pgd import pgd
@@ -56,7 +56,7 @@ def steepest_slopes(
 ) -> torch.Tensor:
     """The largest slopes (B,) that projected gradient ascent finds within the l2 ball."""
     attack = PGD(norm="l2", steps=steps, restarts=restarts)
-    return pgd(Slope(function, clean), attack, clean, radius, draws).loss
+    return pgd(Slope(function, clean), attack, clean, same(radius, clean), draws).loss
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from sklearn.datasets import load_digits
 
 from stages.attack.apgd import checkpoints
-from stages.attack.image_geometry import Draws, at_distance, project, sizes, steepest
+from stages.attack.image_geometry import Draws, at_distance, project, same, sizes, steepest
 from stages.attack.image_losses import (
     cross_entropy,
     difference_of_logits_ratio,
@@ -151,8 +151,7 @@ def test_a_bump_stands_upright_or_is_turned():
     lower = torch.cat([upper[:1], upper[1:], upper[:1]])
     bump = torch.cat([upper / upper.norm(), -lower / lower.norm()]) / 2**0.5
     clean = torch.full((40, 1, 8, 8), 0.5)
-    limits = torch.full((40,), 0.3, dtype=torch.float64)
-    images = _l2(clean, clean, limits, 5, Draws([(7, i) for i in range(40)]))
+    images = _l2(clean, clean, same(0.3, clean), 5, Draws([(7, i) for i in range(40)]))
     kinds = {"upright": 0, "turned": 0}
     for change in (images - clean)[:, 0] / 0.3:
         rows, columns = (change.abs().sum(d) > 0 for d in (1, 0))
@@ -235,13 +234,13 @@ def test_noise_is_as_large_as_the_budget_on_a_black_background(norm):
 def test_a_pixel_at_its_end_leaves_its_share_to_the_others():
     clean = torch.tensor([[0.0, 0.9, 0.2], [0.0, 0.9, 0.2], [0.5, 0.5, 0.5]]).view(3, 1, 1, 3)
     along = torch.tensor([[-1.0, 1.0, 1.0], [-1.0, 1.0, 1.0], [3.0, 4.0, -1e-9]]).view(3, 1, 1, 3)
-    first = at_distance(clean, along, 0.5).flatten(1)
+    first = at_distance(clean, along, same(0.5, clean)).flatten(1)
     # 0.1² + x² = 0.5²; all of 0.6 and 0.8 of the way, halved.
     expected = torch.tensor([0.0, 1.0, 0.2 + 0.24**0.5]).expand(2, 3)
     torch.testing.assert_close(first[:2], expected)
     torch.testing.assert_close(first[2], torch.tensor([0.8, 0.9, 0.5]))
     # 0.1² + 0.8² is all there is that way: the corner.
-    torch.testing.assert_close(at_distance(clean, along, 2.0)[0].flatten(),
+    torch.testing.assert_close(at_distance(clean, along, same(2.0, clean))[0].flatten(),
                                torch.tensor([0.0, 1.0, 1.0]))
 
 
@@ -280,7 +279,7 @@ class Steps:
 def test_a_pixel_whose_sign_flips_ends_inside(flipped, left):
     signs = [-1.0] * flipped + [1.0] * (40 - flipped)
     clean = torch.full((1, 1, 1, 1), 0.9)
-    found = paper_pgd(Steps(signs, torch.tensor([0])), PaperPGD(), clean, 0.2).images
+    found = paper_pgd(Steps(signs, torch.tensor([0])), PaperPGD(), clean, same(0.2, clean)).images
     assert found.item() == pytest.approx(0.9 + left * 0.2, abs=1e-6)  # and is not clipped to 1
 
 
@@ -298,8 +297,9 @@ def test_one_update_on_squared_error():
         def __call__(self, images):
             return Value(None, torch.zeros(2, 2))
 
-    found = paper_pgd(SquaredError(), PaperPGD(steps=1), clean, 0.1).images.view(2, 3)
-    torch.testing.assert_close(found, torch.tensor([[0.0, 0.3, 0.0], [0.2, 0.0, 0.0]]))
+    last = paper_pgd(SquaredError(), PaperPGD(steps=1), clean, same(0.1, clean))
+    expected = torch.tensor([[0.0, 0.3, 0.0], [0.2, 0.0, 0.0]])
+    torch.testing.assert_close(last.images.view(2, 3), expected)
 
 
 def test_the_papers_budgets():
@@ -328,10 +328,14 @@ def test_losses_by_hand():
 def test_projection_by_hand():
     clean = torch.tensor([0.5, 0.5]).view(1, 1, 1, 2)
     far = clean + torch.tensor([0.3, -0.4]).view(1, 1, 1, 2)
-    assert project(far, clean, 0.3, "linf").flatten().tolist() == pytest.approx([0.8, 0.2])
-    assert project(far, clean, 0.25, "l2").flatten().tolist() == pytest.approx([0.65, 0.3])
-    assert torch.equal(project(far, clean, 0.6, "l2"), far)
-    assert project(2 * far, clean, 5.0, "l2").flatten().tolist() == pytest.approx([1.0, 0.2])
+
+    def projected(images, budget, norm):
+        return project(images, clean, same(budget, clean), norm)
+
+    assert projected(far, 0.3, "linf").flatten().tolist() == pytest.approx([0.8, 0.2])
+    assert projected(far, 0.25, "l2").flatten().tolist() == pytest.approx([0.65, 0.3])
+    assert torch.equal(projected(far, 0.6, "l2"), far)
+    assert projected(2 * far, 5.0, "l2").flatten().tolist() == pytest.approx([1.0, 0.2])
     tiny = torch.tensor([3e-30, 4e-30]).view(1, 1, 1, 2)
     assert steepest(tiny, "l2").flatten().tolist() == pytest.approx([0.6, 0.8])
     assert steepest(torch.zeros(1, 1, 1, 2), "l2").tolist() == [[[[0.0, 0.0]]]]
