@@ -49,7 +49,7 @@ from stages.evaluate.shards import (
 )
 from stages.evaluate.spec import AMATEUR, JUDGE, JUDGE_DTYPE, SURROGATE
 from stages.evaluate.stage import judgements_for, requests_for, score_node
-from stages.memory import keep_memory, release_memory
+from stages.memory import release_memory
 
 RESPONSES = "responses"
 REQUESTS, JUDGEMENTS = "requests", "judgements"
@@ -93,7 +93,6 @@ class Responder:
     def engine(self) -> Engine:
         """The model; loaded with the first shard, because Ray hides why an actor could not begin.
         """
-        keep_memory()
         others = {role: {name: self.store.fetch(folder) for name, folder in models.items()}
                   for role, models in self.others.items()}
         return Engine(self.store.fetch(self.checkpoint), **self.options, **others)

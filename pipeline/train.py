@@ -20,7 +20,6 @@ from pipeline.store import Store
 from stages.errors import BadInput, StageFailed
 from stages.finetune.loop import PastTheEnd, train
 from stages.finetune.spec import FinetuneSpec
-from stages.memory import keep_memory
 
 CHECKPOINTS = "train"
 """Folder of the Ray Train run inside the node's folder."""
@@ -59,7 +58,6 @@ def _worker(config: dict) -> dict:
     """Body of one training worker; returns the attempt, or why the stage failed."""
     job: Job = config["job"]
     store = Store(job.store)
-    keep_memory()
     inputs = {role: store.fetch(folder) for role, folder in job.inputs.items()}
     first = ray.train.get_context().get_world_rank() == 0
     # Only the first worker writes the result.
