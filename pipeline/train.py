@@ -18,7 +18,6 @@ from pipeline.job import Job, Outcome, committed, report_progress
 from pipeline.machines import machines, placed
 from pipeline.store import Store
 from stages.errors import BadInput, StageFailed
-from stages.finetune.loop import PastTheEnd, train
 from stages.finetune.spec import FinetuneSpec
 
 CHECKPOINTS = "train"
@@ -56,6 +55,10 @@ class RayCallbacks:
 
 def _worker(config: dict) -> dict:
     """Body of one training worker; returns the attempt, or why the stage failed."""
+    # Not above: what starts and watches the workers imports this module, and DeepSpeed with all
+    # that the loop needs takes several seconds.
+    from stages.finetune.loop import PastTheEnd, train
+
     job: Job = config["job"]
     store = Store(job.store)
     inputs = {role: store.fetch(folder) for role, folder in job.inputs.items()}

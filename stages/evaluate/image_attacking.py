@@ -22,6 +22,7 @@ from stages.evaluate.image_attacks import (
 from stages.evaluate.showing import Shown
 from stages.models.families import family
 from stages.models.images import Classifier, ImageProcessor
+from stages.models.patches import with_patch_products
 from stages.models.routes import Policy, Weigh, imposed
 from stages.models.routing import Routing, weighing
 from stages.probe.change import chance, choice_changes, routing_changes
@@ -70,7 +71,7 @@ class Attacker(Shown):
                     f"transfer: {name} has other labels or another size of image than the attacked "
                     "model; name one that is trained on the same data"
                 )
-            self.surrogates[name] = Classifier(other, reads)
+            self.surrogates[name] = Classifier(with_patch_products(other), reads)
         self.clean, self.routes = self.seen(self.pixels)
         checked = torch.tensor([row["checked"] for row in rows], device=self.labels.device)
         self.checked = checked & (self.clean.argmax(1) == self.labels)

@@ -11,6 +11,7 @@ from stages.errors import StageFailed
 from stages.evaluate.labelled_images import LabelledImages
 from stages.models.families import family
 from stages.models.images import Classifier, ImageProcessor
+from stages.models.patches import with_patch_products
 from stages.models.routes import Policy, routed
 from stages.models.routing import Routing
 
@@ -36,7 +37,7 @@ class Shown:
                 "set group_size to 1"
             )
         self.spec, self.model, self.rows = spec, model, rows
-        self.classifier = Classifier(model, processor)
+        self.classifier = Classifier(with_patch_products(model), processor)
         self.moe = family(model).is_moe
         self.names = processor.labels
         self.ids = [row["id"] for row in rows]
