@@ -1,6 +1,6 @@
 """Attacks and probes of refusal, run on a loaded model: the procedures of ``held_prompts.py``."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from math import log
 
@@ -130,14 +130,10 @@ class SuffixSearch(_Prompts):
         drawn = gcg.random_replacements(
             question.tokens, places, every, generator=draws["/control"], **settings
         )
-        made, free = {"found": found.tokens, "random": drawn}, {}
+        suffixes = {"plain": "", "found": self._suffix(found.tokens, places),
+                    "random": self._suffix(drawn, places)}
+        answers, free = self._answered(row, suffixes), {}
         if row["checked"]:
-            for name, more in (
-                ("further", search(found.last, "", every)),
-                ("again", search(question.tokens, "/again", every)),
-            ):
-                made[name] = max(found, more, key=lambda each: each.score).tokens
-            made["fewer"] = search(question.tokens, "/fewer", max(1, every // 2)).tokens
 
             def likelihood(embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
                 """The target's log-probability, which is climbed and judged alike."""
@@ -150,7 +146,19 @@ class SuffixSearch(_Prompts):
                 generator=draws["/free"], goal=LIKELIER,
             ).margin  # fmt: skip
             free = {"unbounded": float(best > LIKELIER)}
-        suffixes = {name: self._suffix(tokens, places) for name, tokens in made.items()}
+        if row["checked"] and not spec.reached(answers["found"]):
+            # No more effort could tell more of a search that reached its target.
+            made = {
+                name: max(found, more, key=lambda each: each.score)
+                for name, more in (
+                    ("further", search(found.last, "", every)),
+                    ("again", search(question.tokens, "/again", every)),
+                )
+            }
+            made["fewer"] = search(question.tokens, "/fewer", max(1, every // 2))
+            answers |= self._answered(
+                row, {name: self._suffix(each.tokens, places) for name, each in made.items()}
+            )
         with torch.no_grad():
             losses = [
                 -victim.logprobs(table[t][None], question)[0, 0].item() / length
@@ -158,17 +166,20 @@ class SuffixSearch(_Prompts):
             ]
             last_routes = victim.routes(table[found.tokens][None], question)[1]
         change = list(routing_change(first_routes, last_routes).values())
-        asked = {"plain": ""} | suffixes
-        answers = self.answers([row["prompt"] + suffix for suffix in asked.values()])
         return {
             "suffix": suffixes["found"],
-            "answers": dict(zip(asked, answers, strict=True)),
+            "answers": answers,
             **dict(zip(("loss_first", "loss", "loss_random"), losses, strict=True)),
             **spent,
             **free,
             "zero_gradients": found.zero_gradients,
             "routing_change": sum(change) / len(change) if change else float("nan"),
         }
+
+    def _answered(self, row: dict, suffixes: Mapping[str, str]) -> dict[str, str]:
+        """What the model writes under each suffix."""
+        answers = self.answers([row["prompt"] + suffix for suffix in suffixes.values()])
+        return dict(zip(suffixes, answers, strict=True))
 
     def _question(self, row: dict, suffix: str) -> tuple[Question, torch.Tensor]:
         """The prompt with a suffix, answered by the target alone, and the suffix's places (k,)."""

@@ -167,18 +167,19 @@ def test_a_search_goes_on_where_it_is_checked(engines, data, monkeypatch):
         asked.append(prompts), real(self, prompts, force))[1])
     half = TargetAttack(**fields, steps=3, checked=3)
     scores = scores_of(engine, half, data)
-    assert [len(prompts) for prompts in asked] == [6, 6, 6, 3]
-    for prompts, prompt, suffix in zip(asked[:3], HARMFUL, whole["suffix"], strict=False):
-        assert prompts[3] == prompt + suffix
+    assert [len(prompts) for prompts in asked] == 7 * [3]
+    more = asked[1:6:2]
+    for prompts, prompt, suffix in zip(more, HARMFUL, whole["suffix"], strict=False):
+        assert prompts[0] == prompt + suffix
     # The attack itself spends what it did before.
     assert scores["gradients"].eq(3).all()
     # With other draws another suffix is found, or none that is better.
     single = scores_of(engine, TargetAttack(**fields, steps=3, checked=0), data)["suffix"]
-    again = [prompts[4].removeprefix(p) for prompts, p in zip(asked[:3], HARMFUL, strict=False)]
+    again = [prompts[1].removeprefix(p) for prompts, p in zip(more, HARMFUL, strict=False)]
     assert any(one != other for one, other in zip(again, single, strict=False))
     # With half of its three tokens one changes, and two stay those of the first suffix.
-    for prompts, prompt in zip(asked[:3], HARMFUL, strict=False):
-        changed = prompts[5].removeprefix(prompt)
+    for prompts, prompt in zip(more, HARMFUL, strict=False):
+        changed = prompts[2].removeprefix(prompt)
         assert sum(one != other for one, other in zip(changed, " x x x", strict=True)) <= 1
     for column in ("check/steps", "check/restarts", "check/budget", "check/unbounded"):
         assert scores[column].notna().tolist() == [True, True, True, False]
@@ -197,6 +198,16 @@ def test_a_search_goes_on_where_it_is_checked(engines, data, monkeypatch):
         "twice the steps", "two starts", "monotone", "unbounded"]
     assert all(c["n"] == 3 and not c["passed"] for c in found)
     assert [c["value"] for c in found] == pytest.approx([1 / 3, 2 / 3, 2 / 3, 2 / 3])
+    # Of searches that reached the target only the embeddings' freedom is asked.
+    asked.clear()
+    monkeypatch.setattr(TargetAttack, "reached", lambda self, answer: True)
+    reached = scores_of(engine, half, data)
+    assert [len(prompts) for prompts in asked] == 4 * [3]
+    assert reached["suffix"].tolist() == scores["suffix"].tolist()
+    for column in ("check/steps", "check/restarts", "check/budget"):
+        assert reached[column].isna().all()
+    assert reached["check/unbounded"].tolist()[:3] == scores["check/unbounded"].tolist()[:3]
+    assert [(c["n"], c["passed"]) for c in half.checks(reached)[-4:-1]] == 3 * [(3, True)]
 
 
 def by_word(prompt, answer):
