@@ -47,13 +47,13 @@ def test_passes_of_texts_by_hand(tmp_path):
     more = 3 * ((1 + 20 * 35) * searched + prompt + 8) + 181 * searched
     assert asked.read == pytest.approx(4 * each + more)
     assert asked.written == (4 * 3 + 3) * 24 and asked.whole
-    # Slopes of 4 texts: a start of 5 steps and 8 samples within two radii, 2 labels; a model with
+    # Slopes of 4 texts: a start of 4 steps and 4 samples within two radii, 2 labels; a model with
     # experts twice. The inputs of its blocks once more.
     slopes = found.plan.sweep.evaluations["slopes"]
-    ascent, jacobian = 1 + 16, 1 + 2 * 2
+    ascent, jacobian = 1 + 13, 1 + 2 * 2
     length = (round(found.characters("amazon_attacked")) + len("Text: \nSentiment:")) / 4
     for layers, sides in ((0, 1), (6, 2)):
-        passes = 1 + 2 * (sides * ascent + 9) + sides * jacobian + 1
+        passes = 1 + 2 * (sides * ascent + 5) + sides * jacobian + 1
         assert found.asked(slopes, layers).read == pytest.approx(4 * length * passes)
     moe = "evaluate/smollm2-moe-sft-seed0-attacks"
     assert found.sparse_blocks(found.plan.nodes[moe].inputs["checkpoint"]) == 6
