@@ -276,9 +276,9 @@ def _percentiles(values: np.ndarray) -> tuple[float, float]:
 
 def _estimate(data: DocumentSums, metric: Metric, boot: np.ndarray) -> Estimate:
     """A model's level: Wilson for independent 0/1 rows of one run, otherwise the bootstrap; of
-    several runs Student's t (``Variance``), for 0/1 rows as Wilson's interval of so many trials as
-    have that reach by their standard error (effective sample size: Korn and Graubard 1998, Survey
-    Methodology 24:193), which covers what it says near 0 and 1 as well.
+    several runs Student's t (``Variance``), for metrics between 0 and 1 as Wilson's interval of so
+    many trials as have that reach by their standard error (effective sample size: Korn and Graubard
+    1998, Survey Methodology 24:193), which covers what it says near 0 and 1 as well.
     """
     if (data.rows == data.rows[:1]).all():  # an untuned model beside several seeds
         data, boot = _part(data, 0, 1), boot[:, :1]
@@ -295,7 +295,7 @@ def _estimate(data: DocumentSums, metric: Metric, boot: np.ndarray) -> Estimate:
     else:
         reach = Variance.estimate(values, boot, data.documents).reach
         low, high = value - reach, value + reach
-        if binary and reach > 0:
+        if (binary or metric.bounded) and reach > 0:
             low, high = _wilson(value, value * (1 - value) * (_Z / reach) ** 2)
     return Estimate(value, float(low), float(high), data.n, data.documents)
 

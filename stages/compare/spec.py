@@ -66,7 +66,7 @@ class CompareSpec(Spec):
     - ``judge/<name>``: a judge that is a model; only its absence is told
     """
 
-    VERSION: ClassVar[int] = 9
+    VERSION: ClassVar[int] = 10
 
     title: str
     pairs: Annotated[tuple[Pair, ...], Field(min_length=1)]

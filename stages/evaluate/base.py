@@ -130,6 +130,9 @@ class Metric:
     value: Callable[[np.ndarray], np.ndarray]
     column: str | None = None
     """The per-example score that this is the mean of; makes an exact paired test possible."""
+    bounded: bool = False
+    """It lies between 0 and 1, and so does its interval. Means of scores that are all 0 or 1 do so
+    without being marked."""
     higher_is_better: bool = True
     label: str = ""
     """The metric's name in tables."""

@@ -23,8 +23,8 @@ def of_counts(
     over: Callable[..., np.ndarray] = np.mean,
     **fields: object,
 ) -> Metric:
-    """A function of confusion counts, (..., labels, labels and one) to (...), of each group of
-    rows, averaged (or ``over``) over the groups.
+    """A function of confusion counts, (..., labels, labels and one) to (...) between 0 and 1, of
+    each group of rows, averaged (or ``over``) over the groups.
 
     Labels are those of a template. Each value of a score column is a group; other rows are left
     out. Rows of counts are gold labels, columns predictions, the last of them of no label.
@@ -49,7 +49,7 @@ def of_counts(
     def value(sums: np.ndarray) -> np.ndarray:
         return over(function(sums.reshape(*sums.shape[:-1], *shape())), axis=-1)
 
-    return Metric(name, statistics, value, **fields)
+    return Metric(name, statistics, value, bounded=True, **fields)
 
 
 def macro_f1(counts: np.ndarray) -> np.ndarray:

@@ -214,8 +214,9 @@ class ImageAttacks(LabelledImages):
         what the routes did, beside what they do anyway."""
         every = f"robust accuracy, worst of {len(self.counted)} attacks"
         lower, routes = {"higher_is_better": False}, {"of_experts": True}
+        change = {**lower, **routes, "bounded": True}
         found = [
-            mean_of("robust", "robust_accuracy", label=f"{every}, mean of budgets"),
+            mean_of("robust", "robust_accuracy", label=f"{every}, mean of budgets", bounded=True),
             mean_of("correct", "clean_accuracy", label="clean accuracy"),
         ]
         for b in self.shown_budgets:
@@ -227,14 +228,16 @@ class ImageAttacks(LabelledImages):
                     mean_of(f"robust/{at}", f"{name}_{b}", label=f"accuracy under {by[3:]}"),
                     mean_of(f"prediction_change/{at}", label=f"predictions changed {by}", **lower),
                     mean_of(f"loss_rise/{at}", label=f"loss added {by} (nats)", **lower),
-                    mean_of(f"routing_change/{at}", label=f"routing change {by}", **lower,
-                            **routes),
-                ]  # fmt: skip
+                    mean_of(f"routing_change/{at}", label=f"routing change {by}", **change),
+                ]
         for b in self.shown_budgets:
             found.append(
-                mean_of(f"routing_change_random/{b}", label=f"routing change at random, {b}/255",
-                        **lower, **routes)
-            )  # fmt: skip
+                mean_of(
+                    f"routing_change_random/{b}",
+                    label=f"routing change at random, {b}/255",
+                    **change,
+                )
+            )
             for swap, text in SWAPS.items():
                 found += [
                     mean_of(f"swap_{swap}{which}/{b}", label=f"{what}: {text}, {b}/255", **routes)
@@ -242,7 +245,7 @@ class ImageAttacks(LabelledImages):
                 ]
         baselines = {"noise": "other batch", "noise_bfloat16": "bfloat16", "chance": "chance"}
         found += [
-            mean_of(f"routing_change_{name}", label=f"routing change, {text}", **lower, **routes)
+            mean_of(f"routing_change_{name}", label=f"routing change, {text}", **change)
             for name, text in baselines.items()
         ]
         return tuple(found)
@@ -255,7 +258,7 @@ class ImageAttacks(LabelledImages):
         of |= {f"swap_{swap}": 3 for swap in SWAPS}
         layers = [c for c in scores if (parts := c.split("/")) and len(parts) == of.get(parts[0])]
         others = [c for c in scores if c.startswith(("experts_", "check/"))]
-        return tuple(mean_of(c) for c in (*layers, *others))
+        return (*(mean_of(c, bounded=True) for c in layers), *map(mean_of, others))
 
     def checks(self, scores: pd.DataFrame) -> list[dict]:
         """The hygiene report: one row per attack and check, at the budget where it comes out worst.

@@ -111,7 +111,7 @@ class OpenQuestion(Evaluation):
         """The means over questions."""
         return (
             mean_of("exact", "exact_match", label="exact match"),
-            mean_of("f1", "token_f1", label="token F1"),
+            mean_of("f1", "token_f1", label="token F1", bounded=True),
         )
 
     def _contexts(self, data: dict[str, pd.DataFrame]) -> list[str]:

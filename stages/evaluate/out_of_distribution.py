@@ -115,10 +115,16 @@ class LabelledSets(Classification):
                 accuracies,
                 "correct",
                 label=f"accuracy {outside}, mean of sets",
+                bounded=True,
             )
             several = (
                 _accuracy(f"{after}_pooled_accuracy", others, f"accuracy {outside}, pooled"),
-                worst(f"{after}_worst_accuracy", accuracies, label=f"accuracy {outside}, worst"),
+                worst(
+                    f"{after}_worst_accuracy",
+                    accuracies,
+                    label=f"accuracy {outside}, worst",
+                    bounded=True,
+                ),
                 self._from_counts(
                     f"{after}_worst_macro_f1",
                     others,

@@ -140,7 +140,8 @@ class Interventions(Evaluation):
             ]
         accuracies = found[::3]
         mean = difference(
-            self.primary, accuracies, [], label="accuracy, mean of interventions", **experts
+            self.primary, accuracies, [], label="accuracy, mean of interventions", bounded=True,
+            **experts,
         )  # fmt: skip
         costs = [
             mean_of(f"operations/top_{count}", label=f"operations per token, top {count}", **lower)

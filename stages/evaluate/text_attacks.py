@@ -212,7 +212,7 @@ class TextAttacks(LabelledTexts):
         by_layer = ("routing_change", "swap_")
         layers = [c for c in scores if c.startswith(by_layer) and c.count("/") == 2]
         others = [c for c in scores if c.startswith(("experts_", "check/"))]
-        return tuple(mean_of(column) for column in (*layers, *others))
+        return (*(mean_of(c, bounded=True) for c in layers), *map(mean_of, others))
 
     def checks(self, scores: pd.DataFrame) -> list[dict]:
         """The hygiene report: one row per attack and check."""
@@ -293,7 +293,9 @@ def _aims_elsewhere(attack: AnyTextAttack) -> bool:
 
 
 def _routes(column: str, label: str, higher_is_better: bool = False) -> Metric:
-    return mean_of(column, label=label, higher_is_better=higher_is_better, of_experts=True)
+    return mean_of(
+        column, label=label, higher_is_better=higher_is_better, of_experts=True, bounded=True
+    )
 
 
 def _mean(by_layer: dict[str, float]) -> float:

@@ -201,11 +201,11 @@ class TruthfulQA(_TruthfulQA):
     def metrics(self) -> tuple[Metric, ...]:
         """The means over questions."""
         metrics = (
-            mean_of("mc2", label="MC2, probability of true answers"),
+            mean_of("mc2", label="MC2, probability of true answers", bounded=True),
             mean_of("mc1", label="MC1, best answer first"),
-            mean_of("mc3", label="MC3, true answers before all false ones"),
+            mean_of("mc3", label="MC3, true answers before all false ones", bounded=True),
         )
-        binary = mean_of("binary", label="binary, best of two options shown")
+        binary = mean_of("binary", label="binary, best of two options shown", bounded=True)
         return (*metrics, binary) if self.binary else metrics
 
 

@@ -1,4 +1,5 @@
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -254,17 +255,29 @@ def test_an_untuned_model_beside_several_seeds_has_none():
 def test_the_level_of_several_seeds_is_wilsons_of_as_many_examples_as_have_that_spread():
     """Two seeds, 97 and 99 of 100 examples right, the third wrong one of the first being the
     second's: V over documents of 0.97 + 0.99 = 97 × 1, 2 × 0.5, 1 × 0; over seeds 0.0001."""
+
+    def of_as_many(reach):
+        z = reach**2 / (0.98 * 0.02)  # squared quantile over the number of examples
+        half = np.sqrt(z * (0.98 * 0.02 + z / 4)) / (1 + z)
+        middle = (0.98 + z / 2) / (1 + z)
+        return middle - half, middle + half
+
     runs = [scores(np.arange(100) >= wrong) for wrong in (3, 1)]
     got = estimate(runs, CORRECT, resamples=20_000)
     of_documents = np.array([0] + [0.5] * 2 + [1] * 97).var(ddof=1) / 100
     reach = np.sqrt(1.9842**2 * of_documents + 12.7062**2 * 0.0001)
-    trials = 0.98 * 0.02 * 1.95996**2 / reach**2
     low, high = stats.binomtest(98, 100).proportion_ci(0.95, "wilson")
     assert (got.ci_low < low, got.ci_high > high, got.ci_high < 1) == (True, True, True)
-    z = 1.95996**2 / trials
-    half = np.sqrt(z * (0.98 * 0.02 + z / 4)) / (1 + z)
-    middle = (0.98 + z / 2) / (1 + z)
-    assert (got.ci_low, got.ci_high) == pytest.approx((middle - half, middle + half), abs=1e-3)
+    assert (got.ci_low, got.ci_high) == pytest.approx(of_as_many(reach), abs=1e-3)
+    # So has a mean of budgets whose scores may be halves, where it is said to lie between 0 and 1.
+    halves = [scores(np.where(np.arange(100) >= wrong, 1.0, 0.5)) for wrong in (6, 2)]
+    got = estimate(halves, replace(CORRECT, bounded=True), resamples=20_000)
+    of_documents = np.array([0.5] * 2 + [0.75] * 4 + [1] * 94).var(ddof=1) / 100
+    reach = np.sqrt(1.9842**2 * of_documents + 12.7062**2 * 0.0001)
+    assert (got.ci_low, got.ci_high) == pytest.approx(of_as_many(reach), abs=1e-3)
+    plain = estimate(halves, CORRECT, resamples=20_000)
+    assert (plain.ci_low, plain.ci_high) == pytest.approx((0.98 - reach, 0.98 + reach), abs=1e-3)
+    assert plain.ci_high > 1 > got.ci_high
     # Scores that are no shares have the plain interval.
     values = [scores(np.arange(100) / 50 + shift) for shift in (0.0, 0.1)]
     got = estimate(values, CORRECT, resamples=20_000)
