@@ -37,6 +37,20 @@ def stub(values: dict, past: list[Report]):
     yield Report(1, [score], score, values=values)
 
 
+def run(trials: int, folder: str) -> Counter:
+    """Run a search of stub trials in a store on the connected cluster; how many ended how."""
+    search = Search.model_validate({
+        "base": "sft", "space": {"learning_rate": {"log_uniform": (1e-5, 1e-1)},
+                                 "weight_decay": {"uniform": (0.0, 0.1)}},
+        "objectives": ({"score": "stub/score"},), "trials": trials})
+    base = Recipe(data=({"dataset": "none"},), steps=1, batch_size=1, learning_rate=1e-3)
+    store, place = Store(folder), "search/stub@0"
+    run_trials(search, Space(base, search.space), trials, Ledger(store, place), stub,
+               spent=lambda values, past: (0, 0), maximize=[True], upwards=True,
+               storage=store.path(place), concurrent=AT_ONCE, tell=lambda trial: None)
+    return Counter(trial.status for trial in Ledger(store, place).trials.values())
+
+
 def processor_seconds() -> float:
     """Used so far by this process, the machines' daemons and the workers that are alive."""
     own = psutil.Process()
@@ -47,11 +61,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=1000)
     trials = parser.parse_args().trials
-    search = Search.model_validate({
-        "base": "sft", "space": {"learning_rate": {"log_uniform": (1e-5, 1e-1)},
-                                 "weight_decay": {"uniform": (0.0, 0.1)}},
-        "objectives": ({"score": "stub/score"},), "trials": trials})
-    base = Recipe(data=({"dataset": "none"},), steps=1, batch_size=1, learning_rate=1e-3)
     cluster = Cluster(initialize_head=True,
                       head_node_args={"num_cpus": CPUS, "include_dashboard": True})
     for _ in range(MACHINES - 1):
@@ -59,15 +68,11 @@ def main() -> int:
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     folder = tempfile.mkdtemp(prefix="search-benchmark-")
-    store = Store(folder)
     try:
         used, started = processor_seconds(), time.perf_counter()
-        run_trials(search, Space(base, search.space), trials, Ledger(store, "search/stub@0"), stub,
-                   maximize=[True], upwards=True, storage=store.path("search/stub@0"),
-                   concurrent=AT_ONCE, tell=lambda trial: None)
+        ended = run(trials, folder)
         seconds = (time.perf_counter() - started) / trials
         processor = (processor_seconds() - used) / trials
-        ended = Counter(t.status for t in Ledger(store, "search/stub@0").trials.values())
     finally:
         ray.shutdown()
         cluster.shutdown()

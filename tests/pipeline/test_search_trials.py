@@ -1,7 +1,9 @@
 """Trials on Ray Tune with a stub in place of training: sequence, failures, restarts, stopping."""
 
+import importlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ import pytest
 import ray
 from ray.util.state import list_actors
 from search_sweeps import BASE, RATE, search_of
+from smoke import ROOT
 
 from pipeline.search.ledger import Ledger, Report, Trial
 from pipeline.search.plan import Member, segments_of
@@ -100,6 +103,27 @@ def test_random_trials_are_the_space_s_draws_and_failures_end_nothing(run):
     assert table.loc[table["status"] == "failed", "tokens"].eq(7).all()
     claims = [a for a in list_actors(limit=1000) if a.class_name == "Claims"]
     assert claims and {a.state for a in claims} == {"DEAD"}
+
+
+def test_one_driver_process_takes_one_trial_after_the_other(cluster, tmp_path):
+    def measure(values, past):
+        (tmp_path / "drivers").mkdir(exist_ok=True)
+        (tmp_path / "drivers" / str(os.getpid())).touch()
+        yield Report(1, [0.5], 0.5, steps=1, tokens=10, values=values)
+
+    search, store = search_of(), Store(str(tmp_path / "store"))
+    run_trials(search, Space(BASE, search.space), 4, Ledger(store, "search/s@0"), measure,
+               spent=Stub.spent, maximize=[True], upwards=True, storage=store.path("search/s@0"),
+               concurrent=1, tell=lambda trial: None)
+    assert len(Ledger(store, "search/s@0").trials) == 4
+    assert len(list((tmp_path / "drivers").iterdir())) == 1
+
+
+def test_the_benchmark_of_a_search_s_cost_runs_its_trials(cluster, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = importlib.import_module("search")
+    ray.cloudpickle.register_pickle_by_value(benchmark)
+    assert benchmark.run(3, str(tmp_path)) == {"finished": 3}
 
 
 def test_a_grid_is_gone_through_once(run):
