@@ -22,7 +22,6 @@ from pipeline.plan import Plan, build
 from pipeline.search.checks import maximized
 from pipeline.search.ledger import Ledger, Report, Trial
 from pipeline.search.plan import (
-    WINNER,
     Measured,
     Member,
     final_sweep,
@@ -275,8 +274,11 @@ def final_plan(
     final, searched = final_sweep(sweep, found)
     content = content_of(sweep, searches, store)
     goals = ", ".join(goal.definition for goal in content.goals)
+    what = "the best"
+    if len(final.recipes) > 1:
+        what = f"a member of the Pareto front, in the order of {content.goals[0].definition},"
     notes = [
-        f"Recipes called {WINNER} differ by model: each is the best that a search "
+        f"Recipes called {', '.join(final.recipes)} differ by model: each is {what} that a search "
         f"({content.algorithm}, from recipe {content.base}) found for {goals}, on examples that "
         f"are not in this report. {report_folder(f'{sweep.name}-trials')}/{REPORT_FILE} shows them."
     ]

@@ -242,6 +242,37 @@ def test_a_longer_chain_of_a_trial_finds_its_beginning():
     assert len(short) == 1 and len(long) == 2 and short < long
 
 
+def test_each_member_of_a_front_is_trained_again_paired_as_far_as_both_fronts_reach(tmp_path):
+    """Of the mixture's trials the second is dominated; the dense model's first is the best of its
+    in both."""
+    sweep, store = searching(**TWO), Store(str(tmp_path / "store"))
+    contents = check_search(sweep, SMOKE)
+    scores = {"tiny-moe": [(0.9, 0.5), (0.7, 0.4), (0.8, 0.2), (0.5, 0.1)],
+              "tiny": [(0.9, 0.1), (0.8, 0.2)]}
+    searches = run.model_searches(sweep, contents, SMOKE.parent)
+    for each in searches:
+        ledger = Ledger(store, each.folder)
+        for number, objectives in enumerate(scores[each.member.model]):
+            trial = ledger.begin(number, lambda n: Trial(n, {"learning_rate": 0.01 * (n + 1)}))
+            trial.reports = [Report(1, list(objectives), 0.5, 6, 700, {}, trial.values)]
+            ledger.end(trial, "finished")
+    plan = run.final_plan(sweep, searches, contents, store)
+    rates = {node.name: node.spec.learning_rate for node in plan.nodes.values()
+             if node.stage == "finetune" and node.name.endswith("seed102")}
+    assert rates == {
+        "tiny-moe-searched-1-seed102": 0.01, "tiny-moe-searched-2-seed102": 0.03,
+        "tiny-moe-searched-3-seed102": 0.04, "tiny-searched-1-seed102": 0.01}
+    assert plan.compare.spec.models_of == {
+        "searched-2": ("tiny-moe",), "searched-3": ("tiny-moe",)}
+    found = plan.compare.spec.notes[0]
+    assert found.startswith(
+        "Recipes called searched-1, searched-2, searched-3 differ by model: each is a member of "
+        "the Pareto front, in the order of questions/accuracy ↑, that a search (")
+    # What the search's report calls trained again is what was.
+    moe, dense = run.content_of(sweep, searches, store).models
+    assert (moe.chosen, dense.chosen) == ((0, 2, 3), (0,))
+
+
 def entered(each: run.ModelSearch, store: Store, trials: int, failed: bool = False) -> None:
     """Trials of 700 tokens each in a search's ledger; the later, the better."""
     ledger = Ledger(store, each.folder)
