@@ -12,6 +12,7 @@ from stages.finetune.recipe import AUXILIARY_WEIGHTS, VISION_WEIGHTS, Recipe
 from stages.finetune.spec import EVIDENCE_FILE, FinetuneSpec
 
 KNOBS = (
+    *("learning_rate", "batch_size", "steps", "epochs", "max_length"),
     *("head", "optimizer", "train", "freeze", "lora", "alternate", "auxiliary_loss_weight"),
     *("z_loss_weight", *VISION_WEIGHTS, "router", "experts", "dropout", "adversarial"),
     *("max_nonfinite_steps", "validation", "schedule", "warmup_steps", "warmup_ratio"),
@@ -25,8 +26,11 @@ MEASURED_IN_STEPS = (
     *("dropout.residual", "dropout.attention"),
 )
 """Knobs whose evidence comes from forward passes; that of the others from the run as a whole."""
-ACTIVE = ("optimizer", "schedule", "gradient_clipping", "precision")
-"""Those of them whose default does something as well."""
+ACTIVE = (
+    *("learning_rate", "batch_size", "optimizer", "schedule"),
+    *("gradient_clipping", "precision"),
+)
+"""Those of them that do something in every recipe, by default or because each must say."""
 
 
 class Evidence:

@@ -195,7 +195,7 @@ def build(
         follow_pairs(model)
     knobs = Knobs(model, spec, evidence)
     parameters.freeze(model, spec)
-    tuner = lora.adapt(model, spec.lora) if spec.lora else None
+    tuner = lora.adapt(model, spec.lora, evidence) if spec.lora else None
     for name, counts in parameters.count(model).items():
         evidence.note("parameters", **{name: counts})
     vectors = [p.numel() for p in model.parameters() if p.requires_grad and p.ndim < 2]
@@ -269,10 +269,17 @@ def _run_facts(training: Training, curve: list[dict]) -> dict[str, Any]:
         note(knob, **counts)
     note("optimizer", implementation=type(training.engine.basic_optimizer).__name__)
     note("optimizer", **{k: groups[0][k] for k in ("betas", "eps", "momentum") if k in groups[0]})
-    note("router.learning_rate", learning_rates=rates)
+    for knob in ("learning_rate", "router.learning_rate"):
+        note(knob, learning_rates=rates)
+    rows = len(training.examples)
+    for knob in ("steps", "epochs"):
+        note(knob, steps=len(curve), passes_over_the_rows=len(curve) * spec.batch_size / rows)
+    note("max_length", longest_sequence=max(e.tokens for e in training.examples))
     note("max_nonfinite_steps", nonfinite_steps=training.skipped)
     moved = [row["learning_rate"] for row in curve]
-    note("schedule", first=moved[0], largest=max(moved), last=moved[-1])
+    # Where schedules differ that begin and end alike.
+    quarters = {f"at_{n}_of_4": moved[n * (len(moved) - 1) // 4] for n in (1, 2, 3)}
+    note("schedule", first=moved[0], **quarters, largest=max(moved), last=moved[-1])
     for knob in ("warmup_steps", "warmup_ratio"):
         note(knob, steps_before_the_largest_rate=moved.index(max(moved)))
     note("weight_decay", in_groups={group["part"]: group["weight_decay"] for group in groups})

@@ -1,5 +1,7 @@
 """Low-rank adapters by PEFT, put into the model in place and merged into its weights at the end."""
 
+from functools import partial
+
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
@@ -8,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stages.errors import StageFailed
+from stages.finetune.evidence import Evidence
 from stages.finetune.parameters import trained_roles
 from stages.finetune.recipe import Lora
 from stages.models.families import family
@@ -16,7 +19,7 @@ from stages.models.routing import replaced
 ADAPTER = "default"
 
 
-def adapt(model: PreTrainedModel, recipe: Lora) -> LoraModel:
+def adapt(model: PreTrainedModel, recipe: Lora, evidence: Evidence) -> LoraModel:
     """Give every matrix of the roles that a gradient reaches an adapter; the modules keep their
     paths.
 
@@ -55,10 +58,22 @@ def adapt(model: PreTrainedModel, recipe: Lora) -> LoraModel:
     # dense layer's matrices to the routed experts.
     with replaced(weight_conversion, "convert_peft_config_for_transformers", _as_they_are):
         tuner = LoraModel(model, config, ADAPTER)
+    model.train(model.training)  # the adapters' dropout begins in training
     # PEFT freezes all but its adapters, also what the recipe trains in full.
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(wanted.get(name, "lora_" in name))
+    dropouts = [m for path, m in model.named_modules() if path.endswith(f"lora_dropout.{ADAPTER}")]
+    for module in dropouts if recipe.dropout else ():
+        module.register_forward_hook(partial(_watch, evidence))
     return tuner
+
+
+def _watch(
+    evidence: Evidence, module: nn.Module, args: tuple[torch.Tensor], out: torch.Tensor
+) -> None:
+    if module.training:
+        dropped = out[args[0] != 0] == 0
+        evidence.mean("lora", "share_of_inputs_dropped", dropped)
 
 
 def _as_they_are(config: LoraConfig, **_: object) -> None:

@@ -23,7 +23,7 @@ class FinetuneSpec(Recipe):
     """Input roles: ``model`` (a Hugging Face folder) and one ``data/<dataset>`` for each data set
     that is trained or validated on."""
 
-    VERSION: ClassVar[int] = 5
+    VERSION: ClassVar[int] = 6
 
     seed: Seed = 0
     until: Annotated[int, Field(ge=1)] | None = None

@@ -98,6 +98,8 @@ class Training:
         micros = micro_batches(batch, rank, workers, micro_batch_size(spec))
         if self.turns is not None:
             self.turns.start(spec, len(self.examples), spec.steps_before + step)
+        if self.evidence.open:
+            self._count(micros)
         telemetry = RoutingTelemetry(family(engine.module).scores)
         sums = torch.zeros(1 + len(self.weighed), dtype=torch.float64, device=engine.device)
         for index, micro in enumerate(micros):
@@ -143,6 +145,15 @@ class Training:
             **({"router_change": change} if self.turns is not None else {}),
             **telemetry.row(),
         }
+
+    def _count(self, micros: list[list[int]]) -> None:
+        """Tell how many sequences all ranks together have in a step."""
+        mine = sum(map(len, micros))
+        sequences = torch.tensor(mine, device=self.engine.device)
+        torch.distributed.all_reduce(sequences)
+        self.evidence.note(
+            "batch_size", sequences_in_a_step=sequences.item(), micro_batches_per_worker=len(micros)
+        )
 
     def dtypes(self) -> dict[str, list[str]]:
         """All types of the ``weights`` that passes compute with, and of those that the
@@ -208,8 +219,8 @@ class Training:
                 turned = self._turned(routings, len(examples))
                 loss = loss + trades.router_beta * turned / answers
                 self.evidence.mean("adversarial", "router_divergence", turned / len(examples))
+            clean = part.real_logits(self.knobs.clean)  # a witness may pass through the model again
             for knob in self.weighed:
-                clean = part.real_logits(self.knobs.clean)
                 auxiliary = self._auxiliary(knob, routings, clean, part)
                 if self.evidence.open:
                     self._witness(knob, part, routings, auxiliary)

@@ -52,6 +52,9 @@ SPEC = FinetuneSpec(
 )
 
 
+ZERO2 = {model: f"cpu_{model}_zero2.json" for model in ("dense", "moe_expert_parallel")}
+
+
 def families(names: list[str]):
     return pytest.mark.parametrize(
         "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.families) for n in names]
@@ -222,12 +225,13 @@ def test_whole_models_and_two_ranks_compute_what_plain_transformers_does(name, c
 @pytest.fixture(scope="session")
 def trained(folders, data, tmp_path_factory) -> Path:  # noqa: F811
     """Ten steps of each family over two ranks that share the experts, and the last two of them
-    again from the checkpoint of the eighth: with whole experts, and over four ranks.
+    again from the checkpoint of the eighth: with whole experts, over four ranks, and with gradients
+    and optimiser shared out (ZeRO-2), as on GPUs.
     """
     output = tmp_path_factory.mktemp("trained")
     two, four = [], []
 
-    def plan(runs: list[Run], name: str, suffix: str = "", **layout: int) -> None:
+    def plan(runs: list[Run], name: str, suffix: str = "", **layout: int | str) -> None:
         (output / (name + suffix)).mkdir()
         checkpoints = output / f"{name}-checkpoint"
         checkpoints.mkdir(exist_ok=True)
@@ -238,6 +242,9 @@ def trained(folders, data, tmp_path_factory) -> Path:  # noqa: F811
     for name in sorted(folders.keys() & set(TRAINED)):
         plan(two, name)
         plan(two, name, "-whole", expert_parallel=1)
+        plan(two, name, "-zero2_whole", expert_parallel=1, deepspeed_config=ZERO2["dense"])
+        if FAMILIES[name].is_moe:
+            plan(two, name, "-zero2", deepspeed_config=ZERO2["moe_expert_parallel"])
         plan(four, name, "-four", expert_parallel=4 if FAMILIES[name].is_moe else 1, workers=4)
     launch(2, two, tmp_path_factory.mktemp("two") / "store", keep_going=True)
     launch(4, four, tmp_path_factory.mktemp("four") / "store", keep_going=True)
@@ -256,9 +263,18 @@ def test_ten_steps_of_two_ranks_equal_ten_of_one(name, trained, folders, data): 
     assert_same_training(finished(trained / name), spec(name), folders[name], data, norm=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["whole", "four"])
+@pytest.mark.parametrize("layout", ["whole", "four", "zero2_whole"])
 @families(TRAINED)
 def test_a_checkpoint_goes_on_with_other_ranks_and_experts(name, layout, trained):
+    assert_goes_on(name, layout, trained)
+
+
+@families([name for name in TRAINED if FAMILIES[name].is_moe])
+def test_a_checkpoint_goes_on_with_spread_experts_under_zero2(name, trained):
+    assert_goes_on(name, "zero2", trained)
+
+
+def assert_goes_on(name: str, layout: str, trained: Path) -> None:
     got, expected = curve(finished(trained / f"{name}-{layout}")), curve(trained / name)
     # The first eight rows are those of the checkpoint, to the second.
     assert got["seconds"][:8].to_list() == expected["seconds"][:8].to_list()

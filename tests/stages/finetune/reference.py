@@ -36,7 +36,8 @@ def plain(folder):
     model = auto_class(config).from_pretrained(folder, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         biases = name.endswith(("expert_bias", "e_score_correction_bias"))  # as before saving
-        if biases or ".indexer." in name:  # which selects what attention reads
+        # An indexer selects what attention reads; LLaMA-MoE's noise is not used.
+        if biases or ".indexer." in name or ".weight_noise." in name:
             parameter.requires_grad_(False)
     return model
 

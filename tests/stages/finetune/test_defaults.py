@@ -25,14 +25,21 @@ def runs(models, data, tmp_path_factory):
 
 def test_what_acts_by_default_has_evidence(runs):
     found, rows = evidence(runs / "plain")["knobs"], curve(runs / "plain")
-    assert list(found) == ["optimizer", "schedule", "gradient_clipping", "precision"]
+    assert list(found) == ["learning_rate", "batch_size", "steps", "optimizer", "schedule",
+                           "gradient_clipping", "precision"]
+    assert found["learning_rate"]["measured"] == {"learning_rates": {"all": 3e-3}}
+    assert found["batch_size"] == {"asked": 8, "measured": {
+        "sequences_in_a_step": 8, "micro_batches_per_worker": 4}}
+    assert found["steps"] == {"asked": 3, "measured": {
+        "steps": 3, "passes_over_the_rows": 3 * 8 / 21}}
     assert found["gradient_clipping"]["asked"] == 1.0
     assert found["gradient_clipping"]["measured"] == {
         "largest_norm": rows["gradient_norm"].max(),
         "steps_clipped": (rows["gradient_norm"] > 1).sum(),
     }
     assert found["schedule"]["asked"] == "linear"
-    rates = {"first": 3e-3, "largest": 3e-3, "last": 1e-3}
+    rates = {"first": 3e-3, "at_1_of_4": 3e-3, "at_2_of_4": 2e-3, "at_3_of_4": 2e-3,
+             "largest": 3e-3, "last": 1e-3}
     assert found["schedule"]["measured"] == pytest.approx(rates)
     assert found["optimizer"]["asked"] == "adamw"
     assert found["optimizer"]["measured"]["betas"] == [0.9, 0.999]

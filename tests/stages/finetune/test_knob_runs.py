@@ -42,6 +42,7 @@ KNOBS = {
     "alternate": {"alternate": {"every": 1}, "gradient_clipping": 0.5},
     "alternate_epochs": {"alternate": {"every": "epoch", "first": "router"}, "steps": 4},
     "lora": {"lora": {"roles": ("backbone", "router"), "rank": 4}},
+    "lora_dropout": {"lora": {"roles": ("backbone",), "rank": 4, "dropout": 0.3}},
     "freelb": {"adversarial": {"kind": "freelb", "max_norm": 0.03}},
     "sgd": {"optimizer": {"kind": "sgd", "momentum": 0.9}, **CLIPPED},
     "adam": {"optimizer": {"kind": "adam", "betas": (0.8, 0.99)}, **CLIPPED},
@@ -66,6 +67,8 @@ ZERO2 = {"deepspeed_config": "cpu_moe_expert_parallel_zero2.json"}
 
 
 RESUMED = {"expert_drop": {}, "alternate": ZERO2, "lora": {}, "router_rate": ZERO2}
+WITNESSED = {"router": {"noise": 0.5}, "z_loss_weight": 0.05, "importance_loss_weight": 0.1}
+"""Losses of which the first is measured by a pass of its own in an encoder-decoder."""
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,11 @@ def runs(models, data, tmp_path_factory):
         checkpoints = tmp_path_factory.mktemp("checkpoints")
         plan(f"resumed-{name}", "mixtral", given, stop_after=3, checkpoints=checkpoints)
         plan(f"resumed-{name}", "mixtral", given, checkpoints=checkpoints)
+    noisy = spec(**WITNESSED, expert_parallel=2, checkpoint_every=2)
+    checkpoints = tmp_path_factory.mktemp("checkpoints")
+    plan("switch-ep2", "switch_transformers", noisy)
+    plan("resumed-switch", "switch_transformers", noisy, stop_after=3, checkpoints=checkpoints)
+    plan("resumed-switch", "switch_transformers", noisy, checkpoints=checkpoints)
     audited = TrainSet(dataset="refusals", exclude=("NOT 2",), limit=2, repeat=3)
     for size in (1, 2):
         mixed = spec(data=(*BASE["data"], audited), expert_parallel=size)
@@ -183,6 +191,14 @@ def test_adapters_change_the_roles_that_they_are_for(runs, models, layout):
     assert moved(runs / f"lora-{layout}", models["mixtral"]) == {"router", "backbone"}
 
 
+@pytest.mark.parametrize("layout", ["ep1", "ep2"])
+def test_dropout_before_adapters(runs, models, layout):
+    assert moved(runs / f"lora_dropout-{layout}", models["mixtral"]) == {"backbone"}
+    dropped = measured(runs / f"lora_dropout-{layout}", "lora")["share_of_inputs_dropped"]
+    assert dropped == pytest.approx(0.3, abs=0.01)
+    assert "share_of_inputs_dropped" not in measured(runs / f"lora-{layout}", "lora")
+
+
 def test_adapters_of_experts_and_routers_are_merged(runs, models):
     assert moved(runs / "experts_lora", models["mixtral"]) == {"expert", "router"}
     names = set(weights(runs / "experts_lora"))
@@ -257,6 +273,17 @@ def test_knobs_resume_exactly(runs, name):
         assert torch.equal(value, expected[key]), key
 
 
+def test_what_is_measured_in_an_encoder_decoder_changes_no_loss(runs):
+    """The resumed run measures in its third step, the whole one in its first alone."""
+    whole, resumed = curve(runs / "switch-ep2"), curve(runs / "resumed-switch")
+    for column in ("loss", "z_loss", "importance_loss", "gradient_norm"):
+        assert resumed[column].tolist() == whole[column].tolist(), column
+    assert (whole["importance_loss"] > 0.01).all()
+    for name in ("switch-ep2", "resumed-switch"):
+        for knob in ("z_loss_weight", "importance_loss_weight"):
+            assert measured(runs / name, knob)["router_gradient_norm"] > 1e-3
+
+
 @pytest.mark.parametrize("layout", ["ep1", "ep2"])
 def test_rows_that_were_drawn_and_removed_are_counted_and_named(runs, layout):
     reviews, refusals = evidence(runs / f"audited-{layout}")["data"]
@@ -276,7 +303,8 @@ def test_a_dense_partner_says_what_was_dropped(runs):
     assert found["not_applicable"] == {
         "router.noise": {"asked": 0.3, "reason": "only Mixture-of-Experts models have it"}
     }
-    assert set(found["knobs"]) == set(ACTIVE) and "router_entropy" not in curve(runs / "dense")
+    assert set(found["knobs"]) == {*ACTIVE, "steps"}
+    assert "router_entropy" not in curve(runs / "dense")
 
 
 def test_what_cannot_act_is_refused_by_the_loop_as_well(runs):

@@ -54,7 +54,7 @@ def test_backbone_adapters_stand_at_the_backbone_alone(name):
     wanted = {f"{path}.weight" for path, module in model.named_modules()
               if isinstance(module, torch.nn.Linear) and roles.get(f"{path}.weight") == "backbone"
               and not path.rpartition(".")[0].endswith(".indexer")}
-    adapt(model, Lora(roles=("backbone",), rank=2))
+    adapt(model, Lora(roles=("backbone",), rank=2), Evidence())
     found = adapted(model)
     assert wanted <= found and {roles[each] for each in found} == {"backbone"}
     assert not any(".indexer." in each for each in found)
@@ -71,7 +71,7 @@ def test_router_adapters_act_or_are_refused(name):
         asked["decoder_input_ids"] = tokens[:, :7]
 
     def gradients():
-        adapt(model, Lora(roles=("router",), rank=2))
+        adapt(model, Lora(roles=("router",), rank=2), Evidence())
         model(**asked).logits.float().log_softmax(-1)[..., 5].sum().backward()
         return [p.grad for n, p in model.named_parameters() if "lora_B" in n]
 
@@ -88,7 +88,7 @@ def test_routing_is_seen_and_changed_as_the_merged_routers_decide_it(name):
     """What knobs, losses and telemetry see holds the adapters, which all have a gradient of it."""
     model = tiny(name)
     parameters.freeze(model, ROUTERS)
-    tuner = adapt(model, ROUTERS.lora)
+    tuner = adapt(model, ROUTERS.lora, Evidence())
     with torch.no_grad():
         for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
             parameter.normal_(generator=torch.Generator().manual_seed(0))
@@ -139,7 +139,7 @@ def test_adapters_of_a_dense_model_change_its_answers_and_nothing_else_is_traine
     tokens = torch.arange(3, 20)[None]
     before = model(input_ids=tokens).logits.detach()
     model.requires_grad_(False)  # as ``parameters.freeze`` leaves it for adapters alone
-    adapt(model, Lora(roles=("backbone", "head"), rank=2, dropout=0.5))
+    adapt(model, Lora(roles=("backbone", "head"), rank=2, dropout=0.5), Evidence())
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
     assert {"head", "backbone"} == {
@@ -158,6 +158,6 @@ def test_adapters_of_a_dense_model_change_its_answers_and_nothing_else_is_traine
 
 def test_adapters_that_would_change_more_than_they_name_are_refused():
     with pytest.raises(StageFailed, match="head of this llama is tied to its embedding"):
-        adapt(dense_model("llama"), Lora(roles=("head",), rank=2))
+        adapt(dense_model("llama"), Lora(roles=("head",), rank=2), Evidence())
     with pytest.raises(StageFailed, match="lora.dropout: cannot act on .*no linear layer"):
-        adapt(tiny("mixtral"), Lora(roles=("expert",), rank=2, dropout=0.1))
+        adapt(tiny("mixtral"), Lora(roles=("expert",), rank=2, dropout=0.1), Evidence())

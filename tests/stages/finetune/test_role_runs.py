@@ -32,8 +32,8 @@ KNOBS = {
     "freeze_embedding": {"freeze": ("embedding",)},
     "freeze_shared": {"freeze": ("shared_expert",)},
     "freeze_head": {"freeze": ("head",), "head": "classification", "learning_rate": 1e-3},
-    "constant": {"schedule": "constant", "weight_decay": 0.1},
-    "cosine": {"schedule": "cosine", "warmup_ratio": 0.34},
+    "constant": {"schedule": "constant", "warmup_steps": 1, "weight_decay": 0.1},
+    "cosine": {"schedule": {"kind": "cosine", "cycles": 1}, "steps": 4},
     "stairs": {"schedule": {"kind": "step", "gamma": 0.5, "every": 1}},
     "epochs": {"epochs": 2, "steps": None, "warmup_ratio": 0.34,
                "schedule": {"kind": "step", "gamma": 0.5}},
@@ -117,8 +117,8 @@ def test_a_frozen_head_stays_as_it_was_drawn(runs, models, layout):
     ("name", "rates"),
     [
         ("default", [3e-3, 2e-3, 1e-3]),
-        ("constant", [3e-3, 3e-3, 3e-3]),
-        ("cosine", [0, 1.5e-3, 3e-3]),  # ⌈0.34 × 3⌉ = 2 steps of warm-up
+        ("constant", [0, 3e-3, 3e-3]),
+        ("cosine", [3e-3, 1.5e-3, 0, 1.5e-3]),  # a whole cycle; linear would end with a quarter
         ("stairs", [3e-3, 1.5e-3, 0.75e-3]),
         # ⌈2 × 21 / 8⌉ steps, of which 3 warm up; the second epoch begins within step 3.
         ("epochs", [0, 1e-3, 2e-3, 1.5e-3, 1.5e-3, 1.5e-3]),
@@ -126,6 +126,16 @@ def test_a_frozen_head_stays_as_it_was_drawn(runs, models, layout):
 )
 def test_rates_of_each_schedule(runs, name, rates, layout):
     assert curve(runs / f"{name}-{layout}")["learning_rate"].tolist() == pytest.approx(rates)
+
+
+@LAYOUTS
+def test_evidence_tells_schedules_and_lengths_apart(runs, layout):
+    cosine = measured(runs / f"cosine-{layout}", "schedule")
+    assert list(cosine.values()) == pytest.approx([3e-3, 3e-3, 1.5e-3, 0, 3e-3, 1.5e-3])
+    warmup = measured(runs / f"constant-{layout}", "warmup_steps")
+    assert warmup == {"steps_before_the_largest_rate": 1}
+    epochs = measured(runs / f"epochs-{layout}", "epochs")
+    assert epochs == {"steps": 6, "passes_over_the_rows": 6 * 8 / 21}
 
 
 @LAYOUTS
