@@ -274,8 +274,11 @@ def test_each_member_of_a_front_is_trained_again_paired_as_far_as_both_fronts_re
 
 
 def entered(each: run.ModelSearch, store: Store, trials: int, failed: bool = False) -> None:
+    enter(Ledger(store, each.folder), trials, failed)
+
+
+def enter(ledger: Ledger, trials: int, failed: bool = False) -> None:
     """Trials of 700 tokens each in a search's ledger; the later, the better."""
-    ledger = Ledger(store, each.folder)
     for number in range(trials):
         trial = ledger.begin(number, lambda n: Trial(n, {"learning_rate": 0.01 * (n + 1)}))
         if not failed:
@@ -296,6 +299,21 @@ def test_the_winners_report_says_how_they_were_found_and_where_budgets_differed(
                             "search (random, from recipe sft) found for edits/clean_accuracy ↑, on")
     assert trials.startswith("tiny-moe had 2 trials, tiny 1: ")
     assert tokens.startswith("The trials of tiny-moe trained on 1,400 tokens, those of tiny on 700")
+
+
+def test_as_many_trials_run_at_once_as_there_is_room_for(tmp_path, monkeypatch):
+    sweep, store, told = searching(), Store(str(tmp_path / "store")), {}
+    contents = check_search(sweep, SMOKE)
+    moe, _ = run.model_searches(sweep, contents, SMOKE.parent)
+
+    def run_trials(search, space, trials, ledger, measure, *, concurrent, **_):
+        told["at once"] = concurrent
+        enter(ledger, trials)
+
+    monkeypatch.setattr("pipeline.search.tuning.run_trials", run_trials)
+    monkeypatch.setattr(run, "at_once", lambda each: 5)
+    run.run_search(moe, sweep, contents, store, SMOKE.parent, lambda line: None)
+    assert told == {"at once": 5} and store.manifest(moe.folder) is not None
 
 
 def test_a_search_that_found_nothing_is_reported_beside_one_that_did(tmp_path):

@@ -14,11 +14,13 @@ from search_sweeps import searching
 from smoke import ROOT, SMOKE, command
 
 from pipeline.gc import collect
+from pipeline.node import Node
 from pipeline.plan import build
 from pipeline.search import run
 from pipeline.search.checks import check_search
 from pipeline.search.ledger import Ledger
 from pipeline.search.plan import selecting
+from pipeline.search.trial import TrialWork
 from pipeline.store import Store
 from pipeline.survey import adopt, survey
 
@@ -26,6 +28,16 @@ FIELDS = {"algorithm": {"kind": "asha", "reduction_factor": 2, "rungs": 1}, "tri
 # Two workers evaluate, all that the cluster has, so one trial runs after the other.
 SET = ["recipes.sft.steps=4", "resources.finetune.workers=1",
        "resources.finetune.expert_parallel=1"]
+
+
+def rung_of(work: TrialWork, values: dict) -> Node:
+    """The first steps of a trial's fine-tune."""
+    plan, (measured,) = work._planned(values, [], resource=1)
+    return plan.nodes[measured.finetune]
+
+
+def curve(store: Store, folder: str) -> pd.DataFrame:
+    return pd.read_parquet(store.fetch(folder) / "training_curve.parquet")
 
 
 def test_a_killed_search_goes_on_and_repeats_no_finished_node(cluster, tmp_path):
@@ -42,10 +54,18 @@ def test_a_killed_search_goes_on_and_repeats_no_finished_node(cluster, tmp_path)
          "--address", cluster.address, f"--set=search={content}", *arguments],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     first = Path(store.root) / moe.folder / "trials/000000.json"
-    deadline = time.monotonic() + 400
+    work = TrialWork(selecting(sweep), contents, moe.member, store.uri, str(SMOKE.parent))
+    values, deadline, of_rung = moe.member.space.draw(0, 0), time.monotonic() + 400, None
     while time.monotonic() < deadline and process.poll() is None:
         if first.exists() and json.loads(first.read_text())["status"] != "running":
             break
+        if of_rung is None and first.exists():
+            part = rung_of(work, values)
+            if store.finished([part.folder]):
+                of_rung = curve(store, part.folder)
+                # What goes on from there is resumable, and no result.
+                assert store.manifest(part.part_of) is None
+                assert "train" in os.listdir(Path(store.root) / part.part_of)
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -67,8 +87,10 @@ def test_a_killed_search_goes_on_and_repeats_no_finished_node(cluster, tmp_path)
     assert table["status"].tolist()[0] == "finished"
     done = trials[0]
     assert [(r.resource, r.steps) for r in done.reports] == [(1, 2), (2, 4)]
-    # Training goes on from the rung: its tokens are those of the whole, not added to them.
+    # Training went on from the rung and did not repeat its steps, to the second.
     assert 0 < done.reports[0].tokens < done.reports[1].tokens
+    seconds = curve(store, done.reports[1].nodes[0])["seconds"].tolist()
+    assert len(seconds) == 4 and seconds[:2] == of_rung["seconds"].tolist()
     # The rung's scores stay, its weights do not; what the trial left is complete.
     rung, rung_scores = done.reports[0].nodes
     assert store.manifest(rung) is None and store.manifest(rung_scores) is not None

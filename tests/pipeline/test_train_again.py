@@ -41,9 +41,10 @@ def prepared(inputs, tmp_path):
     return Store(str(tmp_path / "store"))
 
 
-def short_of_memory(fits: int):
+def short_of_memory(fits: int, begun: Path):
     """A training worker in which the second rank, and it alone, runs out of memory from the fourth
-    step on with more than ``fits`` sequences, while the first waits for it in a collective."""
+    step on with more than ``fits`` sequences, while the first waits for it in a collective. It
+    notes the steps that it begins in a file."""
 
     def worker(config: dict) -> dict:
         from pipeline.train import _worker
@@ -52,8 +53,12 @@ def short_of_memory(fits: int):
         step = Training.step
 
         def limited(self, number: int) -> dict:
-            if torch.distributed.get_rank() and number >= 3 and micro_batch_size(self.spec) > fits:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+            if torch.distributed.get_rank():
+                with begun.open("a") as file:
+                    file.write(f"{number}\n")
+                if number >= 3 and micro_batch_size(self.spec) > fits:
+                    time.sleep(6)  # Ray looks for new checkpoints every 2 s
+                    raise torch.OutOfMemoryError("CUDA out of memory")
             return step(self, number)
 
         Training.step = limited
@@ -72,14 +77,19 @@ def test_out_of_memory_in_one_rank_goes_on_from_the_checkpoint_with_smaller_micr
     node, whole = plan.nodes[KEY], Store(str(tmp_path / "whole"))
     shutil.copytree(prepared.root, whole.root)
     assert train.fit(Job.of(node, plan, whole, SMOKE.parent)).status == "done"
-    monkeypatch.setattr(train, "_worker", short_of_memory(2))
+    begun = tmp_path / "begun"
+    monkeypatch.setattr(train, "_worker", short_of_memory(2, begun))
     outcome = train.fit(Job.of(node, plan, prepared, SMOKE.parent))
     assert outcome.status == "done", outcome.message
     got, expected = (store.fetch(node.folder) for store in (prepared, whole))
     curves = [pd.read_parquet(folder / "training_curve.parquet") for folder in (got, expected)]
     for column in ("step", "loss", "gradient_norm", "learning_rate", "tokens"):
         assert curves[0][column].tolist() == pytest.approx(curves[1][column].tolist(), rel=1e-5)
+    # Of the three steps before, those of the checkpoint are not repeated.
+    assert list(map(int, begun.read_text().split())) == [0, 1, 2, 3, 2, 3, 4, 5]
     evidence = json.loads((got / "recipe_evidence.json").read_text())
+    assert evidence["knobs"]["batch_size"] == {
+        "asked": 8, "measured": {"sequences_in_a_step": 8, "micro_batches_per_worker": 2}}
     assert evidence["micro_batch"] == {"asked": 4, "used": 2, "out_of_memory_at": [4]}
     progress = prepared.read_json(f"{node.folder}/progress.json")
     assert "micro-batch 2 after out of memory" in progress["text"]
@@ -87,11 +97,11 @@ def test_out_of_memory_in_one_rank_goes_on_from_the_checkpoint_with_smaller_micr
 
 
 def test_one_sequence_that_does_not_fit_in_one_rank_ends_all_ranks(
-    cluster, prepared, monkeypatch
+    cluster, prepared, tmp_path, monkeypatch
 ):
     plan = planned("resources.finetune.max_failures=0")
     node = plan.nodes[KEY]
-    monkeypatch.setattr(train, "_worker", short_of_memory(0))
+    monkeypatch.setattr(train, "_worker", short_of_memory(0, tmp_path / "begun"))
     started = time.monotonic()
     outcome = train.fit(Job.of(node, plan, prepared, SMOKE.parent))
     assert (outcome.status, outcome.message[:55]) == (

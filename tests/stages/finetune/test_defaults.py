@@ -19,8 +19,24 @@ def runs(models, data, tmp_path_factory):
         (folder / name).mkdir()
         inputs = {"model": models["llama"], **data}
         planned.append(Run(spec(workers=1, **fields), inputs, folder / name))
+    (folder / "wrong").mkdir()
+    planned.append(Run(spec(workers=1), inputs, folder / "wrong", prepare=_export_otherwise))
     launch(1, planned, folder / "store")
     return folder
+
+
+def _export_otherwise() -> None:
+    """Let what is exported be other weights than those that were trained."""
+    from stages.finetune import loop
+
+    own = loop.gather_state_dict
+    loop.gather_state_dict = lambda model: {n: 1.1 * value for n, value in own(model).items()}
+
+
+def test_an_export_that_computes_otherwise_ends_the_run(runs):
+    message = (runs / "wrong" / "failed_0.txt").read_text()
+    assert "the exported model's logits differ from the training engine's by" in message
+    assert "(allowed 1.00e-04)" in message
 
 
 def test_what_acts_by_default_has_evidence(runs):

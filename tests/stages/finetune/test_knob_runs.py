@@ -1,6 +1,8 @@
 """Every knob trains the same with and without expert parallelism, does what it says to the weights,
 and leaves its evidence."""
 
+import re
+
 import pandas as pd
 import pytest
 import torch
@@ -327,5 +329,9 @@ def test_telemetry_adds_up(runs):
     assert 0 < last["router_entropy"] < 1.39  # ln 4
     dropped = curve(runs / "expert_drop-ep2")["dropped_choices"]
     assert dropped.mean() == pytest.approx(0.25, abs=0.12)
-    assert (runs / "default-ep2" / "routing.svg").read_text().startswith("<?xml")
+    texts = re.findall("<!-- (.*?) -->", (runs / "default-ep2" / "routing.svg").read_text())
+    assert "router entropy (nats)" in texts
+    third = texts[texts.index("variation of the experts' loads") + 1 :]
+    assert third[:4] == third[5:9] == ["0", "1", "2", "3"]
+    assert (third[4], *third[9:11]) == ("expert", "layer", "load of each expert, 1 = even")
     assert not (runs / "dense" / "routing.svg").exists()
