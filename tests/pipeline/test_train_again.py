@@ -41,10 +41,10 @@ def prepared(inputs, tmp_path):
     return Store(str(tmp_path / "store"))
 
 
-def short_of_memory(fits: int, begun: Path):
+def short_of_memory(fits: int, begun: Path, wait: float = 0):
     """A training worker in which the second rank, and it alone, runs out of memory from the fourth
     step on with more than ``fits`` sequences, while the first waits for it in a collective. It
-    notes the steps that it begins in a file."""
+    notes the steps that it begins in a file, and waits before it fails."""
 
     def worker(config: dict) -> dict:
         from pipeline.train import _worker
@@ -57,7 +57,7 @@ def short_of_memory(fits: int, begun: Path):
                 with begun.open("a") as file:
                     file.write(f"{number}\n")
                 if number >= 3 and micro_batch_size(self.spec) > fits:
-                    time.sleep(6)  # Ray looks for new checkpoints every 2 s
+                    time.sleep(wait)
                     raise torch.OutOfMemoryError("CUDA out of memory")
             return step(self, number)
 
@@ -77,8 +77,8 @@ def test_out_of_memory_in_one_rank_goes_on_from_the_checkpoint_with_smaller_micr
     node, whole = plan.nodes[KEY], Store(str(tmp_path / "whole"))
     shutil.copytree(prepared.root, whole.root)
     assert train.fit(Job.of(node, plan, whole, SMOKE.parent)).status == "done"
-    begun = tmp_path / "begun"
-    monkeypatch.setattr(train, "_worker", short_of_memory(2, begun))
+    begun = tmp_path / "begun"  # Ray looks for a checkpoint that was reported every 2 s
+    monkeypatch.setattr(train, "_worker", short_of_memory(2, begun, wait=6))
     outcome = train.fit(Job.of(node, plan, prepared, SMOKE.parent))
     assert outcome.status == "done", outcome.message
     got, expected = (store.fetch(node.folder) for store in (prepared, whole))
