@@ -81,6 +81,8 @@ class Ledger:
         self.store, self.place = store, f"{folder}/trials"
         self.trials: dict[int, Trial] = {}
         for name in sorted(store.files(self.place)):
+            if not name.endswith(".json"):
+                continue  # what a kill left of a file that was being written
             trial = Trial.of(store.read_json(f"{self.place}/{name}"))
             self.trials[trial.number] = trial
 

@@ -26,7 +26,7 @@ def scheduler(search: Search, space: Space, ledger: Ledger, mode: str) -> TrialS
             time_attr="resource", max_t=search.resources()[-1], grace_period=1,
             reduction_factor=algorithm.reduction_factor, **common)
     if isinstance(algorithm, Hyperband):
-        return HyperBandScheduler(
+        return Brackets(
             time_attr="resource", max_t=search.resources()[-1],
             reduction_factor=algorithm.reduction_factor, **common)
     if isinstance(algorithm, Pbt):
@@ -37,6 +37,20 @@ def scheduler(search: Search, space: Space, ledger: Ledger, mode: str) -> TrialS
             quantile_fraction=algorithm.quantile, resample_probability=algorithm.resample,
             custom_explore_fn=lambda config: _inside(config, space), log_config=False, **common)
     return FIFOScheduler()
+
+
+class Brackets(HyperBandScheduler):
+    """Hyperband that goes on where a trial ends without the result that its bracket waits for.
+
+    Tune's marks a bracket as being cut at its first cut and never takes that back, and a trial that
+    fails, or is over from an earlier run, then leaves the others paused for ever.
+    """
+
+    def _process_bracket(self, tune_controller: Any, bracket: Any) -> str:
+        try:
+            return super()._process_bracket(tune_controller, bracket)
+        finally:
+            bracket.is_being_processed = False
 
 
 @dataclass(eq=False)

@@ -143,8 +143,8 @@ def _drive(config: dict[str, Any], shared: Shared) -> None:
         # A clone of a member that was over has its segments here, as many as it had itself.
         if len(reports) <= len(proposal["reports"]):
             reports = list(proposal["reports"])
-    elif checkpoint is None:
-        for report in proposal["reports"]:
+    else:
+        for report in proposal["reports"][len(reports) :]:
             reports.append(report)
             _report(reports, proposal)
     if proposal["over"]:

@@ -5,11 +5,15 @@ import json
 import math
 import os
 import sys
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ray
+from ray import tune
+from ray.tune.schedulers import TrialScheduler
 from ray.util.state import list_actors
 from search_sweeps import BASE, RATE, search_of
 from smoke import ROOT
@@ -18,8 +22,9 @@ from pipeline.search.ledger import Ledger, Report, Trial
 from pipeline.search.plan import Member, segments_of
 from pipeline.search.proposals import proposals
 from pipeline.search.run import _values_text, recipes_of, trial_table
+from pipeline.search.schedulers import scheduler
 from pipeline.search.space import Space
-from pipeline.search.tuning import _slot, run_trials
+from pipeline.search.tuning import _drive, _slot, run_trials
 from pipeline.store import Store
 from stages.errors import StageFailed
 from stages.finetune.recipe import Router
@@ -252,6 +257,77 @@ def test_hyperband_halves_whole_brackets(run):
     assert len(list((run.folder / "s").iterdir())) == measured
 
 
+@dataclass(eq=False)
+class Waiting:
+    trial_id: str
+    status: str = "PENDING"
+    is_saving: bool = False
+    seen: int = 0
+    """Measurements so far."""
+
+
+class OneByOne:
+    """Stands for Ray Tune's controller: trials run in turn, as far as the scheduler lets them."""
+
+    def __init__(self, scheduler, numbers):
+        self.scheduler = scheduler
+        self.trials = [Waiting(str(number)) for number in numbers]
+        for trial in self.trials:
+            scheduler.on_trial_add(self, trial)
+
+    def stop_trial(self, trial):
+        if trial.status in ("PENDING", "PAUSED"):
+            self.scheduler.on_trial_remove(self, trial)
+        elif trial.status == "RUNNING":
+            self.scheduler.on_trial_complete(self, trial, {})
+        trial.status = "TERMINATED"
+
+    def run(self, signals):
+        """To the end; a trial that has no signal for a resource fails there."""
+        while any(trial.status != "TERMINATED" for trial in self.trials):
+            trial = self.scheduler.choose_trial_to_run(self)
+            assert trial is not None, "all that are left are paused for ever"
+            trial.status = "RUNNING"
+            while trial.status == "RUNNING":
+                resource = (1, 2, 4)[trial.seen]
+                trial.seen += 1
+                signal = signals[trial.trial_id].get(resource)
+                if signal is None or resource == 4:
+                    self.stop_trial(trial)
+                    continue
+                decision = self.scheduler.on_trial_result(
+                    self, trial, {"resource": resource, "signal": signal})
+                if decision == TrialScheduler.PAUSE:
+                    trial.status = "PAUSED"
+                elif decision == TrialScheduler.STOP:
+                    self.stop_trial(trial)
+
+
+def test_a_bracket_is_cut_again_where_the_last_trial_at_a_rung_failed(tmp_path):
+    search = search_of(algorithm={"kind": "hyperband", "reduction_factor": 2, "rungs": 2})
+    brackets = scheduler(search, Space(BASE, search.space), Ledger(Store(str(tmp_path)), "s"),
+                         "max")
+    signals = {str(n): {r: n + r for r in (1, 2, 4)} for n in range(10)}
+    # Of the bracket of four the best two go on; the best waits for the other one, which fails.
+    del signals["8"][2]
+    one_by_one = OneByOne(brackets, range(10))
+    one_by_one.run(signals)
+    assert [trial.seen for trial in one_by_one.trials[6:]] == [1, 1, 2, 3]
+
+
+def test_a_paused_trial_of_an_earlier_run_reports_the_rest_of_what_it_had(tmp_path, monkeypatch):
+    reports = [asdict(Report(r, [0.5], 0.5 + r, values={})) for r in (1, 2)]
+    (tmp_path / "reports.json").write_text(json.dumps(reports[:1]))
+    kept = SimpleNamespace(as_directory=lambda: nullcontext(str(tmp_path)))
+    told = []
+    monkeypatch.setattr(tune, "get_checkpoint", lambda: kept)
+    monkeypatch.setattr(tune, "report", lambda metrics, **_: told.append(metrics["signal"]))
+    proposal = {"number": 0, "values": {}, "reports": reports, "over": True, "reason": "",
+                "last": 4, "chained": False, "kept": True}
+    _drive({"proposal": proposal}, shared=None)
+    assert told == [2.5]
+
+
 def test_a_population_goes_on_from_the_segments_that_it_has(run):
     search = search_of(algorithm=PBT, space={"learning_rate": {"log_uniform": [1e-5, 1e-2]}})
     ledger = run(search, 3)
@@ -369,7 +445,10 @@ def test_as_many_drivers_fit_as_trials_may_run(cluster):
 
 
 def test_the_ledger_reads_back_what_it_wrote(tmp_path):
-    ledger = Ledger(Store(str(tmp_path)), "s")
+    store = Store(str(tmp_path))
+    ledger = Ledger(store, "s")
+    # What a kill left of a file that was being written counts for nothing.
+    store.write_bytes("s/trials/000003.json.0badc0de", b'{"number": 3, "val')
     trial = ledger.begin(
         3, lambda number: Trial(number, {"data.0.repeat": 2, "schedule": "linear"}))
     trial.reports = [Report(1, [], 0.25, 3, 30, {"a/b": 0.25}, trial.values, ["finetune/x@1"])]
