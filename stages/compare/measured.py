@@ -1,7 +1,7 @@
 """The score tables of a sweep's attacks and probes, and levels of what they measured."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -117,15 +117,25 @@ class Measured:
         if not frames:
             return None
         options = {"resamples": self.spec.resamples, "seed": self.spec.seed}
+        metric = replace(VALUE, bounded=self._bounded(part, columns))
         if learned and self.twin(part, model, recipe):
             before = self.frames(part, columns, model, UNTUNED, (0,)) * len(seeds)
-            both = paired(frames, before, VALUE, **options)
+            both = paired(frames, before, metric, **options)
             found = Level(
                 both.difference, both.ci_low, both.ci_high, both.n, both.documents, seeds, True
             )
         else:
-            found = Level(**vars(estimate(frames, VALUE, **options)), seeds=seeds)
+            found = Level(**vars(estimate(frames, metric, **options)), seeds=seeds)
         return found if found.n else None
+
+    def _bounded(self, part: str, columns: Sequence[str]) -> bool:
+        """Whether the scores of some columns lie between 0 and 1, and so their mean does: as their
+        metrics say, or because all of them are 0 or 1."""
+        evaluation, tables = self.evaluation(part), self.scores[part].tables.values()
+        metrics = [*evaluation.metrics(), *(m for t in tables for m in evaluation.curves(t))]
+        declared = {metric.column for metric in metrics if metric.bounded}
+        others = [column for column in columns if column not in declared]
+        return all(t[c].dropna().isin((0, 1)).all() for t in tables for c in others if c in t)
 
     def twin(self, part: str, model: str, recipe: str) -> bool:
         """Whether results on the experts of a tuned model are told as change from the untuned."""
