@@ -109,13 +109,15 @@ class Plan:
     def _replace(self, node: Node) -> None:
         """Another node of the same name, and the fingerprints of all that reads it."""
         changed = {node.key} if node.content != self.nodes[node.key].content else set()
-        self.nodes[node.key] = node
+        self.nodes[node.key], moved = node, {}
         for later in list(self.nodes.values()):
             if changed.intersection(later.inputs.values()):
                 changed.add(later.key)
                 again = self.node(
                     later.stage, later.name, later.spec, later.inputs, later.resources)
-                self.nodes[later.key] = replace(again, part_of=later.part_of)
+                moved[later.folder] = again.folder
+                part_of = moved.get(later.part_of, later.part_of)
+                self.nodes[later.key] = replace(again, part_of=part_of)
 
     @property
     def compare(self) -> Node:
@@ -264,6 +266,10 @@ class Builder:
         if segments is None:
             own = self.sweep.recipes[recipe]
             segments, after = (own,), own.after
+        else:
+            # What stands in for a member that a front lacks is trained once.
+            recipe = next(name for (of, name), found in self.searched.items()
+                          if (of, found) == (model, segments))
         label = f"{model}-{recipe}-seed{seed}"
         before = [f"{label}-segment{index}" for index in range(len(segments) - 1)]
         start = self.checkpoint(model, after or UNTUNED, seed)

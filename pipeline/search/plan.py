@@ -259,18 +259,19 @@ def final_sweep(
     """The sweep that trains the winners of each model again, with fresh seeds, and compares them.
 
     Fronts are paired in the order of the first objective, as far as both models have members; what
-    a longer front has besides is trained for its model alone.
+    a longer front has besides is trained for its model alone. Where an attack on that is made on
+    another model, the last member of that one's front stands in.
     """
     count = max(map(len, winners.values()))
     names = [WINNER] if count == 1 else [f"{WINNER}-{i + 1}" for i in range(count)]
     searched, recipes = {}, {}
     for index, name in enumerate(names):
-        found = {model: front[index] for model, front in winners.items() if index < len(front)}
-        searched |= {(model, name): segments for model, segments in found.items()}
+        searched |= {(model, name): front[min(index, len(front) - 1)]
+                     for model, front in winners.items()}
+        reaching = tuple(model for model, front in winners.items() if index < len(front))
         # The plan takes a model's own; the entry here stands for the name.
-        stand_in = next(iter(found.values()))[-1]
-        alone = {"models": tuple(found)} if len(found) < len(winners) else {}
-        recipes[name] = stand_in.model_copy(update=alone)
+        alone = {"models": reaching} if len(reaching) < len(winners) else {}
+        recipes[name] = searched[reaching[0], name][-1].model_copy(update=alone)
     final = reserve(sweep).model_copy(update={
         "name": f"{sweep.name}-search", "recipes": recipes, "seeds": sweep.search.final_seeds})
     return final, searched

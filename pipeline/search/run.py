@@ -35,7 +35,7 @@ from pipeline.search.space import Space
 from pipeline.search.spec import Grid, Search
 from pipeline.search.tracking import record_trials
 from pipeline.store import Store
-from pipeline.survey import adopt, survey
+from pipeline.survey import adopt, leave_out_missing, settle, survey
 from pipeline.sweep import Sweep
 from stages.compare.search_report import REPORT_FILE, TRIALS_FILE, fairness, write
 from stages.compare.search_results import choose
@@ -256,8 +256,10 @@ def winners(each: ModelSearch, sweep: Sweep, store: Store) -> list[Trial]:
 
 
 def recipes_of(trial: Trial, member: Member, search: Search) -> tuple[Recipe, ...]:
-    """What is trained in turn to repeat a trial."""
+    """What is trained in turn to repeat a trial, or to go on with one that is not over."""
     parts = [report.values for report in trial.reports]
+    if not trial.over:
+        parts.append(trial.trained)
     wanted = parts if search.algorithm.kind == "pbt" else [trial.values]
     return segments_of(search, [member.space.recipe(values) for values in wanted])
 
@@ -282,6 +284,10 @@ def final_plan(
         f"({content.algorithm}, from recipe {content.base}) found for {goals}, on examples that "
         f"are not in this report. {report_folder(f'{sweep.name}-trials')}/{REPORT_FILE} shows them."
     ]
+    alone = {name: recipe.models for name, recipe in final.recipes.items() if recipe.models}
+    where = "under What training changed" if sweep.untuned else "in MLflow's runs, in no table here"
+    notes += [f"{name} is trained for {', '.join(models)} alone, whose front is longer; its scores "
+              f"are {where}." for name, models in alone.items()]
     plan = build(final, contents, searched, [*notes, *fairness(content)])
     adopt(plan, store)
     return plan
@@ -355,8 +361,11 @@ def folders_of(
                     selecting(sweep), contents, each.member.model,
                     recipes_of(trial, each.member, search), search.seeds_of(each.member.side),
                     objective_evaluations(search.objectives))
+                settle(plan, store)
                 found |= {node.folder for node in plan.nodes.values()}
     if not unfinished(searches, store):
         final = final_plan(sweep, searches, contents, store)
-        found |= {node.folder for node in final.nodes.values()}
+        rest = Plan(sweep, dict(final.nodes))
+        leave_out_missing(rest, store)
+        found |= {node.folder for each in (final, rest) for node in each.nodes.values()}
     return found

@@ -197,6 +197,9 @@ def _ordered(dimensions: dict[str, Dimension]) -> dict[str, Dimension]:
             if known is None or strange:
                 shown = f"{strange[0]!r} is none of its values" if strange else "it is a range"
                 raise BadInput(f"{path}.when.{other}: {shown}; name values of a choice or grid")
+            if dimensions[path].grid is not None and dimensions[other].grid is None:
+                raise BadInput(f"{path}.when.{other}: is drawn, and grids are gone through in "
+                               f"turn; write {other} as a grid, or {path} as a choice")
             if other not in ordered:
                 add(other, (*below, path))
         ordered.setdefault(path, dimensions[path])

@@ -93,7 +93,9 @@ class TrialTracker(Tracker):
             found = {"signal": report.signal, "tokens": float(report.tokens), **report.scores}
             found |= {_key(objective.name): value for objective, value in
                       zip(search.objectives, report.objectives, strict=False)}
-            found |= {f"value/{path}": float(report.values[path]) for path in changed}
+            numbers = {path: report.values[path] for path in changed}
+            found |= {f"value/{path}": float(number) for path, number in numbers.items()
+                      if isinstance(number, int | float)}
             points += [Metric(key, value, time, report.steps) for key, value in found.items()]
         self.client.log_batch(run, params=params)
         if trial.tokens:

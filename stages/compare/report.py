@@ -120,9 +120,10 @@ def _context(content: Content) -> dict:
 
 
 def _headlines(primary: pd.DataFrame, spec: CompareSpec) -> list[dict]:
-    """How often the MoE was better, the dense model was, or neither was shown to be, by recipe."""
+    """How often the MoE was better, the dense model was, or neither was shown to be, by recipe that
+    both models of a pair have."""
     found = []
-    for recipe in spec.recipes:
+    for recipe in [name for name in spec.recipes if (primary["recipe"] == name).any()]:
         verdicts = primary[primary["recipe"] == recipe].apply(table.verdict, axis=1)
         counts = {
             verdict: int((verdicts == verdict).sum())

@@ -89,7 +89,8 @@ def _fronts(content: SearchContent) -> Figure | None:
 
 def _scatter(content: SearchContent) -> Figure:
     """The first objective against each knob, a panel per knob."""
-    goal, knobs = content.goals[0], content.knobs
+    goal = content.goals[0]
+    knobs = [k for k in content.knobs if any(k.column in each.table for each in content.models)]
     lines = -(-len(knobs) // _COLUMNS)
     figure = Figure(figsize=(WIDTH_INCHES, 2.7 * lines), layout="constrained")
     panels = figure.subplots(lines, _COLUMNS, squeeze=False, sharey=True).ravel()

@@ -1,6 +1,7 @@
 """A search that cannot work is refused before Ray starts, in one line: field, reason, remedy."""
 
 import importlib.util
+import json
 import math
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import pytest
 from search_sweeps import SEARCH, searching
 from smoke import ROOT, SMOKE
 
+from pipeline.asked import recipe_models
 from pipeline.cli import main
-from pipeline.plan import build
+from pipeline.plan import Builder, build
 from pipeline.search import run
 from pipeline.search.checks import check_search
 from pipeline.search.ledger import Ledger, Report, Trial
-from pipeline.search.plan import final_sweep, members, selecting, trial_plan
+from pipeline.search.plan import final_sweep, members, segments_of, selecting, trial_plan
 from pipeline.store import Store
 from pipeline.sweep_file import load
 from stages.errors import BadInput
@@ -268,9 +270,62 @@ def test_each_member_of_a_front_is_trained_again_paired_as_far_as_both_fronts_re
     assert found.startswith(
         "Recipes called searched-1, searched-2, searched-3 differ by model: each is a member of "
         "the Pareto front, in the order of questions/accuracy ↑, that a search (")
+    assert plan.compare.spec.notes[1:3] == tuple(
+        f"searched-{n} is trained for tiny-moe alone, whose front is longer; its scores are under "
+        "What training changed." for n in (2, 3))
     # What the search's report calls trained again is what was.
     moe, dense = run.content_of(sweep, searches, store).models
     assert (moe.chosen, dense.chosen) == ((0, 2, 3), (0,))
+
+
+def test_a_shorter_front_s_last_member_stands_in_for_an_attack_and_is_trained_once():
+    sweep = searching()
+    base = sweep.recipes["sft"]
+    rates = [(base.model_copy(update={"learning_rate": rate}),) for rate in (0.1, 0.2, 0.3, 0.4)]
+    final, searched = final_sweep(sweep, {"tiny-moe": rates[:3], "tiny": rates[3:]})
+    builder = Builder(final, {}, searched)
+    keys = [builder.checkpoint("tiny", f"searched-{n}", 101) for n in (1, 3)]
+    assert keys == ["finetune/tiny-searched-1-seed101"] * 2
+    assert builder.plan.nodes[keys[0]].spec.learning_rate == 0.4
+    assert [recipe_models(final, f"searched-{n}") for n in (1, 2, 3)] == [
+        ("tiny-moe", "tiny"), ("tiny-moe",), ("tiny-moe",)]
+
+
+def test_a_rung_works_in_the_folder_of_the_whole_also_when_rows_are_left_out():
+    """Of the validation set, because they are trained on; which they are is known once it is made.
+    """
+    validation = {"dataset": "hotels", "split": "held", "template": "sentiment"}
+    sweep = selecting(searching('datasets.hotels.splits={"held":0.5,"test":0.5}',
+                                f"recipes.sft.validation={json.dumps(validation)}"))
+    nodes = []
+    for until in (2, None):
+        plan, (measured,) = trial_plan(
+            sweep, {}, "tiny-moe", [sweep.recipes["sft"]], [0], ["edits"], until)
+        before = plan.nodes[measured.finetune].folder
+        plan.settle("data/hotels", "0badc0de")
+        nodes.append(plan.nodes[measured.finetune])
+        assert nodes[-1].folder != before
+    rung, whole = nodes
+    assert rung.work_folder == whole.work_folder == whole.folder != rung.folder
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_gc_keeps_the_segment_that_a_member_of_a_population_is_at(tmp_path, done):
+    sweep = searching("recipes.sft.schedule=constant", algorithm={"kind": "pbt", "segments": 3})
+    contents, store = check_search(sweep, SMOKE), Store(str(tmp_path / "store"))
+    moe, _ = searches = run.model_searches(sweep, contents, SMOKE.parent)
+    ledger = Ledger(store, moe.folder)
+    trial = ledger.begin(0, lambda n: Trial(n, {"learning_rate": 0.01}))
+    trial.reports = [Report(1, [0.5], 0.5, 2, 200, {}, trial.values) for _ in range(done)]
+    ledger.write(trial)
+    parts = segments_of(sweep.search, [moe.member.space.recipe(trial.values)] * 3)
+    plan, (measured,) = trial_plan(selecting(sweep), contents, "tiny-moe", parts[: done + 1],
+                                   sweep.search.seeds_of("moe"), ["edits"])
+    at = plan.nodes[measured.finetune]
+    assert at.name.startswith("tiny-moe-") and len(parts) == 3
+    kept = run.folders_of(sweep, searches, contents, store)
+    assert at.folder in kept
+    assert len([f for f in kept if f.startswith("finetune/tiny-moe")]) == done + 1
 
 
 def entered(each: run.ModelSearch, store: Store, trials: int, failed: bool = False) -> None:

@@ -113,6 +113,9 @@ def test_a_weighted_sum_by_hand():
     ({"steps": {"choice": [3], "when": {"schedule": ["linear"]}},
       "schedule": {"choice": ["linear"], "when": {"steps": [3]}}},
      r"waits for itself \(steps for schedule for steps\)"),
+    ({"warmup_steps": {"grid": [1, 2], "when": {"schedule": ["cosine"]}},
+      "schedule": {"choice": ["linear", "cosine"]}},
+     "warmup_steps.when.schedule: is drawn, and grids are gone through in turn; write schedule as"),
 ])
 def test_conditions_that_cannot_be_met_are_refused(dimensions, reason):
     with pytest.raises(BadInput, match=reason):

@@ -110,3 +110,14 @@ def test_a_member_of_a_population_is_logged_with_what_it_was_trained_with(place)
         "architecture": "moe", "learning_rate": "0.0012", "schedule": "constant"}
     curve = MlflowClient(place[1]).get_metric_history(run.info.run_id, "value/learning_rate")
     assert [(m.step, m.value) for m in curve] == [(3, 1e-3), (6, 1e-3), (9, 1.2e-3)]
+
+
+def test_a_value_that_is_a_number_in_some_segments_is_logged_for_those(place):
+    """A nullable field: population-based training went from a limit to none."""
+    reports = [Report(n, [], 0.5, 3 * n, 300 * n, {}, {"gradient_clipping": limit})
+               for n, limit in ((1, 1.0), (2, 0.5), (3, None))]
+    member = Trial(0, {"gradient_clipping": 1.0}, "finished", reports, started=100.0, ended=160.0)
+    record(place, [("moe", "moe", member)])
+    run = runs(place[1])[0]
+    logged = MlflowClient(place[1]).get_metric_history(run.info.run_id, "value/gradient_clipping")
+    assert [(m.step, m.value) for m in logged] == [(3, 1.0), (6, 0.5)]

@@ -172,6 +172,14 @@ def test_without_untuned_models_there_are_no_effects(inputs, output):
     assert "What training changed" not in (output / "report.html").read_text()
 
 
+def test_a_recipe_of_one_model_has_an_effect_and_no_verdict_between_models(inputs, output):
+    run(spec_of(models_of={"sft": ("moe",)}), inputs, output)
+    effects = pd.read_parquet(output / "recipe_effects.parquet")
+    assert set(effects["model"]) == {"moe"}
+    tiles = re.findall(r'class="tile"><b>(.*?)</b>', (output / "report.html").read_text())
+    assert tiles == ["untuned"]
+
+
 def test_a_missing_result_is_a_gap_with_its_reason(inputs, output):
     missing = "scores/moe/sft/0/sciq"
     del inputs[missing]

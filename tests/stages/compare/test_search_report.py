@@ -93,6 +93,14 @@ def test_few_trials_show_no_importance(report):
     assert not (report.folder / "figures/search_importance.svg").exists()
 
 
+def test_a_knob_that_no_trial_drew_has_no_panel(tmp_path):
+    tried = content(searched("moe-model", "moe", 6), searched("dense-model", "dense", 6))
+    knobs = (*tried.knobs, Knob("warmup_steps", False, 0))
+    write(replace(tried, knobs=knobs), tmp_path)
+    drawn = (tmp_path / "figures/search_scatter.svg").read_text()
+    assert "<!-- nested -->" in drawn and "<!-- warmup_steps -->" not in drawn
+
+
 def test_a_search_without_a_finished_trial_is_still_told(report):
     failed = searched("moe-model", "moe", 2)
     assert "1 failed, 1 stopped" in report(failed, searched("dense-model", "dense", 2))
