@@ -6,6 +6,8 @@ import pytest
 
 # Each of two processes has a core of its own; tiny models gain nothing from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray's workers would give way to the other process, and theirs is the longest group.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def pytest_itemcollected(item):
