@@ -16,14 +16,13 @@ OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "adagrad": "Adagra
 
 
 def micro_batch_size(spec: FinetuneSpec) -> int:
-    """The largest micro-batch that divides a worker's share and is at most ``micro_batch``."""
+    """The sequences of a forward pass. Raises BadInput where workers cannot share a batch."""
     if spec.batch_size % spec.workers:
         raise BadInput(
             f"batch_size: {spec.batch_size} sequences cannot be shared by {spec.workers} workers; "
             "take a multiple of workers"
         )
-    share = spec.batch_size // spec.workers
-    return max(n for n in range(1, min(share, spec.micro_batch) + 1) if share % n == 0)
+    return spec.used_micro_batch
 
 
 def config_name(spec: FinetuneSpec, accelerator: bool) -> str:
@@ -92,6 +91,12 @@ def deepspeed_config(spec: FinetuneSpec, accelerator: bool) -> dict:
         raise BadInput(
             f"{path.name}: zero_optimization.memory_efficient_linear hides the routers' logits; "
             "set it to false"
+        )
+    if stage > 0 and spec.optimizer.kind == "adagrad":
+        raise BadInput(
+            f"{path.name}: at ZeRO stage {stage} DeepSpeed puts an Adagrad of its own in the place "
+            "of the recipe's, which no schedule reaches; take another optimizer, or train in fp32 "
+            "with a file of stage 0"
         )
     if stage == 0 and spec.precision == "bf16":
         raise BadInput(f"{path.name}: bf16 needs ZeRO stage 1 or 2 for its fp32 master weights")

@@ -57,8 +57,7 @@ class FinetuneSpec(Recipe):
         """
         parts = {}
         if self.depends_on_micro_batch:
-            asked = self.asked_micro_batch().micro_batch
-            parts["micro_batch"] = min(asked, self.batch_size // self.workers)
+            parts["micro_batch"] = self.asked_micro_batch().used_micro_batch
         used = sorted({train.template for train in self.reads if train.template is not None})
         templates = {"templates": {name: TEMPLATES[name].hash for name in used}}
         identity = super().identity()
@@ -73,6 +72,13 @@ class FinetuneSpec(Recipe):
     def seed_of_rows(self) -> int:
         """What draws the rows of a train set with a limit."""
         return self.seed if self.rows_seed is None else self.rows_seed
+
+    @property
+    def used_micro_batch(self) -> int:
+        """The largest micro-batch that divides a worker's share and is at most ``micro_batch``."""
+        share = self.batch_size // self.workers
+        fits = range(1, min(share, self.micro_batch) + 1)
+        return max((size for size in fits if share % size == 0), default=1)
 
     def asked_micro_batch(self) -> "FinetuneSpec":
         """The spec before any micro-batch ran out of memory."""

@@ -43,6 +43,24 @@ def test_every_situation_has_its_file(fields, accelerator, name):
     assert filled.get("expert_parallel", {}).get("autoep_size", 1) == spec(**fields).expert_parallel
 
 
+def test_adagrad_is_refused_where_deepspeed_puts_its_own_in_its_place():
+    adagrad = {"optimizer": {"kind": "adagrad"}}
+    assert deepspeed_config(spec(**adagrad), False)["optimizer"]["type"] == "Adagrad"
+    for fields, accelerator in (({}, True), ({"precision": "bf16"}, False)):
+        with pytest.raises(BadInput, match="zero2.json: at ZeRO stage 2 DeepSpeed puts an Adagrad"):
+            deepspeed_config(spec(**adagrad, **fields), accelerator)
+
+
+def test_results_are_known_by_the_micro_batch_that_is_used():
+    """Of 24 sequences one worker takes 8 at a time, two take 6 each."""
+    noisy = {"router": {"noise": 0.1}, "micro_batch": 8}
+    found = [spec(**noisy, workers=workers) for workers in (1, 2, 3, 4)]
+    assert [micro_batch_size(each) for each in found] == [8, 6, 8, 6]
+    assert [each.identity()["micro_batch"] for each in found] == [8, 6, 8, 6]
+    short = found[0].model_copy(update={"micro_batch": 4, "out_of_memory_at": (8,)})
+    assert short.identity() == found[0].identity()
+
+
 def test_a_share_that_is_not_whole_is_refused():
     assert micro_batch_size(spec(batch_size=14, micro_batch=6)) == 1
     assert micro_batch_size(spec(batch_size=14, micro_batch=7)) == 7
