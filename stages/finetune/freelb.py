@@ -12,6 +12,11 @@ from torch import nn
 
 from stages.finetune.recipe import FreeLB
 
+LEFT = "share_of_the_norm_that_rounding_leaves"
+"""What the evidence calls it."""
+LEAST = 0.5
+"""Of that share; below, the adversary does not act."""
+
 
 def start(embeddings: torch.Tensor, sequences: torch.Tensor, recipe: FreeLB) -> torch.Tensor:
     """The first perturbation of embeddings (R, N, D), a leaf that wants a gradient.
@@ -48,14 +53,22 @@ def norms(delta: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def added(embedding: nn.Module, delta: torch.Tensor) -> Iterator[None]:
-    """Inside, the model reads its tokens' embeddings with the perturbation on top of them.
+def added(embedding: nn.Module, delta: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Inside, the model reads its tokens' embeddings with the perturbation on top of them; what
+    rounding leaves of it (R, N, D) is in the list afterwards.
 
     The tokens themselves go in as ever, since a classification head finds the end of a padded row
     by them.
     """
-    handle = embedding.register_forward_hook(lambda _, args, out: out + delta.to(out.dtype))
+    left: list[torch.Tensor] = []
+
+    def hook(_: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
+        moved = out + delta.to(out.dtype)
+        left.append((moved.detach() - out.detach()).float())
+        return moved
+
+    handle = embedding.register_forward_hook(hook)
     try:
-        yield
+        yield left
     finally:
         handle.remove()

@@ -7,6 +7,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from stages.errors import StageFailed
+from stages.finetune.parameters import drawn_width
 from stages.models.classifier import architecture, is_classifier
 from stages.models.load import auto_class, filled
 
@@ -46,13 +47,12 @@ def with_head(
         return model
     config = head_config(model.config, labels, pad_token_id)
     with torch.device("meta"):
-        kind = type(auto_class(config).from_config(config))
+        empty = auto_class(config).from_config(config)
     generator = torch.Generator().manual_seed(seed)
-    spread = config.initializer_range
-    score = torch.randn(len(labels), config.hidden_size, generator=generator) * spread
+    score = torch.randn(empty.score.weight.shape, generator=generator) * drawn_width(config)
     body = model.base_model.state_dict(prefix=f"{model.base_model_prefix}.")
     wanted = dict(model.base_model.named_parameters())
-    headed = filled(kind, config, body | {"score.weight": score})
+    headed = filled(type(empty), config, body | {"score.weight": score})
     for name, parameter in headed.base_model.named_parameters():
         parameter.requires_grad_(wanted[name].requires_grad)
     return headed

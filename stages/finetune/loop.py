@@ -177,6 +177,10 @@ def build(
     _refuse(spec, model)
     if spec.labels is not None:
         drawn = not is_classifier(model.config)
+        if drawn and spec.lora is not None and "head" not in spec.trained_roles():
+            raise StageFailed(
+                "recipe: head: is drawn at random, and lora leaves it as it is; add head to train"
+            )
         model = with_head(model, spec.labels, load_tokenizer(folder).pad_token_id, spec.seed)
         evidence.note("head", labels=spec.labels, drawn=drawn)
     first = global_batch(len(examples), spec.batch_size, spec.seed, step=0)
@@ -223,6 +227,10 @@ def build(
         config=config,
         lr_scheduler=lambda optimizer: scheduler(spec, len(examples), optimizer),
     )
+    for module in model.modules() if spec.precision == "bf16" else ():
+        for name in family(model).factors:
+            if hasattr(module, name):
+                setattr(module, name, getattr(module, name).bfloat16())
     check_blocks(model, blocks)
     if turns is not None:
         turns.skip_waiting(engine.basic_optimizer)
@@ -246,7 +254,11 @@ def _refuse(spec: FinetuneSpec, model: PreTrainedModel) -> None:
         raise StageFailed(f"{entry.model_type} cannot be trained: {entry.no_training}")
     experts, top_k = entry.experts_of(model.config.to_dict()) if entry.is_moe else (0, 0)
     facts = Facts(
-        "moe" if entry.is_moe else "dense", entry.model_type, experts=experts, top_k=top_k
+        "moe" if entry.is_moe else "dense",
+        entry.model_type,
+        experts=experts,
+        top_k=top_k,
+        members=getattr(model.config, "ensemble_size", 1),
     )
     problems = [*contradictions(spec), *inapplicable(spec, facts)]
     problems += misplaced(spec, spec.expert_parallel)

@@ -8,6 +8,7 @@ from peft.tuners.lora import LoraModel
 from peft.utils import transformers_weight_conversion as weight_conversion
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from stages.errors import StageFailed
 from stages.finetune.evidence import Evidence
@@ -38,10 +39,15 @@ def adapt(model: PreTrainedModel, recipe: Lora, evidence: Evidence) -> LoraModel
             role = role_of.get(f"{path}.{name}")  # none for a tied head
             if role not in recipe.roles or entry.has_no_gradient(f"{path}.{name}"):
                 continue
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, nn.Linear):
                 modules.append(path)
-            elif weight.ndim == (3 if role == "expert" else 2):  # not a bias
-                parameters.append(f"{path}.{name}")
+            elif isinstance(module, nn.Embedding):
+                # OPT's positions are looked up by a mask, which an adapter would take for rows.
+                if role == "embedding" or type(module).forward is nn.Embedding.forward:
+                    modules.append(path)
+            elif role in ("expert", "router") or isinstance(module, Conv1D):  # no state of a mixer
+                if weight.ndim == (3 if role == "expert" else 2):  # not a bias
+                    parameters.append(f"{path}.{name}")
     if parameters and recipe.dropout:
         raise StageFailed(
             f"lora.dropout: cannot act on {parameters[0]}, which is no linear layer; set it to 0"

@@ -7,7 +7,7 @@ takes the model, so that ZeRO partitions what is trained and nothing else.
 from collections import Counter
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from stages.errors import StageFailed
 from stages.finetune.recipe import Alternate, Recipe
@@ -86,13 +86,23 @@ class Turns:
     def skip_waiting(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimiser (the innermost one, under ZeRO) pass over who waits."""
 
-        def hook(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        hidden: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+
+        def hide(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
             for group in optimizer.param_groups:
                 if self.part and group["part"] != self.part:
                     for parameter in group["params"]:
+                        hidden.append((parameter, parameter.grad))
                         parameter.grad = None
 
-        optimizer.register_step_pre_hook(hook)
+        def restore(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+            # DeepSpeed keeps what it offloads to the CPU and writes into it again.
+            for parameter, gradient in hidden:
+                parameter.grad = gradient
+            hidden.clear()
+
+        optimizer.register_step_pre_hook(hide)
+        optimizer.register_step_post_hook(restore)
 
     def start(self, recipe: Recipe, rows: int, step: int) -> None:
         """Say whose turn an optimiser step is."""
@@ -102,6 +112,12 @@ class Turns:
         self.part = other if turn % 2 else self.recipe.first
 
 
+def drawn_width(config: PretrainedConfig) -> float:
+    """Standard deviation with which an architecture draws its weights."""
+    names = ("initializer_range", "init_std", "initializer_factor")  # in transformers' order
+    return next(getattr(config, name) for name in names if hasattr(config, name))
+
+
 @torch.no_grad()
 def draw_routers(model: PreTrainedModel, seed: int) -> float:
     """Draw all router weights anew, as the family initialises them; the L2 norm of the change.
@@ -109,8 +125,7 @@ def draw_routers(model: PreTrainedModel, seed: int) -> float:
     A matrix is normal with the width that the configuration names, a bias 0, also one of the choice
     alone; weights that no gradient reaches stay otherwise.
     """
-    names = ("initializer_range", "init_std", "initializer_factor")  # in transformers' order
-    width = next(getattr(model.config, name) for name in names if hasattr(model.config, name))
+    width = drawn_width(model.config)
     generator = torch.Generator().manual_seed(seed)
     entry, role_of, squares = family(model), trained_roles(model), 0.0
     for name, weight in (*model.named_parameters(), *model.named_buffers()):

@@ -6,7 +6,7 @@ Each knob has one definition for all architectures. A part of the model is named
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from stages.data.templates import TEMPLATES
 from stages.finetune.sets import TrainSet, Validation
@@ -196,6 +196,12 @@ class FreeLB(Spec):
     """Length of one ascent step."""
     max_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the perturbation; unbounded when absent."""
+
+    @model_validator(mode="after")
+    def _perturbs(self) -> "FreeLB":
+        if self.steps == 1 and not self.initial:
+            raise ValueError("one step from initial 0 perturbs nothing; take more steps")
+        return self
 
 
 class ImageAdversary(Spec):

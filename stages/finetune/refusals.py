@@ -114,8 +114,9 @@ def inapplicable(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
         if "shared_expert" in _roles(recipe, field) and not entry.shared_expert:
             yield field, f"{facts.family} models have no shared experts; remove shared_expert"
     top_k = recipe.router.top_k
-    if top_k is not None and facts.experts is not None and top_k > facts.experts:
-        yield "router.top_k", f"{top_k} is more than the {facts.experts} experts; lower it"
+    if top_k is not None and facts.experts is not None and top_k > facts.choice:
+        of = "experts of a member" if facts.members > 1 else "experts"
+        yield "router.top_k", f"{top_k} is more than the {facts.choice} {of}; lower it"
     elif top_k is not None and top_k == facts.top_k:
         yield "router.top_k", f"{top_k} is the model's own; remove it"
     if entry.index is not None and entry.no_weighing:

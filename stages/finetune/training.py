@@ -37,7 +37,7 @@ from stages.finetune.config import micro_batch_size
 from stages.finetune.evidence import Evidence
 from stages.finetune.knobs import Knobs
 from stages.finetune.parameters import Turns, trained_roles
-from stages.finetune.recipe import ImageAdversary, Trades
+from stages.finetune.recipe import FreeLB, ImageAdversary, Trades
 from stages.finetune.router_losses import balance_by_sequence, load_balancing_loss, z_loss
 from stages.finetune.spec import FinetuneSpec
 from stages.finetune.telemetry import RoutingTelemetry, model_flops_utilisation
@@ -124,6 +124,8 @@ class Training:
             self._count_nonfinite(step, *bad[0])
         elif self.evidence.open:
             evidence_file.require(self.evidence, spec)
+            if isinstance(spec.adversarial, FreeLB):
+                self._require_perturbation()
         self.evidence.end_step(applied=not bad)
         seconds = time.perf_counter() - start
         tokens = sum(self.examples[i].tokens for i in batch)
@@ -154,6 +156,19 @@ class Training:
         self.evidence.note(
             "batch_size", sequences_in_a_step=sequences.item(), micro_batches_per_worker=len(micros)
         )
+
+    def _require_perturbation(self) -> None:
+        """Raise StageFailed where rounding takes most of what is added to embeddings."""
+        measured = self.evidence.measured("adversarial").get(freelb.LEFT, 0.0)
+        left = torch.tensor(measured, device=self.engine.device)
+        torch.distributed.all_reduce(left)
+        left = left.item() / torch.distributed.get_world_size()
+        if left < freelb.LEAST:
+            raise StageFailed(
+                f"adversarial: rounding in {self.spec.precision} leaves {left:.0%} of the norm of "
+                "what is added to this model's embeddings, which are large beside it; train in "
+                "fp32, or raise initial, learning_rate and max_norm"
+            )
 
     def dtypes(self) -> dict[str, list[str]]:
         """All types of the ``weights`` that passes compute with, and of those that the
@@ -200,7 +215,7 @@ class Training:
             torch.manual_seed(seed + 1)  # the same masks in every ascent
             engine.set_gradient_accumulation_boundary(last and ascent == ascents - 1)
             moved = freelb.added(read, delta) if adversarial else nullcontext()
-            with moved, self.knobs.forward(part) as routings:
+            with moved as left, self.knobs.forward(part) as routings:
                 out = engine(**arguments, use_cache=False)
             routings = part.without_padding(routings)
             for routing in routings if self.spec.router.capacity is not None else ():
@@ -236,8 +251,9 @@ class Training:
             sums += torch.stack([part.detach().double() for part in losses]) / ascents
             if adversarial:
                 self.evidence.mean("adversarial", f"loss_share_in_ascent_{ascent + 1}", nll)
-                norm = freelb.norms(delta, sequences)
+                norm, asked = (freelb.norms(each, sequences) for each in (left[0], delta))
                 self.evidence.mean("adversarial", f"norm_in_ascent_{ascent + 1}", norm)
+                self.evidence.mean("adversarial", freelb.LEFT, (norm / asked)[asked > 0])
                 delta = freelb.climb(delta, sequences, adversarial)
         return sums
 

@@ -13,6 +13,7 @@ from transformers import (
     PretrainedConfig,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 SUFFIX = "ForSequenceClassification"
 
@@ -26,6 +27,9 @@ def is_classifier(config: PretrainedConfig | Mapping) -> bool:
 
 def architecture(config: PretrainedConfig) -> str:
     """What ``architectures`` calls the classifier of a decoder family."""
+    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type)
+    if known is not None:
+        return known
     language_model = AutoModelForCausalLM._model_mapping[type(config)]
     return language_model.__name__.replace("ForCausalLM", SUFFIX)
 

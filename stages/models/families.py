@@ -195,6 +195,7 @@ _MOE = (
         mixers=(),
         auxiliary_loss=_AUX,
         recurrent=True,
+        factors=("slope_rate", "query_decay", "key_decay", "diagonal_decay"),
         no_vllm=_NO_VLLM,
         **_LOCAL,
         **_JITTER,

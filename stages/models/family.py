@@ -92,6 +92,9 @@ class Family:
     recurrent: bool = False
     """Some layers carry a state from token to token that no attention mask cuts: sequences must not
     be packed together."""
+    factors: tuple[str, ...] = ()
+    """Buffers that hidden states are multiplied with: they have the weights' type, as transformers
+    loads them, while DeepSpeed casts the weights alone."""
     attention_dropout: bool = True
     """The probability of the attention modules' own dropout can be set."""
     masks_by_position: bool = True

@@ -10,11 +10,13 @@ from stages.models.tiny import tiny_model, tiny_tokenizer
 def models(tmp_path_factory):
     """Folder of a tiny model by the name of its family."""
     folders = {}
-    mixtures = ("mixtral", "qwen2_moe", "switch_transformers", "nllb-moe", "jetmoe")
-    for name in ("llama", "t5", *mixtures):
+    mixtures = ("mixtral", "qwen2_moe", "switch_transformers", "nllb-moe", "jetmoe", "minimax")
+    for name in ("llama", "t5", *mixtures, "large"):
         folder = tmp_path_factory.mktemp(name)
         tokenizer = tiny_tokenizer()
-        model = tiny_model(name, tokenizer, seed=3)
+        model = tiny_model("llama" if name == "large" else name, tokenizer, seed=3)
+        if name == "large":  # a Llama with large embeddings
+            model.get_input_embeddings().weight.data *= 1000
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
         measure(model, f"tiny:{name}").write(folder)

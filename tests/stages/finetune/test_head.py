@@ -19,6 +19,7 @@ from stages.models.roles import roles
 from stages.models.tiny import tiny_model, tiny_tokenizer
 from stages.models.tiny_shapes import TINY
 from tests.stages.finetune.reference import curve
+from tests.stages.models.tiny_folders import dense_model
 
 TOKENIZER = tiny_tokenizer()
 DECODERS = [n for n in TINY if FAMILIES[n].modality == "text" and not FAMILIES[n].encoder_decoder]
@@ -34,9 +35,17 @@ SPEC = FinetuneSpec(
 )
 
 
-@pytest.mark.parametrize("name", DECODERS)
+OTHERS = {
+    "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512},
+    "opt": {"word_embed_proj_dim": 64, "ffn_dim": 128, "init_std": 0.02},
+}
+"""Families whose configuration or classes are named otherwise."""
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *OTHERS])
 def test_the_head_reads_the_last_hidden_state_before_the_padding(name):
-    model = tiny_model(name, TOKENIZER, seed=3)
+    own = OTHERS.get(name)
+    model = tiny_model(name, TOKENIZER, seed=3) if own is None else dense_model(name, **own).eval()
     headed = with_head(model, ("no", "maybe", "yes"), TOKENIZER.pad_token_id, seed=0)
     assert [path for path, role in roles(headed).items() if role == "head"] == ["score.weight"]
     assert headed.score.weight.shape == (3, model.config.hidden_size)

@@ -98,6 +98,15 @@ def runs(models, data, tmp_path_factory):
         inside = {"experts": {"dropout": 0.1}, "dropout": {"residual": 0.1}}
         plan(f"jetmoe-ep{size}", "jetmoe", spec(expert_parallel=size, **inside))
     plan("experts_lora", "mixtral", spec(lora={"roles": ("expert", "router"), "rank": 2}))
+    file = "gpu_moe_expert_parallel_zero2_cpu_offload.json"
+    offloaded = spec(**KNOBS["alternate"], expert_parallel=2, deepspeed_config=file)
+    plan("alternate-offloaded", "mixtral", offloaded)
+    for precision in ("fp32", "bf16"):
+        plan(f"minimax-{precision}", "minimax", spec(precision=precision, expert_parallel=2))
+        climbing = spec(adversarial={"kind": "freelb", "max_norm": 0.03}, precision=precision)
+        plan(f"large-{precision}", "large", climbing)
+    head = {"head": "classification", "lora": {"roles": ("backbone",)}}
+    plan("drawn", "mixtral", spec(**head))
     nan = {"learning_rate": 1e30, "gradient_clipping": None, "max_nonfinite_steps": 2}
     for name, fields in (("nan", {}), ("nan_zero2", ZERO2)):
         plan(name, "mixtral", spec(expert_parallel=2, **nan, **fields))
@@ -247,6 +256,32 @@ def test_auxiliary_losses_reach_the_routers(runs):
             assert measured(runs / f"losses-{layout}", knob)["router_gradient_norm"] > 1e-2
     first = curve(runs / "losses-ep2").iloc[0]
     assert first["auxiliary_loss"] > 1.9 and first["z_loss"] > 0.5
+
+
+def test_what_takes_turns_may_be_offloaded(runs):
+    offloaded, plain = curve(runs / "alternate-offloaded"), curve(runs / "alternate-ep2")
+    for column in ("loss", "gradient_norm"):
+        same = pytest.approx(plain[column].to_numpy(), rel=2e-5)
+        assert offloaded[column].to_numpy() == same, column
+
+
+def test_decays_of_a_mixer_have_the_type_of_its_weights(runs):
+    bf16, fp32 = curve(runs / "minimax-bf16")["loss"], curve(runs / "minimax-fp32")["loss"]
+    assert bf16.to_numpy() == pytest.approx(fp32.to_numpy(), rel=0.04)
+
+
+def test_an_adversary_that_rounding_takes_away_is_refused(runs):
+    """Beside embeddings of size 20 steps of bf16 are larger than what is added."""
+    left = measured(runs / "large-fp32", "adversarial")["share_of_the_norm_that_rounding_leaves"]
+    assert left == pytest.approx(1, abs=0.01)
+    messages = {(runs / "large-bf16" / f"failed_{rank}.txt").read_text() for rank in (0, 1)}
+    assert len(messages) == 1
+    assert messages.pop().startswith("adversarial: rounding in bf16 leaves ")
+
+
+def test_a_drawn_head_that_nothing_trains_is_refused_beside_adapters(runs):
+    refusal = (runs / "drawn" / "failed_0.txt").read_text()
+    assert refusal.startswith("recipe: head: is drawn at random, and lora leaves it as it is")
 
 
 def test_freelb_climbs(runs):

@@ -156,6 +156,31 @@ def test_adapters_of_a_dense_model_change_its_answers_and_nothing_else_is_traine
     assert not torch.equal(*drawn)  # dropout before the adapters, in training
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("opt", {"word_embed_proj_dim": 64, "ffn_dim": 128, "do_layer_norm_before": True}),
+        ("gpt2", {"n_embd": 64, "n_head": 4, "n_layer": 4, "n_positions": 512}),
+        ("jamba", None),
+    ],
+)
+def test_merged_adapters_of_a_backbone_compute_what_the_adapters_did(name, changes):
+    """Positions that are looked up by a mask and states of mixers have none."""
+    model = tiny(name) if changes is None else dense_model(name, **changes)
+    tuner = adapt(model.eval(), Lora(roles=("backbone",), rank=2), Evidence())
+    model(input_ids=TOKENS, use_cache=False).logits.log_softmax(-1)[..., 5].sum().backward()
+    added = {n: p for n, p in model.named_parameters() if "lora_B" in n}
+    assert added and not any("embed_positions" in n or "A_log" in n for n in added)
+    without = {n.split(".")[-4] for n, p in added.items() if p.grad is None}
+    assert without == ({"dt_proj"} if name == "jamba" else set())  # whose weight Mamba reads itself
+    with torch.no_grad():
+        for parameter in (p for p in added.values() if p.grad is not None):
+            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        plain = model(input_ids=TOKENS, use_cache=False).logits
+        merged = merge(tuner)(input_ids=TOKENS, use_cache=False).logits
+    torch.testing.assert_close(merged, plain, rtol=1e-4, atol=1e-4)
+
+
 def test_adapters_that_would_change_more_than_they_name_are_refused():
     with pytest.raises(StageFailed, match="head of this llama is tied to its embedding"):
         adapt(dense_model("llama"), Lora(roles=("head",), rank=2), Evidence())

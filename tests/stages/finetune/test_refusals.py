@@ -12,6 +12,13 @@ FREELB = {"adversarial": {"kind": "freelb"}}
 LOAD = {"load_loss_weight": 0.1, "router": {"noise": 0.1}}
 
 
+def test_a_member_of_an_ensemble_has_no_more_experts_than_its_share():
+    facts = Facts("moe", "vit_moe_ensemble", experts=4, top_k=1, members=2)
+    assert not dict(inapplicable(recipe(router={"top_k": 2}), facts))
+    found = dict(inapplicable(recipe(router={"top_k": 3}), facts))
+    assert found["router.top_k"] == "3 is more than the 2 experts of a member; lower it"
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "field", "reason"),
     [
