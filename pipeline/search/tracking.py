@@ -93,9 +93,8 @@ class TrialTracker(Tracker):
             found = {"signal": report.signal, "tokens": float(report.tokens), **report.scores}
             found |= {_key(objective.name): value for objective, value in
                       zip(search.objectives, report.objectives, strict=False)}
-            numbers = {path: report.values[path] for path in changed}
-            found |= {f"value/{path}": float(number) for path, number in numbers.items()
-                      if isinstance(number, int | float)}
+            found |= {f"value/{path}": float(value) for path, value in report.values.items()
+                      if path in changed and isinstance(value, int | float)}
             points += [Metric(key, value, time, report.steps) for key, value in found.items()]
         self.client.log_batch(run, params=params)
         if trial.tokens:
